@@ -1,0 +1,130 @@
+"""Loads the native extension, or says once why it is not there; chooses native or reference."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+BackendName = Literal["auto", "native", "reference"]
+_BACKENDS = ("auto", "native", "reference")
+
+
+def _off(value: str | None) -> bool:
+    return (value or "").strip().lower() in ("", "0", "false", "no", "off")
+
+
+def read_build_record() -> dict[str, Any]:
+    """What setup.py wrote down about this installation; empty if it never ran."""
+    try:
+        return json.loads((Path(__file__).parent / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _release(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _load() -> tuple[Any, str | None]:
+    """Returns the ``_C`` module, or None and the reason."""
+    record = read_build_record()
+    if not _off(os.environ.get("BBB_FAST_NO_EXT")):
+        return None, "BBB_FAST_NO_EXT is set"
+    built_for = record.get("torch")
+    # An extension of another torch release may import and then crash; refuse before trying.
+    if record.get("native") and built_for and _release(built_for) != _release(torch.__version__):
+        return None, (
+            f"the extension was built for torch {built_for} and this is torch {torch.__version__}; "
+            "reinstall with: pip install --no-build-isolation --force-reinstall --no-deps ."
+        )
+    try:
+        return importlib.import_module("bbb_fast._C"), None
+    except ModuleNotFoundError as error:
+        if error.name != "bbb_fast._C":
+            return None, f"the extension failed to load: {error}"
+        return None, record.get("reason") or "the extension was not built"
+    except ImportError as error:
+        return None, f"the extension failed to load: {error}"
+
+
+_C, _why_not = _load()
+_choice: BackendName = "auto"
+_device_types: frozenset[str] = (
+    frozenset() if _C is None else frozenset(_C.build_info()["devices"].split(","))
+)
+
+if _C is None:
+    # pip hides what a build prints, so the notice is given here: once a process, at import.
+    warnings.warn(
+        f"bbb_fast runs on its reference path (correct, slower): {_why_not}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def native_available() -> bool:
+    """Whether the native extension is loaded."""
+    return _C is not None
+
+
+def why_not_native() -> str | None:
+    """Why the native extension is not loaded, or None if it is."""
+    return _why_not
+
+
+def set_backend(name: BackendName) -> None:
+    """Chooses which implementation the ops run on, for the whole process.
+
+    ``"auto"``: native where it has a kernel for the tensors' device, else reference. ``"native"``: native
+    or an error. ``"reference"``: pure PyTorch. Raises ValueError for another name and RuntimeError for
+    ``"native"`` where the extension is not loaded (the message says why).
+    """
+    global _choice
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; allowed: {', '.join(_BACKENDS)}")
+    if name == "native" and _C is None:
+        raise RuntimeError(f"the native backend is not available: {_why_not}")
+    _choice = name
+
+
+def backend() -> str:
+    """The implementation that CPU tensors run on now: ``"native"`` or ``"reference"``."""
+    return "native" if _C is not None and _choice != "reference" else "reference"
+
+
+def use_native(device: torch.device) -> bool:
+    """Whether an op on ``device`` goes to the native kernels."""
+    if _choice == "reference" or _C is None:
+        return False
+    if device.type in _device_types or device.type == "meta":
+        return True
+    if _choice == "native":
+        raise RuntimeError(
+            f"the native backend has no kernels for device type {device.type!r} in this build "
+            f"(it has: {', '.join(sorted(_device_types))}); use set_backend('auto')"
+        )
+    return False
+
+
+def build_info() -> dict[str, Any]:
+    """Versions, what was built, what loaded, the instruction set in use, and the reason if not."""
+    from ._version import __version__
+
+    info: dict[str, Any] = {
+        "bbb_fast": __version__,
+        "torch": torch.__version__,
+        "backend": backend(),
+        "native": _C is not None,
+        "reason": _why_not,
+        "build": read_build_record(),
+        "threads": torch.get_num_threads(),
+    }
+    if _C is not None:
+        info["extension"] = dict(_C.build_info())
+    return info

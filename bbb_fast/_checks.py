@@ -1,0 +1,176 @@
+"""Argument checks of the reference path.
+
+The native ops check the same things in csrc/checks.h, in the same words; python_tests/test_errors.py
+holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def floating(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+
+
+def rng(op: str, rng: Tensor, device: torch.device) -> None:
+    if rng.dtype != torch.int64:
+        raise TypeError(f"{op}: rng must be int64 (seed, stream), got {rng.dtype}")
+    if rng.dim() != 1 or rng.shape[0] != 2:
+        raise ValueError(f"{op}: rng must have shape [2] (seed, stream), got {_shape(rng)}")
+    same_device(op, "rng", rng, device)
+
+
+def same_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise ValueError(f"{op}: {name} is on {t.device}, expected {device}")
+
+
+def posterior(op: str, name: str, mu: Tensor, rho: Tensor, device: torch.device) -> None:
+    """One tensor's mean and rho."""
+    floating(op, f"{name}mu", mu)
+    if rho.dtype != mu.dtype:
+        raise TypeError(
+            f"{op}: {name}mu and {name}rho must have one dtype, got {mu.dtype} and {rho.dtype}"
+        )
+    if rho.shape != mu.shape:
+        raise ValueError(
+            f"{op}: {name}mu and {name}rho must have one shape, got {_shape(mu)} and {_shape(rho)}"
+        )
+    same_device(op, f"{name}mu", mu, device)
+    same_device(op, f"{name}rho", rho, device)
+
+
+def posteriors(op: str, mu: Sequence[Tensor], rho: Sequence[Tensor]) -> torch.device:
+    if len(mu) != len(rho):
+        raise ValueError(f"{op}: got {len(mu)} mu tensors and {len(rho)} rho tensors")
+    if len(mu) == 0:
+        raise ValueError(f"{op}: the list of tensors is empty")
+    for m, r in zip(mu, rho, strict=True):
+        posterior(op, "", m, r, mu[0].device)
+        if m.dtype != mu[0].dtype:
+            raise TypeError(f"{op}: all tensors must have one dtype, got {mu[0].dtype} and {m.dtype}")
+    return mu[0].device
+
+
+def prior(op: str, prior_mu: float, prior_sigma: float) -> None:
+    if not math.isfinite(prior_mu):
+        raise ValueError(f"{op}: prior_mu must be finite, got {prior_mu:g}")
+    if not (math.isfinite(prior_sigma) and prior_sigma > 0):
+        raise ValueError(f"{op}: prior_sigma must be finite and > 0, got {prior_sigma:g}")
+
+
+def priors(op: str, count: int, prior_mu: Sequence[float], prior_sigma: Sequence[float]) -> None:
+    if len(prior_mu) != count or len(prior_sigma) != count:
+        raise ValueError(
+            f"{op}: {count} tensors need {count} priors, got {len(prior_mu)} prior_mu and "
+            f"{len(prior_sigma)} prior_sigma"
+        )
+    for m, s in zip(prior_mu, prior_sigma, strict=True):
+        prior(op, m, s)
+
+
+def optional_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype}")
+
+
+def lrt(
+    op: str,
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng_: Tensor,
+    out_features: int,
+    variance_dtype: torch.dtype | None,
+) -> None:
+    floating(op, "input", input)
+    posterior(op, "W_", W_mu, W_rho, input.device)
+    if W_mu.dtype not in (input.dtype, torch.float32) or (
+        input.dtype == torch.float64 and W_mu.dtype != torch.float64
+    ):
+        raise TypeError(
+            f"{op}: parameters must be {input.dtype} like the input, or float32 under a narrower "
+            f"input, got {W_mu.dtype}"
+        )
+    if (bias_mu is None) != (bias_rho is None):
+        raise ValueError(f"{op}: give both bias_mu and bias_rho, or neither")
+    if bias_mu is not None and bias_rho is not None:
+        posterior(op, "bias_", bias_mu, bias_rho, input.device)
+        if bias_mu.dtype != W_mu.dtype:
+            raise TypeError(
+                f"{op}: all parameters must have one dtype, got {W_mu.dtype} and {bias_mu.dtype}"
+            )
+        if list(bias_mu.shape) != [out_features]:
+            raise ValueError(f"{op}: bias_mu must have shape [{out_features}], got {_shape(bias_mu)}")
+    optional_dtype(op, "variance_dtype", variance_dtype)
+    rng(op, rng_, input.device)
+
+
+def linear(op: str, input: Tensor, W_mu: Tensor) -> None:
+    if W_mu.dim() != 2:
+        raise ValueError(f"{op}: W_mu must be [out_features, in_features], got {_shape(W_mu)}")
+    if input.dim() < 1 or input.shape[-1] != W_mu.shape[1]:
+        raise ValueError(
+            f"{op}: the last dimension of input must be in_features = {W_mu.shape[1]}, got input "
+            f"{_shape(input)}"
+        )
+
+
+def conv(
+    op: str,
+    input: Tensor,
+    W_mu: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> None:
+    spatial = W_mu.dim() - 2
+    if spatial not in (1, 2, 3):
+        raise ValueError(f"{op}: W_mu must have 3, 4 or 5 dimensions, got {_shape(W_mu)}")
+    if input.dim() != W_mu.dim():
+        raise ValueError(
+            f"{op}: input must have {W_mu.dim()} dimensions like W_mu, got {_shape(input)}"
+        )
+    for name, value, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+        ("output_padding", output_padding, 0),
+    ):
+        if len(value) != spatial:
+            raise ValueError(f"{op}: {name} must have {spatial} numbers, got {len(value)}")
+        if any(v < least for v in value):
+            raise ValueError(f"{op}: {name} must be >= {least}, got {list(value)}")
+    if groups < 1:
+        raise ValueError(f"{op}: groups must be >= 1, got {groups}")
+    channels = W_mu.shape[0] if transposed else W_mu.shape[1] * groups
+    if input.shape[1] != channels or W_mu.shape[0] % groups != 0:
+        raise ValueError(
+            f"{op}: input must have {channels} channels for W_mu {_shape(W_mu)} and groups = {groups}, "
+            f"got input {_shape(input)}"
+        )
+    for d in range(spatial):
+        reach = dilation[d] * (W_mu.shape[2 + d] - 1) + 1
+        padded = input.shape[2 + d] + 2 * padding[d]
+        if not transposed and padded < reach:
+            raise ValueError(
+                f"{op}: the kernel reaches over {reach} elements, more than the padded input's "
+                f"{padded}, in dimension {2 + d} of input {_shape(input)}"
+            )

@@ -1,0 +1,78 @@
+"""Where layers get their ``rng`` from: PyTorch's generator, or a draw pinned by ``fixed_noise``."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+_INT64_MAX = (1 << 63) - 1
+_MAX_SAMPLE = (1 << 31) - 1
+
+
+class _State(threading.local):
+    pinned: fixed_noise | None = None
+
+
+_state = _State()
+
+
+def draw_rng(device: torch.device | str | None = None) -> Tensor:
+    """A fresh ``rng`` (int64 [2]: seed, stream) from PyTorch's generator of ``device``."""
+    return torch.randint(0, _INT64_MAX, (2,), dtype=torch.int64, device=device)
+
+
+def layer_rng(layer: nn.Module, device: torch.device) -> tuple[Tensor, bool]:
+    """The ``rng`` of a layer's next forward, and whether ``fixed_noise`` pinned it."""
+    pinned = _state.pinned
+    if pinned is None:
+        return draw_rng(device), False
+    return pinned._rng_for(layer, device), True
+
+
+class fixed_noise:
+    """Context manager that pins the draw: inside, every layer uses one function sample.
+
+    ``fixed_noise(seed, sample=k)`` names a draw of all weights of a model: within the context (and in
+    any later context with the same two numbers, on any device, for any batch size) each layer sees the
+    same weights at every forward. Layers are told apart by the order in which they first run. Layers of
+    every estimator draw their weights in weight space here, w = mu + sigma * eps: it is the same
+    posterior, and the only form in which one draw is one function.
+
+    Args: ``seed`` any int64; ``sample`` 0 ... 2^31 - 1. Raises TypeError or ValueError otherwise.
+    Thread-local; contexts may be nested, the inner one counts.
+    """
+
+    def __init__(self, seed: int, sample: int = 0) -> None:
+        for name, value in (("seed", seed), ("sample", sample)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"fixed_noise: {name} must be an int, got {type(value).__name__}")
+        if not -(1 << 63) <= seed <= _INT64_MAX:
+            raise ValueError(f"fixed_noise: seed must fit in int64, got {seed}")
+        if not 0 <= sample <= _MAX_SAMPLE:
+            raise ValueError(f"fixed_noise: sample must be in 0 ... {_MAX_SAMPLE}, got {sample}")
+        self.seed = seed
+        self.sample = sample
+        self._order: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._outer: list[fixed_noise | None] = []
+
+    def _rng_for(self, layer: nn.Module, device: torch.device) -> Tensor:
+        index = self._order.setdefault(layer, len(self._order))
+        # 2^8 streams a layer: its tensors take consecutive ones.
+        return torch.tensor([self.seed, (self.sample << 32) | (index << 8)], device=device)
+
+    def __enter__(self) -> fixed_noise:
+        self._outer.append(_state.pinned)
+        _state.pinned = self
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _state.pinned = self._outer.pop()

@@ -1,0 +1,313 @@
+"""The ops, typed and documented. Each runs on the native kernels or on its reference twin.
+
+Every random op takes ``rng``, an int64 tensor [seed, stream] on the device of the other tensors
+(:func:`draw_rng` makes a fresh one). The same ``rng`` gives the same noise on every device and backend;
+see docs/noise.md. sigma = softplus(rho) = ln(1 + e^rho) throughout.
+
+dtypes: float32, float64, bfloat16, float16. The elementwise mathematics runs in float32 (float64 for
+float64). Wrong dtypes raise TypeError, wrong shapes, devices and values ValueError; the message names the
+argument, what it was and what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks, reference
+from ._backend import use_native
+from ._noise import draw_rng
+
+__all__ = [
+    "draw_rng",
+    "kl_divergence",
+    "lrt_conv1d",
+    "lrt_conv2d",
+    "lrt_conv3d",
+    "lrt_linear",
+    "normal",
+    "sample_weight",
+    "sample_weights",
+]
+
+_native = torch.ops.bbb_fast
+
+
+def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal noise of shape ``size`` on ``rng``'s device: the noise every op here uses.
+
+    Philox4x32-10 (Salmon et al. 2011) keyed by the seed, counting (index // 4, stream), and Box-Muller
+    in float32, then cast to ``dtype``. Not differentiable.
+    """
+    size = (size,) if isinstance(size, int) else tuple(size)
+    if use_native(rng.device):
+        return _native.normal(size, rng, dtype)
+    _checks.optional_dtype("normal", "dtype", dtype)
+    _checks.rng("normal", rng, rng.device)
+    if any(length < 0 for length in size):
+        raise ValueError(f"normal: size must be >= 0, got {list(size)}")
+    return reference.normal(size, rng, dtype=dtype)
+
+
+def sample_weights(
+    mu: Sequence[Tensor],
+    rho: Sequence[Tensor],
+    rng: Tensor,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Draws w = mu + sigma * eps for a list of tensors (a layer's weight and bias) in one call.
+
+    Tensor k takes stream ``rng[1] + k``; eps is numbered row-major in each. With ``with_kl`` the same
+    pass also forms KL(q || p), summed over all the tensors, against the prior
+    N(prior_mu, prior_sigma^2) (see :func:`kl_divergence`); without, the second result is 0.
+
+    Blundell et al., "Weight uncertainty in neural networks", ICML 2015, section 3.2.
+
+    Returns the weights, shaped like ``mu``, in ``dtype`` (default: mu's), and the scalar KL in float32
+    (float64 for float64). Differentiable in mu and rho through both results.
+    """
+    mu, rho = list(mu), list(rho)
+    if mu and use_native(mu[0].device):
+        return _native.sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype)
+    device = _checks.posteriors("sample_weights", mu, rho)
+    _checks.rng("sample_weights", rng, device)
+    _checks.prior("sample_weights", prior_mu, prior_sigma)
+    _checks.optional_dtype("sample_weights", "dtype", dtype)
+    return reference.sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype)
+
+
+def sample_weight(
+    mu: Tensor,
+    rho: Tensor,
+    rng: Tensor,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`sample_weights` of one tensor: returns w, or (w, kl) with ``with_kl=True``."""
+    weights, kl = sample_weights([mu], [rho], rng, prior_mu, prior_sigma, with_kl, dtype)
+    return (weights[0], kl) if with_kl else weights[0]
+
+
+def kl_divergence(
+    mu: Tensor | Sequence[Tensor],
+    rho: Tensor | Sequence[Tensor],
+    prior_mu: float | Sequence[float] = 0.0,
+    prior_sigma: float | Sequence[float] = 0.1,
+) -> Tensor:
+    """KL(q || p) of q = N(mu, sigma^2) from p = N(prior_mu, prior_sigma^2), summed over all weights.
+
+    1/2 * sum(2 ln(sigma_p / sigma) - 1 + (sigma / sigma_p)^2 + ((mu - mu_p) / sigma_p)^2), the
+    closed form for Gaussians (Kingma and Welling, "Auto-encoding variational Bayes", appendix B, for a
+    general prior). Accepts one tensor or a list, the priors as one number or a list of the same length;
+    a list is summed in one call. Accumulated in float64.
+
+    Returns a scalar, float32 (float64 for float64), differentiable in mu and rho.
+    """
+    mus = [mu] if isinstance(mu, Tensor) else list(mu)
+    rhos = [rho] if isinstance(rho, Tensor) else list(rho)
+    count = len(mus)
+    prior_mus = list(prior_mu) if isinstance(prior_mu, Sequence) else [float(prior_mu)] * count
+    prior_sigmas = (
+        list(prior_sigma) if isinstance(prior_sigma, Sequence) else [float(prior_sigma)] * count
+    )
+    if mus and use_native(mus[0].device):
+        return _native.kl_divergence(mus, rhos, prior_mus, prior_sigmas)
+    _checks.posteriors("kl_divergence", mus, rhos)
+    _checks.priors("kl_divergence", count, prior_mus, prior_sigmas)
+    return reference.kl_divergence(mus, rhos, prior_mus, prior_sigmas)
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """Under autocast the products run in its dtype; the parameters stay as they are."""
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+        return input.to(torch.get_autocast_dtype(kind))
+    return input
+
+
+def lrt_linear(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    *,
+    variance_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A Gaussian linear layer under the local reparameterization trick.
+
+    m = x W_mu^T + b_mu, v = x^2 (sigma_W^2)^T + sigma_b^2, y = m + sqrt(v) * eps with one eps per output
+    element, numbered row-major. Kingma, Salimans and Welling, "Variational dropout and the local
+    reparameterization trick", NeurIPS 2015, eq. 6.
+
+    Args:
+        input: [..., in_features]; any number of batch dimensions, possibly empty.
+        W_mu, W_rho: [out_features, in_features], of input's dtype, or float32 under a narrower input.
+        bias_mu, bias_rho: [out_features], or both None.
+        variance_dtype: type the variance product runs in; default input's (float32 for float16).
+
+    Returns [..., out_features] in input's dtype. Where v = 0 the noise and its gradient are 0.
+    """
+    input = _autocast(input)
+    if use_native(input.device):
+        return _native.lrt_linear(input, W_mu, W_rho, bias_mu, bias_rho, rng, variance_dtype)[0]
+    _checks.linear("lrt_linear", input, W_mu)
+    _checks.lrt("lrt_linear", input, W_mu, W_rho, bias_mu, bias_rho, rng, W_mu.shape[0], variance_dtype)
+    return reference.lrt_linear(input, W_mu, W_rho, bias_mu, bias_rho, rng, variance_dtype)
+
+
+def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
+    return (value,) * length if isinstance(value, int) else tuple(value)
+
+
+def _explicit_padding(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: int | Sequence[int] | str,
+    dilation: tuple[int, ...],
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Turns ``padding`` into numbers; an uneven "same" pads the input as torch.nn.functional does."""
+    spatial = len(stride)
+    if not isinstance(padding, str):
+        return input, _tuple(padding, spatial)
+    if padding == "valid":
+        return input, (0,) * spatial
+    if padding != "same":
+        raise ValueError(f"{op}: padding must be numbers, 'same' or 'valid', got {padding!r}")
+    if any(s != 1 for s in stride):
+        raise ValueError(f"{op}: padding='same' needs stride 1, got {stride}")
+    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    extra = []
+    for total in reversed(totals):
+        extra += [0, total % 2]
+    return (F.pad(input, extra) if any(extra) else input), tuple(t // 2 for t in totals)
+
+
+def _lrt_conv(
+    spatial: int,
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    variance_dtype: torch.dtype | None,
+) -> Tensor:
+    op = f"lrt_conv{spatial}d"
+    if W_mu.dim() != spatial + 2:
+        raise ValueError(f"{op}: W_mu must have {spatial + 2} dimensions, got {list(W_mu.shape)}")
+    if input.dim() not in (spatial + 1, spatial + 2):
+        raise ValueError(
+            f"{op}: input must have {spatial + 1} (unbatched) or {spatial + 2} dimensions, got "
+            f"{list(input.shape)}"
+        )
+    input = _autocast(input)
+    unbatched = input.dim() == spatial + 1
+    if unbatched:
+        input = input.unsqueeze(0)
+    strides, dilations = _tuple(stride, spatial), _tuple(dilation, spatial)
+    input, pads = _explicit_padding(op, input, W_mu, strides, padding, dilations)
+    geometry = (strides, pads, dilations, False, (0,) * spatial, groups)
+    if use_native(input.device):
+        output = _native.lrt_conv(
+            input, W_mu, W_rho, bias_mu, bias_rho, rng, *geometry, variance_dtype
+        )[0]
+    else:
+        _checks.conv("lrt_conv", input, W_mu, *geometry)
+        _checks.lrt(
+            "lrt_conv", input, W_mu, W_rho, bias_mu, bias_rho, rng, W_mu.shape[0], variance_dtype
+        )
+        output = reference.lrt_conv(
+            input, W_mu, W_rho, bias_mu, bias_rho, rng, *geometry, variance_dtype
+        )
+    return output.squeeze(0) if unbatched else output
+
+
+def lrt_conv1d(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    variance_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """1-d convolution under local reparameterization; see :func:`lrt_conv2d`."""
+    return _lrt_conv(
+        1, input, W_mu, W_rho, bias_mu, bias_rho, rng, stride, padding, dilation, groups, variance_dtype
+    )
+
+
+def lrt_conv2d(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    variance_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A Gaussian convolution under the local reparameterization trick.
+
+    m = conv(x, W_mu) + b_mu, v = conv(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, one eps per
+    output element: as in Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural
+    networks", ICML 2017, section 4.3, with Gaussian weights. eps is numbered in the output's memory order
+    (channels_last if the input or W_mu is, else row-major).
+
+    Args:
+        input: [N, C_in, H, W] or unbatched [C_in, H, W].
+        W_mu, W_rho: [C_out, C_in / groups, kH, kW], of input's dtype, or float32 under a narrower input.
+        bias_mu, bias_rho: [C_out], or both None.
+        stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
+        variance_dtype: type the variance convolution runs in; default input's (float32 for float16).
+
+    Returns the output of torch.nn.functional.conv2d's shape, in input's dtype.
+    """
+    return _lrt_conv(
+        2, input, W_mu, W_rho, bias_mu, bias_rho, rng, stride, padding, dilation, groups, variance_dtype
+    )
+
+
+def lrt_conv3d(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    variance_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """3-d convolution under local reparameterization; see :func:`lrt_conv2d`."""
+    return _lrt_conv(
+        3, input, W_mu, W_rho, bias_mu, bias_rho, rng, stride, padding, dilation, groups, variance_dtype
+    )

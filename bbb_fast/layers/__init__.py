@@ -1,0 +1,19 @@
+"""Bayesian layers. ``BBB`` and ``BBB_LRT`` hold the same class names for the two estimators."""
+
+from . import BBB, BBB_LRT
+from .BBB import BBBConv2d as BBB_Conv2d
+from .BBB import BBBLinear as BBB_Linear
+from .BBB_LRT import BBBConv2d as BBB_LRT_Conv2d
+from .BBB_LRT import BBBLinear as BBB_LRT_Linear
+from .misc import FlattenLayer, ModuleWrapper
+
+__all__ = [
+    "BBB",
+    "BBB_LRT",
+    "BBB_Conv2d",
+    "BBB_LRT_Conv2d",
+    "BBB_LRT_Linear",
+    "BBB_Linear",
+    "FlattenLayer",
+    "ModuleWrapper",
+]

@@ -1,0 +1,296 @@
+"""What all Bayesian layers share: parameters, priors, the KL, and the choice of the draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from .._noise import layer_rng
+
+DEFAULT_PRIORS: dict[str, Any] = {
+    "prior_mu": 0.0,
+    "prior_sigma": 0.1,
+    "posterior_mu_initial": (0.0, 0.1),
+    "posterior_rho_initial": (-3.0, 0.1),
+}
+
+
+def _finite(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"priors[{key!r}] must be a finite number, got {value!r}")
+    return float(value)
+
+
+def resolve_priors(priors: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Fills in the defaults and checks every value.
+
+    ``prior_mu`` and ``prior_sigma`` (> 0) describe p = N(prior_mu, prior_sigma^2);
+    ``posterior_mu_initial`` and ``posterior_rho_initial`` are (mean, std >= 0) of the normal
+    distributions that mu and rho are initialised from. Raises ValueError (a wrong value, or an unknown
+    key: the message lists the known ones) or TypeError (not a mapping).
+    """
+    if priors is not None and not isinstance(priors, Mapping):
+        raise TypeError(f"priors must be a dict or None, got {type(priors).__name__}")
+    unknown = [key for key in priors or {} if key not in DEFAULT_PRIORS]
+    if unknown:
+        raise ValueError(f"unknown prior keys {unknown}; known: {', '.join(DEFAULT_PRIORS)}")
+    resolved = {**DEFAULT_PRIORS, **(priors or {})}
+    for key in ("prior_mu", "prior_sigma"):
+        resolved[key] = _finite(key, resolved[key])
+    if resolved["prior_sigma"] <= 0:
+        raise ValueError(f"priors['prior_sigma'] must be > 0, got {resolved['prior_sigma']!r}")
+    for key in ("posterior_mu_initial", "posterior_rho_initial"):
+        pair = resolved[key]
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"priors[{key!r}] must be a pair (mean, std), got {pair!r}")
+        mean, std = (_finite(key, v) for v in pair)
+        if std < 0:
+            raise ValueError(f"priors[{key!r}] must have std >= 0, got {std!r}")
+        resolved[key] = (mean, std)
+    return resolved
+
+
+class BayesianLayer(nn.Module):
+    """A layer whose weights have the posterior q(w) = N(mu, softplus(rho)^2), elementwise.
+
+    Parameters: ``W_mu``, ``W_rho`` (shaped as torch.nn shapes the weight), ``bias_mu``, ``bias_rho``
+    (None without bias). A subclass says what the layer computes with given weights (``_apply_weights``)
+    and its estimator says how a noisy forward is formed (``_sample_forward``).
+    """
+
+    estimator: str
+    bias_mu: nn.Parameter | None
+    bias_rho: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight_shape: Sequence[int],
+        bias_features: int | None,
+        priors: Mapping[str, Any] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        resolved = resolve_priors(priors)
+        self.prior_mu: float = resolved["prior_mu"]
+        self.prior_sigma: float = resolved["prior_sigma"]
+        self.posterior_mu_initial: tuple[float, float] = resolved["posterior_mu_initial"]
+        self.posterior_rho_initial: tuple[float, float] = resolved["posterior_rho_initial"]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.W_mu = parameter(*weight_shape)
+        self.W_rho = parameter(*weight_shape)
+        if bias_features is None:
+            self.register_parameter("bias_mu", None)
+            self.register_parameter("bias_rho", None)
+        else:
+            self.bias_mu = parameter(bias_features)
+            self.bias_rho = parameter(bias_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws mu and rho anew from ``posterior_mu_initial`` and ``posterior_rho_initial``."""
+        with torch.no_grad():
+            for mu, rho in self.posterior():
+                mu.normal_(*self.posterior_mu_initial)
+                rho.normal_(*self.posterior_rho_initial)
+
+    def posterior(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """The layer's (mu, rho) pairs: of the weight and, if there is one, of the bias."""
+        pairs = [(self.W_mu, self.W_rho)]
+        if self.bias_mu is not None and self.bias_rho is not None:
+            pairs.append((self.bias_mu, self.bias_rho))
+        return pairs
+
+    def kl_loss(self) -> Tensor:
+        """KL(q || p), summed over the layer's weights and biases: a differentiable scalar."""
+        mu, rho = zip(*self.posterior(), strict=True)
+        return functional.kl_divergence(mu, rho, self.prior_mu, self.prior_sigma)
+
+    def set_flag(self, name: str, value: Any) -> None:
+        """Sets an attribute, as ``ModuleWrapper.set_flag`` does for a whole model."""
+        setattr(self, name, value)
+
+    def _apply_weights(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _sample_forward(self, input: Tensor, rng: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _sample_weight_space(self, input: Tensor, rng: Tensor) -> Tensor:
+        mu, rho = zip(*self.posterior(), strict=True)
+        weights, _ = functional.sample_weights(mu, rho, rng)
+        return self._apply_weights(input, weights[0], weights[1] if len(weights) > 1 else None)
+
+    def forward(self, input: Tensor, sample: bool = True) -> Tensor:
+        """The layer's output for one draw of the noise, in train and in eval mode alike.
+
+        ``sample=False`` uses the posterior means instead and draws nothing.
+        """
+        if not sample:
+            return self._apply_weights(input, self.W_mu, self.bias_mu)
+        rng, pinned = layer_rng(self, input.device)
+        if pinned:
+            return self._sample_weight_space(input, rng)
+        return self._sample_forward(input, rng)
+
+
+class WeightSpace(BayesianLayer):
+    """Bayes by Backprop: one weight draw a forward (Blundell et al., ICML 2015)."""
+
+    estimator = "bbb"
+
+    def _sample_forward(self, input: Tensor, rng: Tensor) -> Tensor:
+        return self._sample_weight_space(input, rng)
+
+
+class LocalReparameterization(BayesianLayer):
+    """One draw an output element (Kingma, Salimans and Welling, NeurIPS 2015)."""
+
+    estimator = "lrt"
+
+
+class LinearBase(BayesianLayer):
+    """Shape and arithmetic of ``torch.nn.Linear``: input [..., in_features]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        priors: Mapping[str, Any] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{type(self).__name__}: {name} must be an int >= 0, got {value!r}")
+        super().__init__(
+            (out_features, in_features), out_features if bias else None, priors, device, dtype
+        )
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def _apply_weights(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias_mu is not None}"
+
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+LRT_CONV = {1: functional.lrt_conv1d, 2: functional.lrt_conv2d, 3: functional.lrt_conv3d}
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class ConvBase(BayesianLayer):
+    """Shape and arithmetic of ``torch.nn.ConvNd``; a subclass sets ``spatial``."""
+
+    spatial: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        bias: bool = True,
+        priors: Mapping[str, Any] | None = None,
+        *,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if groups < 1:
+            raise ValueError(f"{name}: groups must be >= 1, got {groups}")
+        for label, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels < 1 or channels % groups:
+                raise ValueError(
+                    f"{name}: {label} must be positive and divisible by groups = {groups}, got {channels}"
+                )
+        if padding_mode not in _PADDING_MODES:
+            raise ValueError(
+                f"{name}: padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}"
+            )
+        kernel = self._numbers("kernel_size", kernel_size, 1)
+        super().__init__(
+            (out_channels, in_channels // groups, *kernel),
+            out_channels if bias else None,
+            priors,
+            device,
+            dtype,
+        )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel
+        self.stride = self._numbers("stride", stride, 1)
+        self.dilation = self._numbers("dilation", dilation, 1)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.padding: tuple[int, ...] | str
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise ValueError(f"{name}: padding must be numbers, 'same' or 'valid', got {padding!r}")
+            if padding == "same" and any(s != 1 for s in self.stride):
+                raise ValueError(f"{name}: padding='same' needs stride 1, got {self.stride}")
+            self.padding = padding
+        else:
+            self.padding = self._numbers("padding", padding, 0)
+        # What F.pad takes: last dimension first, before and after; "same" puts the odd one behind.
+        self._input_padding: list[int] = []
+        for d in reversed(range(self.spatial)):
+            if self.padding == "same":
+                total = self.dilation[d] * (kernel[d] - 1)
+                self._input_padding += [total // 2, total - total // 2]
+            else:
+                size = 0 if isinstance(self.padding, str) else self.padding[d]
+                self._input_padding += [size, size]
+
+    def _numbers(self, label: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
+        numbers = (value,) * self.spatial if isinstance(value, int) else tuple(value)
+        if len(numbers) != self.spatial or any(
+            not isinstance(n, int) or isinstance(n, bool) or n < least for n in numbers
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: {label} must be an int >= {least} or {self.spatial} of them, "
+                f"got {value!r}"
+            )
+        return numbers
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
+        """Applies a padding mode the convolution itself does not know."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return F.pad(input, self._input_padding, mode=self.padding_mode), (0,) * self.spatial
+
+    def _apply_weights(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        input, padding = self._pad(input)
+        return _CONV[self.spatial](
+            input, weight, bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding!r}"
+        )
+        if any(d != 1 for d in self.dilation):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode!r}"
+        return text + f", bias={self.bias_mu is not None}"

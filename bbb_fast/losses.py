@@ -1,0 +1,114 @@
+"""The evidence lower bound: the KL of a model, the loss, and the schedules of the KL's weight."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ELBO", "get_beta", "kl_loss", "kl_weight"]
+
+SCHEDULES = ("Blundell", "Soenderby", "Standard")
+
+
+def kl_loss(model: nn.Module) -> Tensor:
+    """KL(q || p) of a model, summed over every Bayesian layer in it, each counted once.
+
+    One call for all layers. Modules of other kinds that have a ``kl_loss()`` of their own are added.
+    A model without any gives 0.
+    """
+    from . import functional
+    from .layers.base import BayesianLayer
+
+    mus: list[Tensor] = []
+    rhos: list[Tensor] = []
+    prior_mus: list[float] = []
+    prior_sigmas: list[float] = []
+    others: list[Tensor] = []
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list, list, list, list]] = {}
+    for module in model.modules():
+        if isinstance(module, BayesianLayer):
+            for mu, rho in module.posterior():
+                mus, rhos, prior_mus, prior_sigmas = groups.setdefault(
+                    (mu.device, mu.dtype), ([], [], [], [])
+                )
+                mus.append(mu)
+                rhos.append(rho)
+                prior_mus.append(module.prior_mu)
+                prior_sigmas.append(module.prior_sigma)
+        elif module is not model and not _is_container(module) and hasattr(module, "kl_loss"):
+            others.append(module.kl_loss())
+    parts = [functional.kl_divergence(*group) for group in groups.values()] + others
+    if not parts:
+        first = next(model.parameters(), None)
+        return torch.zeros((), device=None if first is None else first.device)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+def _is_container(module: nn.Module) -> bool:
+    from .layers.misc import ModuleWrapper
+
+    return isinstance(module, ModuleWrapper)
+
+
+class ELBO(nn.Module):
+    """The negative evidence lower bound of a data set of ``train_size`` examples.
+
+    ``forward(input, target, kl, beta)`` = train_size * mean NLL + beta * kl, with ``input`` the
+    log-probabilities [N, C] and ``target`` int64 [N]. ``beta=1`` is the bound itself (Blundell et al.
+    2015, eq. 1, on a minibatch); less makes the posterior colder.
+    """
+
+    def __init__(self, train_size: int) -> None:
+        super().__init__()
+        if isinstance(train_size, bool) or not isinstance(train_size, int) or train_size < 1:
+            raise ValueError(f"ELBO: train_size must be an int >= 1, got {train_size!r}")
+        self.train_size = train_size
+
+    def forward(
+        self, input: Tensor, target: Tensor, kl: Tensor | float, beta: float | Tensor
+    ) -> Tensor:
+        return F.nll_loss(input, target, reduction="mean") * self.train_size + beta * kl
+
+
+def get_beta(
+    batch_idx: int,
+    m: int,
+    beta_type: float | str,
+    epoch: int | None = None,
+    num_epochs: int | None = None,
+) -> float:
+    """The KL weight of minibatch ``batch_idx`` of ``m``, as the literature writes it.
+
+    A float is returned as it is. ``"Blundell"``: 2^(m - i) / (2^m - 1) for i = batch_idx + 1 (Blundell et
+    al. 2015, section 3.4); ``"Standard"``: 1 / m (Graves 2011). These two share out *one* KL over an
+    epoch's minibatches. ``"Soenderby"``: a warm-up, min(epoch / (num_epochs // 4), 1) (Soenderby et al.
+    2016). Raises ValueError for anything else.
+    """
+    if isinstance(beta_type, (int, float)) and not isinstance(beta_type, bool):
+        return float(beta_type)
+    if beta_type == "Blundell":
+        # 2^(m - i) / (2^m - 1) without forming 2^m.
+        return 2.0 ** -(batch_idx + 1) / (1.0 - 2.0**-m)
+    if beta_type == "Standard":
+        return 1.0 / m
+    if beta_type == "Soenderby":
+        if epoch is None or num_epochs is None:
+            raise ValueError("beta 'Soenderby' needs epoch and num_epochs")
+        return min(epoch / max(num_epochs // 4, 1), 1.0)
+    raise ValueError(
+        f"unknown beta {beta_type!r}; allowed: a number, {', '.join(map(repr, SCHEDULES))}"
+    )
+
+
+def kl_weight(batch_idx: int, m: int, beta_type: float | str, epoch: int, num_epochs: int) -> float:
+    """The weight of KL / train_size beside the mean NLL of one minibatch: 1 is the exact bound.
+
+    Blundell's and the standard schedule share one KL over the m minibatches of an epoch, while the mean
+    NLL of a minibatch stands for the whole data set; so theirs is m times :func:`get_beta`.
+    """
+    beta = get_beta(batch_idx, m, beta_type, epoch, num_epochs)
+    return beta * m if beta_type in ("Blundell", "Standard") else beta

@@ -1,0 +1,95 @@
+"""What the six models share: one description of each architecture, built Bayesian or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers import BBB, BBB_LRT
+from ..layers.misc import ModuleWrapper
+
+LAYER_TYPES = {"bbb": BBB, "lrt": BBB_LRT}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"softplus": nn.Softplus, "relu": nn.ReLU}
+
+
+def choose(kind: str, value: str, allowed: Mapping[str, Any]) -> Any:
+    """Looks a named option up, or says which names there are."""
+    try:
+        return allowed[value]
+    except (KeyError, TypeError):
+        raise ValueError(f"unknown {kind} {value!r}; allowed: {', '.join(allowed)}") from None
+
+
+class Architecture:
+    """A model's layers, written once in ``_build`` for both families."""
+
+    def _build(
+        self,
+        outputs: int,
+        inputs: int,
+        conv: Callable[..., nn.Module],
+        linear: Callable[..., nn.Module],
+        act: Callable[[], nn.Module],
+    ) -> None:
+        raise NotImplementedError
+
+
+class BayesianModel(ModuleWrapper, Architecture):
+    """A model of Bayesian layers; returns ``(output, kl)``.
+
+    Args: ``outputs`` classes; ``inputs`` channels of a 32 x 32 image; ``priors`` as the layers take them
+    (None: defaults); ``layer_type`` "lrt" or "bbb"; ``activation_type`` "softplus" or "relu".
+    """
+
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        priors: Mapping[str, Any] | None = None,
+        layer_type: str = "lrt",
+        activation_type: str = "softplus",
+    ) -> None:
+        super().__init__()
+        layers = choose("layer_type", layer_type, LAYER_TYPES)
+        act = choose("activation_type", activation_type, ACTIVATIONS)
+        self.num_classes = outputs
+        self.layer_type = layer_type
+        self.activation_type = activation_type
+        self.priors = priors
+
+        def conv(*args: Any, **options: Any) -> nn.Module:
+            return layers.BBBConv2d(*args, priors=priors, **options)
+
+        def linear(*args: Any) -> nn.Module:
+            return layers.BBBLinear(*args, priors=priors)
+
+        self._build(outputs, inputs, conv, linear, act)
+
+
+class PointModel(nn.Module, Architecture):
+    """The frequentist twin: torch.nn layers under the same names; returns the output alone."""
+
+    def __init__(self, outputs: int, inputs: int = 3, activation_type: str = "softplus") -> None:
+        super().__init__()
+        act = choose("activation_type", activation_type, ACTIVATIONS)
+        self.num_classes = outputs
+        self.activation_type = activation_type
+        self._build(outputs, inputs, nn.Conv2d, nn.Linear, act)
+        self.register_load_state_dict_pre_hook(_means_from_bayesian)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self._modules.values():
+            x = module(x)
+        return x
+
+
+def _means_from_bayesian(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets a point model load a Bayesian state_dict: it takes the posterior means."""
+    for name in list(module.state_dict()):
+        owner, _, kind = (prefix + name).rpartition(".")
+        mu, rho = {"weight": ("W_mu", "W_rho"), "bias": ("bias_mu", "bias_rho")}[kind]
+        if f"{owner}.{mu}" in state:
+            state[f"{owner}.{kind}"] = state.pop(f"{owner}.{mu}")
+            state.pop(f"{owner}.{rho}", None)
