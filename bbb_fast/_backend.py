@@ -59,7 +59,11 @@ _device_types: frozenset[str] = (
     frozenset() if _C is None else frozenset(_C.build_info()["devices"].split(","))
 )
 
-if _C is None:
+if _C is not None:
+    from . import _ops
+
+    _ops.register()
+else:
     # pip hides what a build prints, so the notice is given here: once a process, at import.
     warnings.warn(
         f"bbb_fast runs on its reference path (correct, slower): {_why_not}",

@@ -1,0 +1,214 @@
+"""Fake kernels (shapes without numbers, for torch.compile) and vmap rules of the native ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .reference import accumulate_dtype, conv_memory_format, variance_dtype_for
+
+OptionalTensor = Tensor | None
+
+
+def _normal(size: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
+    return rng.new_empty(size, dtype=dtype)
+
+
+def _contiguous_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _sample_weights(
+    mu: list[Tensor],
+    rho: list[Tensor],
+    rng: Tensor,
+    prior_mu: float,
+    prior_sigma: float,
+    with_kl: bool,
+    dtype: torch.dtype | None,
+) -> tuple[list[Tensor], Tensor]:
+    weights = [_contiguous_like(m, dtype) for m in mu]
+    return weights, mu[0].new_empty((), dtype=accumulate_dtype(*mu))
+
+
+def _sample_weights_backward(
+    grad_w: list[OptionalTensor],
+    grad_kl: OptionalTensor,
+    mu: list[Tensor],
+    rho: list[Tensor],
+    rng: Tensor,
+    prior_mu: float,
+    prior_sigma: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [_contiguous_like(m) for m in mu], [_contiguous_like(m) for m in mu]
+
+
+def _kl_divergence(
+    mu: list[Tensor], rho: list[Tensor], prior_mu: list[float], prior_sigma: list[float]
+) -> Tensor:
+    return mu[0].new_empty((), dtype=accumulate_dtype(*mu))
+
+
+def _kl_divergence_backward(
+    grad: Tensor, mu: list[Tensor], rho: list[Tensor], prior_mu: list[float], prior_sigma: list[float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [_contiguous_like(m) for m in mu], [_contiguous_like(m) for m in mu]
+
+
+def _variance(rho: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(rho, dtype=dtype)
+
+
+def _variance_backward(grad: Tensor, rho: Tensor) -> Tensor:
+    return _contiguous_like(rho)
+
+
+def _lrt_sample(m: Tensor, v: Tensor, rng: Tensor) -> Tensor:
+    return m
+
+
+def _lrt_sample_backward(grad: Tensor, v: Tensor, rng: Tensor) -> Tensor:
+    return torch.empty_like(v)
+
+
+def _lrt_linear(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: OptionalTensor,
+    bias_rho: OptionalTensor,
+    rng: Tensor,
+    variance_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    shape = (*input.shape[:-1], W_mu.shape[0])
+    return input.new_empty(shape), input.new_empty(
+        shape, dtype=variance_dtype_for(input, variance_dtype)
+    )
+
+
+def _gradients(
+    output_mask: Sequence[bool],
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    features: int,
+    has_bias: bool,
+) -> list[Tensor]:
+    bias = W_mu.new_empty((features,)) if has_bias else None
+    like = (input, W_mu, W_rho, bias, bias)
+    return [
+        _contiguous_like(t) for t, wanted in zip(like, output_mask, strict=True) if wanted and t is not None
+    ]
+
+
+def _lrt_linear_backward(
+    grad: Tensor,
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_rho: OptionalTensor,
+    v: Tensor,
+    rng: Tensor,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    return _gradients(output_mask, input, W_mu, W_rho, W_mu.shape[0], bias_rho is not None)
+
+
+def _lrt_conv(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: OptionalTensor,
+    bias_rho: OptionalTensor,
+    rng: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    variance_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    shape = torch.ops.aten.convolution.default(
+        input, W_mu.to(input.dtype), None, stride, padding, dilation, transposed, output_padding, groups
+    ).shape
+    options = {"device": input.device, "memory_format": conv_memory_format(input, W_mu)}
+    return (
+        torch.empty(shape, dtype=input.dtype, **options),
+        torch.empty(shape, dtype=variance_dtype_for(input, variance_dtype), **options),
+    )
+
+
+def _lrt_conv_backward(
+    grad: Tensor,
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_rho: OptionalTensor,
+    v: Tensor,
+    rng: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    return _gradients(output_mask, input, W_mu, W_rho, grad.shape[1], bias_rho is not None)
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "normal": _normal,
+    "sample_weights": _sample_weights,
+    "sample_weights_backward": _sample_weights_backward,
+    "kl_divergence": _kl_divergence,
+    "kl_divergence_backward": _kl_divergence_backward,
+    "variance": _variance,
+    "variance_backward": _variance_backward,
+    "lrt_sample_": _lrt_sample,
+    "lrt_sample_backward": _lrt_sample_backward,
+    "lrt_linear": _lrt_linear,
+    "lrt_linear_backward": _lrt_linear_backward,
+    "lrt_conv": _lrt_conv,
+    "lrt_conv_backward": _lrt_conv_backward,
+}
+# The ops users reach; vmap runs their autograd inside each call.
+_VMAPPED = ("normal", "sample_weights", "kl_divergence", "lrt_linear", "lrt_conv")
+
+
+def _vmap_rule(name: str) -> Callable[..., Any]:
+    """vmap by a loop over the mapped dimension: each slice may have an ``rng`` of its own."""
+    op = getattr(torch.ops.bbb_fast, name)
+
+    def pick(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [pick(v, d, i) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None or not isinstance(value, Tensor) else value.select(dim, i)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        slices = [
+            op(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
+        ]
+
+        def stack(*parts: Any) -> Any:
+            if isinstance(parts[0], Tensor):
+                return torch.stack(parts)
+            return type(parts[0])(stack(*p) for p in zip(*parts, strict=True))
+
+        stacked = stack(*slices)
+        return stacked, tree_map(lambda _: 0, stacked)
+
+    return rule
+
+
+def register() -> None:
+    """Called once, when the extension is loaded."""
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"bbb_fast::{name}", fake)
+    for name in _VMAPPED:
+        torch.library.register_vmap(f"bbb_fast::{name}", _vmap_rule(name))

@@ -1,0 +1,101 @@
+// Argument checks of the native ops, for the caller: what was wrong, which value, what is allowed.
+// bbb_fast/_checks.py says the same for the reference path, in the same words.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+
+namespace bbb_fast {
+
+inline bool is_supported_dtype(at::ScalarType t) {
+  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+}
+
+// torch.float32 and so on, as Python prints it.
+inline std::string dtype_name(at::ScalarType t) {
+  return "torch." + std::string(c10::getDtypeNames(t).first);
+}
+
+inline void check_floating(const char* op, const std::string& name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(
+      is_supported_dtype(t.scalar_type()), op, ": ", name,
+      " must be float32, float64, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+}
+
+inline void check_dtype_option(const char* op, const char* name, std::optional<at::ScalarType> dtype) {
+  TORCH_CHECK_TYPE(
+      !dtype || is_supported_dtype(*dtype), op, ": ", name,
+      " must be float32, float64, bfloat16 or float16, got ", dtype ? dtype_name(*dtype) : "");
+}
+
+inline void check_device(const char* op, const std::string& name, const at::Tensor& t, at::Device device) {
+  TORCH_CHECK_VALUE(t.device() == device, op, ": ", name, " is on ", t.device(), ", expected ", device);
+}
+
+inline void check_rng(const char* op, const at::Tensor& rng, at::Device device) {
+  TORCH_CHECK_TYPE(
+      rng.scalar_type() == at::kLong, op, ": rng must be int64 (seed, stream), got ",
+      dtype_name(rng.scalar_type()));
+  TORCH_CHECK_VALUE(
+      rng.dim() == 1 && rng.size(0) == 2, op, ": rng must have shape [2] (seed, stream), got ",
+      rng.sizes());
+  check_device(op, "rng", rng, device);
+}
+
+inline void check_posterior(
+    const char* op, const std::string& name, const at::Tensor& mu, const at::Tensor& rho, at::Device device) {
+  check_floating(op, name + "mu", mu);
+  TORCH_CHECK_TYPE(
+      mu.scalar_type() == rho.scalar_type(), op, ": ", name, "mu and ", name,
+      "rho must have one dtype, got ", dtype_name(mu.scalar_type()), " and ", dtype_name(rho.scalar_type()));
+  TORCH_CHECK_VALUE(
+      mu.sizes() == rho.sizes(), op, ": ", name, "mu and ", name, "rho must have one shape, got ",
+      mu.sizes(), " and ", rho.sizes());
+  check_device(op, name + "mu", mu, device);
+  check_device(op, name + "rho", rho, device);
+}
+
+inline void check_posteriors(const char* op, at::TensorList mu, at::TensorList rho) {
+  TORCH_CHECK_VALUE(
+      mu.size() == rho.size(), op, ": got ", mu.size(), " mu tensors and ", rho.size(), " rho tensors");
+  TORCH_CHECK_VALUE(!mu.empty(), op, ": the list of tensors is empty");
+  for (size_t i = 0; i < mu.size(); ++i) {
+    check_posterior(op, "", mu[i], rho[i], mu[0].device());
+    TORCH_CHECK_TYPE(
+        mu[i].scalar_type() == mu[0].scalar_type(), op, ": all tensors must have one dtype, got ",
+        dtype_name(mu[0].scalar_type()), " and ", dtype_name(mu[i].scalar_type()));
+  }
+}
+
+inline void check_prior(const char* op, double prior_mu, double prior_sigma) {
+  TORCH_CHECK_VALUE(std::isfinite(prior_mu), op, ": prior_mu must be finite, got ", prior_mu);
+  TORCH_CHECK_VALUE(
+      std::isfinite(prior_sigma) && prior_sigma > 0, op,
+      ": prior_sigma must be finite and > 0, got ", prior_sigma);
+}
+
+inline void check_priors(
+    const char* op, size_t count, at::ArrayRef<double> prior_mu, at::ArrayRef<double> prior_sigma) {
+  TORCH_CHECK_VALUE(
+      prior_mu.size() == count && prior_sigma.size() == count, op, ": ", count, " tensors need ", count,
+      " priors, got ", prior_mu.size(), " prior_mu and ", prior_sigma.size(), " prior_sigma");
+  for (size_t i = 0; i < count; ++i) check_prior(op, prior_mu[i], prior_sigma[i]);
+}
+
+// What lrt_linear and lrt_conv have in common.
+void check_lrt(
+    const char* op,
+    const at::Tensor& input,
+    const at::Tensor& W_mu,
+    const at::Tensor& W_rho,
+    const std::optional<at::Tensor>& bias_mu,
+    const std::optional<at::Tensor>& bias_rho,
+    const at::Tensor& rng,
+    int64_t out_features,
+    std::optional<at::ScalarType> variance_dtype);
+
+}  // namespace bbb_fast

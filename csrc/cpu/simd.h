@@ -1,0 +1,132 @@
+// Vectors of BBB_WIDTH floats and the lane operations that gaussian.h and philox.h are written in.
+// Text without include guard: foreach_isa.h includes it once per instruction set, inside its namespace.
+
+constexpr int kWidth = BBB_WIDTH;
+// One call of the generator fills four vectors; kernels work in such tiles, padding the last one, so that
+// every element is computed by the same instructions wherever threads split the range.
+constexpr int kTile = 4 * kWidth;
+
+typedef float vfloat __attribute__((vector_size(4 * BBB_WIDTH)));
+typedef int32_t vint __attribute__((vector_size(4 * BBB_WIDTH)));
+typedef uint32_t vuint __attribute__((vector_size(4 * BBB_WIDTH)));
+typedef uint64_t vword __attribute__((vector_size(4 * BBB_WIDTH)));
+typedef double vdouble __attribute__((vector_size(8 * BBB_WIDTH)));
+typedef float vfloat_unaligned __attribute__((vector_size(4 * BBB_WIDTH), aligned(4), may_alias));
+
+template <class F>
+struct Lanes;
+template <>
+struct Lanes<vfloat> {
+  using Int = vint;
+  using Uint = vuint;
+};
+
+BBB_INLINE vint as_int(vfloat x) { return (vint)x; }
+BBB_INLINE vfloat as_float(vint x) { return (vfloat)x; }
+BBB_INLINE vint as_signed(vuint x) { return (vint)x; }
+BBB_INLINE vfloat to_float(vint x) { return __builtin_convertvector(x, vfloat); }
+BBB_INLINE vfloat to_float(vuint x) { return __builtin_convertvector(x, vfloat); }
+BBB_INLINE vfloat select(vint mask, vfloat a, vfloat b) { return mask ? a : b; }
+
+BBB_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
+BBB_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_unaligned*>(p) = x; }
+
+BBB_INLINE vfloat square_root(vfloat x) {
+#if BBB_WIDTH == 16
+  return (vfloat)_mm512_sqrt_ps((__m512)x);
+#elif BBB_WIDTH == 8
+  return (vfloat)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (vfloat)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kWidth; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// The 64-bit product of each lane's low half with m.
+BBB_INLINE vword mul32(vword a, uint32_t m) {
+#if BBB_WIDTH == 16
+  return (vword)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
+#elif BBB_WIDTH == 8
+  return (vword)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#elif defined(__SSE2__)
+  return (vword)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
+#else
+  return (a & 0xFFFFFFFFu) * static_cast<uint64_t>(m);
+#endif
+}
+
+#include "../gaussian.h"
+#include "../philox.h"
+
+// Shuffles within each group of four lanes, the four lanes of a and of b numbered 0-3 and 4-7.
+#define BBB_GROUP(g, i) ((i) < 4 ? 4 * (g) + (i) : kWidth + 4 * (g) + (i) - 4)
+#define BBB_LANES(g, i, j, k, l) BBB_GROUP(g, i), BBB_GROUP(g, j), BBB_GROUP(g, k), BBB_GROUP(g, l)
+#if BBB_WIDTH == 16
+#define BBB_MASK(...) \
+  { BBB_LANES(0, __VA_ARGS__), BBB_LANES(1, __VA_ARGS__), BBB_LANES(2, __VA_ARGS__), BBB_LANES(3, __VA_ARGS__) }
+#elif BBB_WIDTH == 8
+#define BBB_MASK(...) \
+  { BBB_LANES(0, __VA_ARGS__), BBB_LANES(1, __VA_ARGS__) }
+#else
+#define BBB_MASK(...) \
+  { BBB_LANES(0, __VA_ARGS__) }
+#endif
+#if defined(__clang__)
+#define BBB_SHUFFLE(a, b, ...)                                                            \
+  [](vfloat x, vfloat y) {                                                                \
+    constexpr int lanes[kWidth] = BBB_MASK(__VA_ARGS__);                                  \
+    vfloat r;                                                                             \
+    for (int i = 0; i < kWidth; ++i) r[i] = lanes[i] < kWidth ? x[lanes[i]] : y[lanes[i] - kWidth]; \
+    return r;                                                                             \
+  }(a, b)
+#else
+#define BBB_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint)BBB_MASK(__VA_ARGS__))
+#endif
+
+// The noise of one tile: elements 4 * block ... 4 * block + kTile - 1 of the stream, in order.
+struct Noise {
+  PhiloxKey key;
+  uint64_t stream;
+
+  explicit Noise(uint64_t seed, uint64_t stream_) : key(philox_key(seed)), stream(stream_) {}
+
+  BBB_INLINE void tile(uint64_t block, vfloat z[4]) const {
+    // 32-bit lane 4 g + i works on block (kWidth / 4) i + g: then a 4 x 4 transpose within each group of
+    // lanes puts the outputs in order. Even lanes are computed in one set of words, odd ones in another.
+    vword even, odd;
+    for (int l = 0; l < kWidth / 2; ++l) {
+      even[l] = (kWidth / 4) * (2 * (l % 2)) + l / 2;
+      odd[l] = (kWidth / 4) * (2 * (l % 2) + 1) + l / 2;
+    }
+    even += block;
+    odd += block;
+    vuint x[4];
+    words(even, odd, x);
+    vfloat n[4];
+    box_muller(x[0], x[1], n[0], n[1]);
+    box_muller(x[2], x[3], n[2], n[3]);
+    const vfloat a = BBB_SHUFFLE(n[0], n[1], 0, 4, 1, 5);
+    const vfloat b = BBB_SHUFFLE(n[2], n[3], 0, 4, 1, 5);
+    const vfloat c = BBB_SHUFFLE(n[0], n[1], 2, 6, 3, 7);
+    const vfloat d = BBB_SHUFFLE(n[2], n[3], 2, 6, 3, 7);
+    z[0] = BBB_SHUFFLE(a, b, 0, 1, 4, 5);
+    z[1] = BBB_SHUFFLE(a, b, 2, 3, 6, 7);
+    z[2] = BBB_SHUFFLE(c, d, 0, 1, 4, 5);
+    z[3] = BBB_SHUFFLE(c, d, 2, 3, 6, 7);
+  }
+
+ private:
+  BBB_INLINE void words(vword even, vword odd, vuint x[4]) const {
+    vword a[4] = {even, even >> 32, vword{} + stream, vword{} + (stream >> 32)};
+    vword b[4] = {odd, odd >> 32, vword{} + stream, vword{} + (stream >> 32)};
+    philox4x32(a[0], a[1], a[2], a[3], key);
+    philox4x32(b[0], b[1], b[2], b[3], key);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    for (int j = 0; j < 4; ++j) x[j] = (vuint)((a[j] << 32) | (b[j] & 0xFFFFFFFFu));
+#else
+    for (int j = 0; j < 4; ++j) x[j] = (vuint)((a[j] & 0xFFFFFFFFu) | (b[j] << 32));
+#endif
+  }
+};

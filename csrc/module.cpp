@@ -1,0 +1,31 @@
+// The Python module bbb_fast._C: importing it registers the ops; it says how it was built.
+#include <torch/version.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "cpu/isa.h"
+
+#ifndef BBB_FAST_DEVICES
+#define BBB_FAST_DEVICES "cpu"
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.def(
+      "build_info",
+      [] {
+        return std::map<std::string, std::string>{
+            {"devices", BBB_FAST_DEVICES},
+            {"torch", TORCH_VERSION},
+            {"compiler", __VERSION__},
+            {"instruction_set", bbb_fast::isa_name(bbb_fast::current_isa())},
+            {"instruction_sets", BBB_X86_DISPATCH ? "base avx2 avx512" : "base"},
+        };
+      },
+      "How the extension was built, and the instruction set in use.");
+  m.def(
+      "set_isa", &bbb_fast::set_isa, pybind11::arg("name"),
+      "Forces an instruction set: base, avx2, avx512, or auto for the best. For tests and benchmarks.");
+}
