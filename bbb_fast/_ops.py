@@ -67,8 +67,8 @@ def _variance_backward(grad: Tensor, rho: Tensor) -> Tensor:
     return _contiguous_like(rho)
 
 
-def _lrt_sample(m: Tensor, v: Tensor, rng: Tensor) -> Tensor:
-    return m
+def _lrt_sample(m: Tensor, v: Tensor, rng: Tensor) -> None:
+    return None
 
 
 def _lrt_sample_backward(grad: Tensor, v: Tensor, rng: Tensor) -> Tensor:

@@ -136,7 +136,8 @@ def sample_weights(
     for k, (m, r) in enumerate(zip(mu, rho, strict=True)):
         acc = accumulate_dtype(m, r)
         eps = normal(m.shape, rng + k * step, dtype=acc)
-        weights.append((m.to(acc) + softplus(r.to(acc)) * eps).to(dtype or m.dtype))
+        weight = m.to(acc) + softplus(r.to(acc)) * eps
+        weights.append(weight.to(dtype or m.dtype).contiguous())
     if with_kl:
         kl = kl_divergence(mu, rho, [prior_mu] * len(mu), [prior_sigma] * len(mu))
     else:
@@ -160,26 +161,18 @@ def kl_divergence(
     return total.to(accumulate_dtype(*mu))
 
 
-class _LrtNoise(torch.autograd.Function):
+def _lrt_noise(v: Tensor, eps: Tensor) -> Tensor:
     """sqrt(v) * eps, with gradient 0 where v = 0 (there the derivative of the root is infinite)."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, v: Tensor, eps: Tensor) -> Tensor:
-        ctx.save_for_backward(v, eps)
-        return v.sqrt() * eps
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        v, eps = ctx.saved_tensors
-        return torch.where(v > 0, grad * eps * 0.5 / v.sqrt(), 0.0), None
+    positive = v > 0
+    # Not v.sqrt() under one where: the branch not taken would put 0 * inf into the gradient.
+    return torch.where(positive, torch.where(positive, v, 1.0).sqrt() * eps, 0.0)
 
 
 def lrt_sample(m: Tensor, v: Tensor, rng: Tensor, memory_format: torch.memory_format) -> Tensor:
     """m + sqrt(v) * eps in m's dtype; the noise index runs in the order of ``memory_format``."""
     acc = accumulate_dtype(m)
     eps = normal_like(m, rng, memory_format).to(acc)
-    return (m.to(acc) + _LrtNoise.apply(v.to(acc), eps)).to(m.dtype)
+    return (m.to(acc) + _lrt_noise(v.to(acc), eps)).to(m.dtype)
 
 
 def variance_dtype_for(input: Tensor, variance_dtype: torch.dtype | None) -> torch.dtype:

@@ -41,8 +41,7 @@ inline void check_rng(const char* op, const at::Tensor& rng, at::Device device) 
       rng.scalar_type() == at::kLong, op, ": rng must be int64 (seed, stream), got ",
       dtype_name(rng.scalar_type()));
   TORCH_CHECK_VALUE(
-      rng.dim() == 1 && rng.size(0) == 2, op, ": rng must have shape [2] (seed, stream), got ",
-      rng.sizes());
+      rng.dim() == 1 && rng.size(0) == 2, op, ": rng must have shape [2] (seed, stream), got ", rng.sizes());
   check_device(op, "rng", rng, device);
 }
 
@@ -50,11 +49,11 @@ inline void check_posterior(
     const char* op, const std::string& name, const at::Tensor& mu, const at::Tensor& rho, at::Device device) {
   check_floating(op, name + "mu", mu);
   TORCH_CHECK_TYPE(
-      mu.scalar_type() == rho.scalar_type(), op, ": ", name, "mu and ", name,
-      "rho must have one dtype, got ", dtype_name(mu.scalar_type()), " and ", dtype_name(rho.scalar_type()));
+      mu.scalar_type() == rho.scalar_type(), op, ": ", name, "mu and ", name, "rho must have one dtype, got ",
+      dtype_name(mu.scalar_type()), " and ", dtype_name(rho.scalar_type()));
   TORCH_CHECK_VALUE(
-      mu.sizes() == rho.sizes(), op, ": ", name, "mu and ", name, "rho must have one shape, got ",
-      mu.sizes(), " and ", rho.sizes());
+      mu.sizes() == rho.sizes(), op, ": ", name, "mu and ", name, "rho must have one shape, got ", mu.sizes(),
+      " and ", rho.sizes());
   check_device(op, name + "mu", mu, device);
   check_device(op, name + "rho", rho, device);
 }
@@ -74,8 +73,8 @@ inline void check_posteriors(const char* op, at::TensorList mu, at::TensorList r
 inline void check_prior(const char* op, double prior_mu, double prior_sigma) {
   TORCH_CHECK_VALUE(std::isfinite(prior_mu), op, ": prior_mu must be finite, got ", prior_mu);
   TORCH_CHECK_VALUE(
-      std::isfinite(prior_sigma) && prior_sigma > 0, op,
-      ": prior_sigma must be finite and > 0, got ", prior_sigma);
+      std::isfinite(prior_sigma) && prior_sigma > 0, op, ": prior_sigma must be finite and > 0, got ",
+      prior_sigma);
 }
 
 inline void check_priors(

@@ -47,7 +47,11 @@ BBB_INLINE void kl_derivative(
   g_rho = (s.value * inv2 * derivative - ratio) * grad;
 }
 
-BBB_INLINE double lrt_noise(double v, double eps) { return sqrt(v) * eps; }
-BBB_INLINE double lrt_noise_derivative(double v, double eps) { return v > 0 ? 0.5 * eps / sqrt(v) : 0.0; }
+BBB_INLINE double lrt_noise(double v, double eps) {
+  return sqrt(v) * eps;
+}
+BBB_INLINE double lrt_noise_derivative(double v, double eps) {
+  return v > 0 ? 0.5 * eps / sqrt(v) : 0.0;
+}
 
 }  // namespace bbb_fast::f64

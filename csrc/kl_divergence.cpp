@@ -20,8 +20,7 @@ class KlDivergence : public torch::autograd::Function<KlDivergence> {
     static const auto op =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("bbb_fast::kl_divergence", "")
-            .typed<at::Tensor(
-                at::TensorList, at::TensorList, at::ArrayRef<double>, at::ArrayRef<double>)>();
+            .typed<at::Tensor(at::TensorList, at::TensorList, at::ArrayRef<double>, at::ArrayRef<double>)>();
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list saved(mu.begin(), mu.end());
     saved.insert(saved.end(), rho.begin(), rho.end());
@@ -35,8 +34,8 @@ class KlDivergence : public torch::autograd::Function<KlDivergence> {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("bbb_fast::kl_divergence_backward", "")
                                .typed<std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
-                                   const at::Tensor&, at::TensorList, at::TensorList,
-                                   at::ArrayRef<double>, at::ArrayRef<double>)>();
+                                   const at::Tensor&, at::TensorList, at::TensorList, at::ArrayRef<double>,
+                                   at::ArrayRef<double>)>();
     const auto saved = ctx->get_saved_variables();
     const at::TensorList all(saved);
     const size_t count = saved.size() / 2;
@@ -59,7 +58,9 @@ at::Tensor kl_divergence_autograd(
   return KlDivergence::apply(mu, rho, prior_mu, prior_sigma);
 }
 
-TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) { m.impl("kl_divergence", &kl_divergence_autograd); }
+TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
+  m.impl("kl_divergence", &kl_divergence_autograd);
+}
 
 }  // namespace
 }  // namespace bbb_fast

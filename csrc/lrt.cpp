@@ -27,8 +27,7 @@ void check_lrt(
   TORCH_CHECK_TYPE(
       own == in || (own == at::kFloat && in != at::kDouble), op, ": parameters must be ", dtype_name(in),
       " like the input, or float32 under a narrower input, got ", dtype_name(own));
-  TORCH_CHECK_VALUE(
-      has(bias_mu) == has(bias_rho), op, ": give both bias_mu and bias_rho, or neither");
+  TORCH_CHECK_VALUE(has(bias_mu) == has(bias_rho), op, ": give both bias_mu and bias_rho, or neither");
   if (has(bias_mu)) {
     check_posterior(op, "bias_", *bias_mu, *bias_rho, input.device());
     TORCH_CHECK_TYPE(
@@ -53,8 +52,7 @@ void check_lrt_sample(
   TORCH_CHECK_VALUE(
       (m.strides() == v.strides() && m.is_non_overlapping_and_dense()) ||
           (m.is_contiguous() && v.is_contiguous()),
-      op, ": ", name, " and v must be dense with the same strides, got ", m.strides(), " and ",
-      v.strides());
+      op, ": ", name, " and v must be dense with the same strides, got ", m.strides(), " and ", v.strides());
   check_rng(op, rng, m.device());
 }
 
@@ -72,11 +70,11 @@ at::Tensor variance_backward(const at::Tensor& grad, const at::Tensor& rho) {
   return op.call(grad, rho);
 }
 
-at::Tensor& lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
+void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bbb_fast::lrt_sample_", "")
-                             .typed<at::Tensor&(at::Tensor&, const at::Tensor&, const at::Tensor&)>();
-  return op.call(m, v, rng);
+                             .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  op.call(m, v, rng);
 }
 
 at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& rng) {

@@ -16,7 +16,7 @@ void check_lrt_sample(
 
 at::Tensor variance(const at::Tensor& rho, at::ScalarType dtype);
 at::Tensor variance_backward(const at::Tensor& grad, const at::Tensor& rho);
-at::Tensor& lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng);
+void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng);
 at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& rng);
 
 // The type the variance product runs in: as asked, else the input's; float32 for float16, whose squares
@@ -26,6 +26,8 @@ at::ScalarType variance_dtype_for(const at::Tensor& input, std::optional<at::Sca
 // input^2 in dtype, squared before it is rounded.
 at::Tensor square(const at::Tensor& input, at::ScalarType dtype);
 
-inline bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+inline bool has(const OptionalTensor& t) {
+  return t.has_value() && t->defined();
+}
 
 }  // namespace bbb_fast

@@ -91,8 +91,7 @@ std::tuple<at::Tensor, at::Tensor> lrt_conv(
     std::optional<at::ScalarType> variance_dtype) {
   const Geometry geometry{stride, padding, dilation, transposed, output_padding, groups};
   check_geometry(input, W_mu, geometry);
-  const int64_t features =
-      transposed ? W_mu.size(1) * groups.expect_int() : W_mu.size(0);
+  const int64_t features = transposed ? W_mu.size(1) * groups.expect_int() : W_mu.size(0);
   check_lrt("lrt_conv", input, W_mu, W_rho, bias_mu, bias_rho, rng, features, variance_dtype);
 
   const auto dtype = input.scalar_type();
@@ -171,18 +170,17 @@ class LrtConv : public torch::autograd::Function<LrtConv> {
       c10::SymIntArrayRef output_padding,
       c10::SymInt groups,
       std::optional<at::ScalarType> variance_dtype) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("bbb_fast::lrt_conv", "")
-            .typed<std::tuple<at::Tensor, at::Tensor>(
-                const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                const OptionalTensor&, const at::Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef,
-                c10::SymIntArrayRef, bool, c10::SymIntArrayRef, c10::SymInt,
-                std::optional<at::ScalarType>)>();
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("bbb_fast::lrt_conv", "")
+                               .typed<std::tuple<at::Tensor, at::Tensor>(
+                                   const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                   const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
+                                   c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef, bool,
+                                   c10::SymIntArrayRef, c10::SymInt, std::optional<at::ScalarType>)>();
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, v] = op.call(
-        input, W_mu, W_rho, bias_mu, bias_rho, rng, stride, padding, dilation, transposed,
-        output_padding, groups, variance_dtype);
+        input, W_mu, W_rho, bias_mu, bias_rho, rng, stride, padding, dilation, transposed, output_padding,
+        groups, variance_dtype);
     ctx->saved_data["bias"] = has(bias_mu);
     ctx->saved_data["stride"] = stride.vec();
     ctx->saved_data["padding"] = padding.vec();
@@ -196,14 +194,13 @@ class LrtConv : public torch::autograd::Function<LrtConv> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("bbb_fast::lrt_conv_backward", "")
-            .typed<std::vector<at::Tensor>(
-                const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                const OptionalTensor&, const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef,
-                c10::SymIntArrayRef, c10::SymIntArrayRef, bool, c10::SymIntArrayRef, c10::SymInt,
-                c10::List<bool>)>();
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("bbb_fast::lrt_conv_backward", "")
+                               .typed<std::vector<at::Tensor>(
+                                   const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                   const OptionalTensor&, const at::Tensor&, const at::Tensor&,
+                                   c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef, bool,
+                                   c10::SymIntArrayRef, c10::SymInt, c10::List<bool>)>();
     const auto saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
     const bool bias = data["bias"].toBool();
@@ -214,9 +211,8 @@ class LrtConv : public torch::autograd::Function<LrtConv> {
     }
     const OptionalTensor bias_rho = bias ? OptionalTensor(saved[3]) : std::nullopt;
     auto computed = op.call(
-        grads[0], saved[0], saved[1], saved[2], bias_rho, saved[4], saved[5],
-        data["stride"].toSymIntVector(), data["padding"].toSymIntVector(),
-        data["dilation"].toSymIntVector(), data["transposed"].toBool(),
+        grads[0], saved[0], saved[1], saved[2], bias_rho, saved[4], saved[5], data["stride"].toSymIntVector(),
+        data["padding"].toSymIntVector(), data["dilation"].toSymIntVector(), data["transposed"].toBool(),
         data["output_padding"].toSymIntVector(), data["groups"].toSymInt(), mask);
     variable_list result(13);
     for (size_t i = 0, next = 0; i < 5; ++i) {
@@ -251,7 +247,9 @@ TORCH_LIBRARY_IMPL(bbb_fast, CompositeExplicitAutograd, m) {
   m.impl("lrt_conv_backward", &lrt_conv_backward);
 }
 
-TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) { m.impl("lrt_conv", &lrt_conv_autograd); }
+TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
+  m.impl("lrt_conv", &lrt_conv_autograd);
+}
 
 }  // namespace
 }  // namespace bbb_fast

@@ -29,8 +29,7 @@ std::tuple<at::Tensor, at::Tensor> lrt_linear(
       input.dim() >= 1 && input.size(-1) == W_mu.size(1),
       "lrt_linear: the last dimension of input must be in_features = ", W_mu.size(1), ", got input ",
       input.sizes());
-  check_lrt(
-      "lrt_linear", input, W_mu, W_rho, bias_mu, bias_rho, rng, W_mu.size(0), variance_dtype);
+  check_lrt("lrt_linear", input, W_mu, W_rho, bias_mu, bias_rho, rng, W_mu.size(0), variance_dtype);
 
   const auto dtype = input.scalar_type();
   const auto vdtype = variance_dtype_for(input, variance_dtype);
@@ -111,12 +110,12 @@ class LrtLinear : public torch::autograd::Function<LrtLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("bbb_fast::lrt_linear_backward", "")
-                               .typed<std::vector<at::Tensor>(
-                                   const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                   const at::Tensor&, const OptionalTensor&, const at::Tensor&,
-                                   const at::Tensor&, c10::List<bool>)>();
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("bbb_fast::lrt_linear_backward", "")
+            .typed<std::vector<at::Tensor>(
+                const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                const OptionalTensor&, const at::Tensor&, const at::Tensor&, c10::List<bool>)>();
     const auto saved = ctx->get_saved_variables();
     const bool bias = ctx->saved_data["bias"].toBool();
     // Edges count the tensor arguments only.
@@ -125,8 +124,7 @@ class LrtLinear : public torch::autograd::Function<LrtLinear> {
       mask.push_back((i < 3 || bias) && ctx->needs_input_grad(i));
     }
     const OptionalTensor bias_rho = bias ? OptionalTensor(saved[3]) : std::nullopt;
-    auto computed =
-        op.call(grads[0], saved[0], saved[1], saved[2], bias_rho, saved[4], saved[5], mask);
+    auto computed = op.call(grads[0], saved[0], saved[1], saved[2], bias_rho, saved[4], saved[5], mask);
     variable_list result(7);
     for (size_t i = 0, next = 0; i < 5; ++i) {
       if (mask[i]) result[i] = std::move(computed[next++]);
@@ -152,7 +150,9 @@ TORCH_LIBRARY_IMPL(bbb_fast, CompositeExplicitAutograd, m) {
   m.impl("lrt_linear_backward", &lrt_linear_backward);
 }
 
-TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) { m.impl("lrt_linear", &lrt_linear_autograd); }
+TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
+  m.impl("lrt_linear", &lrt_linear_autograd);
+}
 
 }  // namespace
 }  // namespace bbb_fast

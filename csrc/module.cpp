@@ -1,7 +1,7 @@
 // The Python module bbb_fast._C: importing it registers the ops; it says how it was built.
-#include <torch/version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/version.h>
 
 #include <map>
 #include <string>

@@ -20,7 +20,7 @@ TORCH_LIBRARY(bbb_fast, m) {
   // The elementwise passes beside the products of lrt_linear and lrt_conv.
   m.def("variance(Tensor rho, ScalarType dtype) -> Tensor");
   m.def("variance_backward(Tensor grad, Tensor rho) -> Tensor");
-  m.def("lrt_sample_(Tensor(a!) m, Tensor v, Tensor rng) -> Tensor(a!)");
+  m.def("lrt_sample_(Tensor(a!) m, Tensor v, Tensor rng) -> ()");
   m.def("lrt_sample_backward(Tensor grad, Tensor v, Tensor rng) -> Tensor");
 
   // The second result is v, kept for backward. The backward ops return a gradient for each true entry of

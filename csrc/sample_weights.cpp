@@ -23,12 +23,11 @@ class SampleWeights : public torch::autograd::Function<SampleWeights> {
       double prior_sigma,
       bool with_kl,
       std::optional<at::ScalarType> dtype) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("bbb_fast::sample_weights", "")
-            .typed<std::tuple<std::vector<at::Tensor>, at::Tensor>(
-                at::TensorList, at::TensorList, const at::Tensor&, double, double, bool,
-                std::optional<at::ScalarType>)>();
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("bbb_fast::sample_weights", "")
+                               .typed<std::tuple<std::vector<at::Tensor>, at::Tensor>(
+                                   at::TensorList, at::TensorList, const at::Tensor&, double, double, bool,
+                                   std::optional<at::ScalarType>)>();
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [outputs, kl] = op.call(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
     variable_list saved(mu.begin(), mu.end());
@@ -49,8 +48,8 @@ class SampleWeights : public torch::autograd::Function<SampleWeights> {
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("bbb_fast::sample_weights_backward", "")
             .typed<std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
-                const c10::List<std::optional<at::Tensor>>&, const std::optional<at::Tensor>&,
-                at::TensorList, at::TensorList, const at::Tensor&, double, double)>();
+                const c10::List<std::optional<at::Tensor>>&, const std::optional<at::Tensor>&, at::TensorList,
+                at::TensorList, const at::Tensor&, double, double)>();
     const auto saved = ctx->get_saved_variables();
     const size_t count = grads.size() - 1;
     const at::TensorList all(saved);
@@ -86,7 +85,9 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_autograd(
   return {std::move(outputs), std::move(kl)};
 }
 
-TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) { m.impl("sample_weights", &sample_weights_autograd); }
+TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
+  m.impl("sample_weights", &sample_weights_autograd);
+}
 
 }  // namespace
 }  // namespace bbb_fast

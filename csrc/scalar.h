@@ -28,11 +28,21 @@ BBB_INLINE float as_float(int32_t i) {
   memcpy(&x, &i, sizeof x);
   return x;
 }
-BBB_INLINE int32_t as_signed(uint32_t u) { return static_cast<int32_t>(u); }
-BBB_INLINE float to_float(int32_t i) { return static_cast<float>(i); }
-BBB_INLINE float to_float(uint32_t u) { return static_cast<float>(u); }
-BBB_INLINE float select(bool mask, float a, float b) { return mask ? a : b; }
-BBB_INLINE float square_root(float x) { return sqrtf(x); }
+BBB_INLINE int32_t as_signed(uint32_t u) {
+  return static_cast<int32_t>(u);
+}
+BBB_INLINE float to_float(int32_t i) {
+  return static_cast<float>(i);
+}
+BBB_INLINE float to_float(uint32_t u) {
+  return static_cast<float>(u);
+}
+BBB_INLINE float select(bool mask, float a, float b) {
+  return mask ? a : b;
+}
+BBB_INLINE float square_root(float x) {
+  return sqrtf(x);
+}
 BBB_INLINE uint64_t mul32(uint64_t a, uint32_t m) {
   return static_cast<uint64_t>(static_cast<uint32_t>(a)) * m;
 }

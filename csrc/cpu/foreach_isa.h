@@ -54,16 +54,16 @@ namespace bbb_fast::base {
 
 // Calls a kernel of the instruction set in use.
 #if BBB_X86_DISPATCH
-#define BBB_CALL(kernel, ...)                            \
-  switch (::bbb_fast::current_isa()) {                   \
-    case ::bbb_fast::Isa::avx512:                        \
-      ::bbb_fast::avx512::kernel(__VA_ARGS__);           \
-      break;                                             \
-    case ::bbb_fast::Isa::avx2:                          \
-      ::bbb_fast::avx2::kernel(__VA_ARGS__);             \
-      break;                                             \
-    default:                                             \
-      ::bbb_fast::base::kernel(__VA_ARGS__);             \
+#define BBB_CALL(kernel, ...)                  \
+  switch (::bbb_fast::current_isa()) {         \
+    case ::bbb_fast::Isa::avx512:              \
+      ::bbb_fast::avx512::kernel(__VA_ARGS__); \
+      break;                                   \
+    case ::bbb_fast::Isa::avx2:                \
+      ::bbb_fast::avx2::kernel(__VA_ARGS__);   \
+      break;                                   \
+    default:                                   \
+      ::bbb_fast::base::kernel(__VA_ARGS__);   \
   }
 #else
 #define BBB_CALL(kernel, ...) ::bbb_fast::base::kernel(__VA_ARGS__);

@@ -12,7 +12,7 @@ Isa best_isa() {
   __builtin_cpu_init();
   // f16c and bmi2 come with every CPU that has these; they are tested because the kernels use them.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return Isa::avx512;
@@ -34,8 +34,7 @@ Isa parse(const std::string& name) {
     }
     return isa;
   }
-  throw std::invalid_argument(
-      "unknown instruction set '" + name + "'; allowed: auto, base, avx2, avx512");
+  throw std::invalid_argument("unknown instruction set '" + name + "'; allowed: auto, base, avx2, avx512");
 }
 
 std::atomic<Isa>& chosen() {
@@ -48,7 +47,9 @@ std::atomic<Isa>& chosen() {
 
 }  // namespace
 
-Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
+Isa current_isa() {
+  return chosen().load(std::memory_order_relaxed);
+}
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -61,6 +62,8 @@ const char* isa_name(Isa isa) {
   }
 }
 
-void set_isa(const std::string& name) { chosen().store(parse(name), std::memory_order_relaxed); }
+void set_isa(const std::string& name) {
+  chosen().store(parse(name), std::memory_order_relaxed);
+}
 
 }  // namespace bbb_fast

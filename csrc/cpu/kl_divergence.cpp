@@ -67,9 +67,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> kl_divergence_backw
     at::Tensor g_m = at::empty_like(m);
     at::Tensor g_r = at::empty_like(m);
     const KlBackwardArgs args{Span(m), Span(r), Span(g_m), Span(g_r), {prior_mu[k], prior_sigma[k]}, g};
-    for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) {
-      BBB_CALL(kl_backward_chunks, args, begin, end)
-    });
+    for_each_chunk(
+        m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(kl_backward_chunks, args, begin, end) });
     grad_mu.push_back(std::move(g_m));
     grad_rho.push_back(std::move(g_r));
   }

@@ -14,7 +14,8 @@ struct PriorNumbers {
 
 // Partial sums hold twice the KL plus 1 a weight, formed with ln(sigma_p) rounded to float; double
 // tensors' use the exact one. Added in order, so that the result never depends on the threads.
-inline double finish_kl(const double* partial, int64_t chunks, int64_t numel, double prior_sigma, bool rounded) {
+inline double finish_kl(
+    const double* partial, int64_t chunks, int64_t numel, double prior_sigma, bool rounded) {
   double total = 0.0;
   for (int64_t i = 0; i < chunks; ++i) total += partial[i];
   const double log_sigma = std::log(prior_sigma);

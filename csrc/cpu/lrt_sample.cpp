@@ -27,15 +27,15 @@ struct LrtSampleBackwardArgs {
 
 namespace bbb_fast {
 
-at::Tensor& lrt_sample_cpu(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
+void lrt_sample_cpu(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
   check_lrt_sample("lrt_sample_", "m", m, v, rng);
   const at::Tensor numbers = rng.contiguous();
   const int64_t* seed_stream = numbers.const_data_ptr<int64_t>();
   const LrtSampleArgs args{
       Span(m), Span(v), Span(m), static_cast<uint64_t>(seed_stream[0]),
       static_cast<uint64_t>(seed_stream[1])};
-  for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(lrt_sample_chunks, args, begin, end) });
-  return m;
+  for_each_chunk(
+      m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(lrt_sample_chunks, args, begin, end) });
 }
 
 at::Tensor lrt_sample_backward_cpu(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& rng) {
@@ -46,9 +46,8 @@ at::Tensor lrt_sample_backward_cpu(const at::Tensor& grad, const at::Tensor& v, 
   const LrtSampleBackwardArgs args{
       Span(grad), Span(v), Span(grad_v), static_cast<uint64_t>(seed_stream[0]),
       static_cast<uint64_t>(seed_stream[1])};
-  for_each_chunk(v.numel(), [&](int64_t begin, int64_t end) {
-    BBB_CALL(lrt_sample_backward_chunks, args, begin, end)
-  });
+  for_each_chunk(
+      v.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(lrt_sample_backward_chunks, args, begin, end) });
   return grad_v;
 }
 

@@ -35,7 +35,9 @@ at::Tensor normal_cpu(at::IntArrayRef size, const at::Tensor& rng, at::ScalarTyp
   return out;
 }
 
-TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) { m.impl("normal", &normal_cpu); }
+TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
+  m.impl("normal", &normal_cpu);
+}
 
 }  // namespace bbb_fast
 

@@ -61,8 +61,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_cpu(
     const int64_t chunks = chunk_count(m.numel());
     if (with_kl) partial.resize(chunks);
     const SampleArgs args{
-        Span(m), Span(r), Span(w), static_cast<uint64_t>(seed_stream[0]),
-        static_cast<uint64_t>(seed_stream[1]) + k, {prior_mu, prior_sigma},
+        Span(m),
+        Span(r),
+        Span(w),
+        static_cast<uint64_t>(seed_stream[0]),
+        static_cast<uint64_t>(seed_stream[1]) + k,
+        {prior_mu, prior_sigma},
         with_kl ? partial.data() : nullptr};
     for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(sample_chunks, args, begin, end) });
     if (with_kl) {
@@ -110,12 +114,17 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> sample_weights_back
       if (m.scalar_type() == at::kDouble) g_w = g_w.to(at::kDouble);
     }
     const SampleBackwardArgs args{
-        Span(m), Span(r), g_w.defined() ? Span(g_w) : Span(), Span(g_m), Span(g_r),
-        static_cast<uint64_t>(seed_stream[0]), static_cast<uint64_t>(seed_stream[1]) + k,
-        {prior_mu, prior_sigma}, g_kl};
-    for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) {
-      BBB_CALL(sample_backward_chunks, args, begin, end)
-    });
+        Span(m),
+        Span(r),
+        g_w.defined() ? Span(g_w) : Span(),
+        Span(g_m),
+        Span(g_r),
+        static_cast<uint64_t>(seed_stream[0]),
+        static_cast<uint64_t>(seed_stream[1]) + k,
+        {prior_mu, prior_sigma},
+        g_kl};
+    for_each_chunk(
+        m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(sample_backward_chunks, args, begin, end) });
     grad_mu.push_back(std::move(g_m));
     grad_rho.push_back(std::move(g_r));
   }

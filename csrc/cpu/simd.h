@@ -21,15 +21,31 @@ struct Lanes<vfloat> {
   using Uint = vuint;
 };
 
-BBB_INLINE vint as_int(vfloat x) { return (vint)x; }
-BBB_INLINE vfloat as_float(vint x) { return (vfloat)x; }
-BBB_INLINE vint as_signed(vuint x) { return (vint)x; }
-BBB_INLINE vfloat to_float(vint x) { return __builtin_convertvector(x, vfloat); }
-BBB_INLINE vfloat to_float(vuint x) { return __builtin_convertvector(x, vfloat); }
-BBB_INLINE vfloat select(vint mask, vfloat a, vfloat b) { return mask ? a : b; }
+BBB_INLINE vint as_int(vfloat x) {
+  return (vint)x;
+}
+BBB_INLINE vfloat as_float(vint x) {
+  return (vfloat)x;
+}
+BBB_INLINE vint as_signed(vuint x) {
+  return (vint)x;
+}
+BBB_INLINE vfloat to_float(vint x) {
+  return __builtin_convertvector(x, vfloat);
+}
+BBB_INLINE vfloat to_float(vuint x) {
+  return __builtin_convertvector(x, vfloat);
+}
+BBB_INLINE vfloat select(vint mask, vfloat a, vfloat b) {
+  return mask ? a : b;
+}
 
-BBB_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
-BBB_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_unaligned*>(p) = x; }
+BBB_INLINE vfloat load(const float* p) {
+  return *reinterpret_cast<const vfloat_unaligned*>(p);
+}
+BBB_INLINE void store(float* p, vfloat x) {
+  *reinterpret_cast<vfloat_unaligned*>(p) = x;
+}
 
 BBB_INLINE vfloat square_root(vfloat x) {
 #if BBB_WIDTH == 16
@@ -65,21 +81,19 @@ BBB_INLINE vword mul32(vword a, uint32_t m) {
 #define BBB_LANES(g, i, j, k, l) BBB_GROUP(g, i), BBB_GROUP(g, j), BBB_GROUP(g, k), BBB_GROUP(g, l)
 #if BBB_WIDTH == 16
 #define BBB_MASK(...) \
-  { BBB_LANES(0, __VA_ARGS__), BBB_LANES(1, __VA_ARGS__), BBB_LANES(2, __VA_ARGS__), BBB_LANES(3, __VA_ARGS__) }
+  {BBB_LANES(0, __VA_ARGS__), BBB_LANES(1, __VA_ARGS__), BBB_LANES(2, __VA_ARGS__), BBB_LANES(3, __VA_ARGS__)}
 #elif BBB_WIDTH == 8
-#define BBB_MASK(...) \
-  { BBB_LANES(0, __VA_ARGS__), BBB_LANES(1, __VA_ARGS__) }
+#define BBB_MASK(...) {BBB_LANES(0, __VA_ARGS__), BBB_LANES(1, __VA_ARGS__)}
 #else
-#define BBB_MASK(...) \
-  { BBB_LANES(0, __VA_ARGS__) }
+#define BBB_MASK(...) {BBB_LANES(0, __VA_ARGS__)}
 #endif
 #if defined(__clang__)
-#define BBB_SHUFFLE(a, b, ...)                                                            \
-  [](vfloat x, vfloat y) {                                                                \
-    constexpr int lanes[kWidth] = BBB_MASK(__VA_ARGS__);                                  \
-    vfloat r;                                                                             \
+#define BBB_SHUFFLE(a, b, ...)                                                                      \
+  [](vfloat x, vfloat y) {                                                                          \
+    constexpr int lanes[kWidth] = BBB_MASK(__VA_ARGS__);                                            \
+    vfloat r;                                                                                       \
     for (int i = 0; i < kWidth; ++i) r[i] = lanes[i] < kWidth ? x[lanes[i]] : y[lanes[i] - kWidth]; \
-    return r;                                                                             \
+    return r;                                                                                       \
   }(a, b)
 #else
 #define BBB_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint)BBB_MASK(__VA_ARGS__))

@@ -33,13 +33,13 @@ struct Span {
   explicit Span(const at::Tensor& t) : data(t.data_ptr()), dtype(t.scalar_type()), numel(t.numel()) {}
 };
 
-inline int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+inline int64_t chunk_count(int64_t numel) {
+  return (numel + kChunk - 1) / kChunk;
+}
 
 template <class Body>
 void for_each_chunk(int64_t numel, const Body& body) {
-  at::parallel_for(0, chunk_count(numel), kGrain, [&](int64_t begin, int64_t end) {
-    body(begin, end);
-  });
+  at::parallel_for(0, chunk_count(numel), kGrain, [&](int64_t begin, int64_t end) { body(begin, end); });
 }
 
 }  // namespace bbb_fast

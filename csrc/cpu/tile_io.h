@@ -56,7 +56,9 @@ inline void commit_tile(const Span& t, int64_t start, int64_t count, const float
 }
 
 // The double-precision twin of one element's access, for float64 tensors.
-inline double read_double(const Span& t, int64_t i) { return static_cast<const double*>(t.data)[i]; }
+inline double read_double(const Span& t, int64_t i) {
+  return static_cast<const double*>(t.data)[i];
+}
 inline double read_any(const Span& t, int64_t i) {
   float x[kTile];
   return t.dtype == at::kDouble ? read_double(t, i) : *read_tile(t, i, 1, x);

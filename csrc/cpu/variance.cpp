@@ -48,9 +48,8 @@ at::Tensor variance_backward_cpu(const at::Tensor& grad, const at::Tensor& rho) 
   const at::Tensor r = rho.contiguous();
   at::Tensor out = at::empty_like(r);
   const VarianceBackwardArgs args{Span(g), Span(r), Span(out)};
-  for_each_chunk(r.numel(), [&](int64_t begin, int64_t end) {
-    BBB_CALL(variance_backward_chunks, args, begin, end)
-  });
+  for_each_chunk(
+      r.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(variance_backward_chunks, args, begin, end) });
   return out;
 }
 

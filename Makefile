@@ -1,0 +1,86 @@
+# make demo        set up .venv, build, train a Bayesian LeNet and show what it knows and does not know
+# make test        set up .venv, build, run the tests            (PYTEST_ARGS=... to choose)
+# make test-slow   the tests marked slow too
+# make test-cpp    the C++ tests, through CMake and ctest
+# make lint        ruff and clang-format, checking only;  make format  changes the files
+# make bench       the benchmark of the layers
+# make clean       remove what was built
+#
+# torch comes from the active interpreter if it has one, else torch==2.13.0 is installed. Everything else
+# is installed into .venv. BBB_FAST_NO_EXT=1 installs and tests the reference path alone.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTEST_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# One stamp for each way of installing; taking one way removes the other's stamp, so that the two never mix.
+NO_EXT := $(filter-out 0 false no off,$(BBB_FAST_NO_EXT))
+INSTALLED := $(VENV)/.$(if $(NO_EXT),reference,native)
+OTHER := $(VENV)/.$(if $(NO_EXT),native,reference)
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: demo test test-slow test-cpp lint format bench setup clean
+
+demo: setup
+	$(PY) benchmarks/demo.py
+
+test: setup
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: setup
+	$(PY) -m pytest --run-slow $(PYTEST_ARGS)
+
+test-cpp: setup
+	$(PY) -m pip install -q "cmake>=3.18,<4"
+	$(VENV)/bin/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	  -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	$(VENV)/bin/cmake --build build/cmake
+	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
+
+bench: setup
+	$(PY) benchmarks/layers.py
+
+setup: $(INSTALLED)
+
+# torch of the active interpreter is taken through a .pth file, which works where that interpreter is a
+# virtual environment itself.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  $(PYTHON) -c 'import site, sys, torch, os; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_the_active_interpreter.pth"; \
+	else \
+	  $(PY) -m pip install -q torch==2.13.0; \
+	fi
+	$(PY) -c 'import torch; print("torch", torch.__version__)'
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.torch pyproject.toml
+	$(PY) -m pip install -q "setuptools>=68,<81" wheel ninja pybind11 numpy
+	touch $@
+
+$(INSTALLED): $(VENV)/.tools setup.py $(NATIVE_SOURCES)
+	rm -f $(OTHER)
+	$(PY) -m pip install -q --no-build-isolation -e ".[experiments,test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	$(PY) -m pip install -q ruff==0.8.4 clang-format==18.1.8
+	touch $@
+
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info bbb_fast/*.so bbb_fast/_build_info.json

@@ -1,0 +1,623 @@
+"""Training a classifier: the loop, its options, and runs that can be stopped and continued.
+
+The loss of a minibatch is ``mean NLL + kl_weight * KL / N`` with N training images: at a KL weight of 1
+the negative ELBO per image. It is on the scale of a point estimate's loss: learning rates carry over.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoint, plots
+from ._backend import backend, build_info
+from .data import ImageSet, batches, channel_stats, normalize
+from .inference import predict
+from .layers.base import DEFAULT_PRIORS, resolve_priors
+from .losses import SCHEDULES, kl_weight
+from .metrics import classification_report
+from .models.build import ACTIVATIONS, choose
+
+__all__ = ["LR_SCHEDULES", "TrainConfig", "TrainingError", "fit", "predict_probs"]
+
+LR_SCHEDULES = ("constant", "cosine", "plateau")
+
+# The files of a run's folder.
+FILES = LAST, BEST, METRICS, CURVES = "last.pt", "best.pt", "metrics.json", "curves.png"
+
+_EVAL_BATCH = 1000
+# Looking at a loss makes the CPU wait for a GPU, so it is not done at every step.
+_CHECK_EVERY = 50
+# Resuming with another value of these does not change the training; epochs has rules of its own.
+_FREE_ON_RESUME = ("epochs", "test_samples")
+_PLATEAU = {"mode": "min", "factor": 0.5, "patience": 5}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss or the model's outputs are not finite."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run; :meth:`validate` checks them.
+
+    Attributes:
+        dataset: a name for messages and records; :func:`fit` takes it from the training set.
+        model, layer_type: see :data:`bbb_fast.checkpoint.MODELS` and ``MODEL_LAYER_TYPES``.
+        activation: "softplus" or "relu".
+        prior_mu ... posterior_rho_initial: the ``priors`` of the Bayesian layers.
+        epochs, batch_size: at least 1; the last batch of an epoch may be short.
+        train_samples, valid_samples, test_samples: draws of the weights a minibatch, and a prediction.
+        valid_size: images held out for validation; None: a tenth. train_size: images to train on; None:
+            all the others. Both are for :func:`bbb_fast.data.split_validation`, not for :func:`fit`.
+        beta: the KL weight: a number >= 0 (1: the exact ELBO) or one of ``losses.SCHEDULES``.
+        lr, weight_decay: of Adam; weight_decay is for layer_type "none" only.
+        lr_schedule: "constant", "cosine" (to 0, at every step) or "plateau" (halved when the validation
+            NLL has not improved for 6 epochs).
+        seed: of initialisation, noise, order and draws; 0 ... 2^63 - 1.
+        device: "cpu", "cuda" or "cuda:<index>".
+        threads: of the CPU; None leaves PyTorch's number.
+    """
+
+    dataset: str = "digits"
+    model: str = "lenet"
+    layer_type: str = "lrt"
+    activation: str = "softplus"
+    prior_mu: float = DEFAULT_PRIORS["prior_mu"]
+    prior_sigma: float = DEFAULT_PRIORS["prior_sigma"]
+    posterior_mu_initial: tuple[float, float] = DEFAULT_PRIORS["posterior_mu_initial"]
+    posterior_rho_initial: tuple[float, float] = DEFAULT_PRIORS["posterior_rho_initial"]
+    epochs: int = 30
+    batch_size: int = 128
+    train_samples: int = 1
+    valid_samples: int = 10
+    test_samples: int = 100
+    valid_size: int | None = None
+    train_size: int | None = None
+    beta: float | str = 0.1
+    lr: float = 2e-3
+    lr_schedule: str = "constant"
+    weight_decay: float = 0.0
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+
+    @property
+    def priors(self) -> dict[str, Any]:
+        """The four numbers and pairs as the layers take them."""
+        return {key: getattr(self, key) for key in DEFAULT_PRIORS}
+
+    def validate(self) -> None:
+        """Raises ValueError for the first option that is wrong; the message says what is allowed."""
+        for name, allowed in (
+            ("model", checkpoint.MODELS),
+            ("layer_type", checkpoint.MODEL_LAYER_TYPES),
+            ("activation", ACTIVATIONS),
+            ("lr_schedule", LR_SCHEDULES),
+        ):
+            choose(name, getattr(self, name), dict.fromkeys(allowed))
+        resolve_priors(self.priors)
+        samples = ("train_samples", "valid_samples", "test_samples")
+        for name in ("epochs", "batch_size", *samples, "valid_size", "train_size", "threads"):
+            _check_int(name, getattr(self, name), 1)
+        _check_int("seed", self.seed, 0)
+        if self.seed >= 1 << 63:
+            raise ValueError(f"seed must be below 2^63, got {self.seed}")
+        if not (isinstance(self.beta, str) and self.beta in SCHEDULES) and not _is_number(self.beta):
+            names = ", ".join(SCHEDULES)
+            raise ValueError(f"unknown beta {self.beta!r}; allowed: a number >= 0, {names}")
+        if not _is_number(self.lr) or self.lr == 0:
+            raise ValueError(f"lr must be a finite number > 0, got {self.lr!r}")
+        if not _is_number(self.weight_decay):
+            raise ValueError(f"weight_decay must be a finite number >= 0, got {self.weight_decay!r}")
+        if self.weight_decay and self.layer_type != "none":
+            raise ValueError(
+                f"weight_decay = {self.weight_decay} needs layer_type 'none': the KL takes its place "
+                "in a Bayesian model"
+            )
+        _device(self.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, pairs as lists: what checkpoints and JSON hold."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number >= 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    optional = name in ("valid_size", "train_size", "threads")
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name) if isinstance(name, str) else None
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; allowed: cpu, cuda, cuda:0, cuda:1, ...")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if index >= count:
+        found = "no CUDA device" if count == 0 else f"only {count} CUDA device(s)"
+        raise ValueError(f"device {name!r} is not there: PyTorch finds {found} here; use cpu")
+    return torch.device("cuda", index)
+
+
+@torch.no_grad()
+def predict_probs(
+    model: nn.Module,
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    samples: int,
+    seed: int,
+) -> Tensor:
+    """The mean of the softmax over ``samples`` draws of the weights; a point model needs only one.
+
+    The draws depend on ``seed`` alone, and no generator's state changes.
+
+    Args: images uint8 [N, C, 32, 32] with N >= 1, on any device; mean and std of each channel, as
+    ``data.normalize`` takes them. Returns float64 [N, classes] on the CPU.
+    """
+    device = next(model.parameters()).device
+    parts = []
+    # Not by predict's batch_size: that returns [samples, N, classes], gigabytes for 100 classes.
+    for part in images.split(_EVAL_BATCH):
+        outputs = predict(model, normalize(part.to(device), mean, std), samples, seed=seed)
+        parts.append(outputs.double().softmax(-1).mean(0).cpu())
+    return torch.cat(parts)
+
+
+def fit(
+    config: TrainConfig,
+    train: ImageSet,
+    valid: ImageSet,
+    test: ImageSet | None,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    progress: bool = True,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Trains a model, keeps the best epoch's weights, and judges those once on the test set.
+
+    The folder ``out`` (made if needed) receives ``last.pt`` after every epoch, ``best.pt`` after every
+    epoch with the highest validation accuracy so far (ties: lower NLL), and at the end ``metrics.json``
+    and, with matplotlib, ``curves.png``; each is written in one step. The caller's random state and
+    number of threads come back as they were.
+
+    Args:
+        config: the options; checked first.
+        train, valid, test: images with the same channels and classes; without ``test`` no test scores.
+        out: the folder of this run.
+        resume: continue from ``out/last.pt``, bit for bit as if the run had never stopped. The options
+            and images must be the same, except ``test_samples``, and ``epochs`` where nothing in the
+            run depends on their number. A finished run is only judged again.
+        progress: print a line an epoch, and show a bar on a terminal if tqdm is installed.
+        overwrite: replace a run that ``out`` already holds.
+
+    Returns:
+        What ``metrics.json`` holds: the options, seeds, versions, sizes, history, timing, the best
+        validation scores, the last epoch's mean KL weight, and ``test`` (accuracy, nll, brier, ece,
+        samples; None without a test set).
+
+    Raises:
+        ValueError: a wrong option or data set, or a resume that does not fit (also CheckpointError).
+        FileExistsError: ``out`` holds one of these files, without ``resume`` or ``overwrite``.
+        OSError: ``out`` cannot be written; what it held is unchanged.
+        TrainingError: the loss or the outputs are not finite.
+    """
+    config = replace(config, dataset=train.name)
+    config.validate()
+    _check_data(train, valid, test)
+    folder = Path(out).expanduser()
+    previous = _open_folder(folder, config, train, valid, resume, overwrite)
+    threads = config.threads
+    if threads is None and previous is not None:
+        threads = previous["config"].get("threads")
+    config = replace(config, threads=threads or torch.get_num_threads())
+    # Flushed: a log should show an epoch when it ends.
+    say: Callable[[str], None] = partial(print, flush=True) if progress else lambda line: None
+    with _surroundings(config):
+        run = _Run(config, train, valid)
+        if previous is not None:
+            run.restore(previous, folder / LAST)
+        else:
+            # At epoch 0: a folder that cannot be written shows now, and every interruption can resume.
+            checkpoint.save(folder / LAST, run.state())
+            for name in FILES[1:]:
+                (folder / name).unlink(missing_ok=True)  # of the run that is overwritten
+        say(_headline(run, test))
+        while run.epoch < config.epochs:
+            improved = run.advance(progress)
+            state = run.state()
+            # best.pt first: if last.pt is never written, resuming repeats this epoch and best.pt.
+            if improved:
+                checkpoint.save(folder / BEST, state)
+            checkpoint.save(folder / LAST, state)
+            say(_epoch_line(run.history[-1], config.epochs, improved))
+        metrics = _judge(run, folder, test)
+    content = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    checkpoint.atomic_write(folder / METRICS, content.encode())
+    try:
+        figure = plots.training_curves(run.history)
+    except ImportError as error:
+        say(f"no {CURVES}: matplotlib is missing ({error}); pip install bbb_fast[experiments]")
+        return metrics
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    checkpoint.atomic_write(folder / CURVES, image.getbuffer())
+    return metrics
+
+
+def _check_data(train: ImageSet, valid: ImageSet, test: ImageSet | None) -> None:
+    for role, images in (("training", train), ("validation", valid), ("test", test)):
+        if images is None:
+            continue
+        if len(images) == 0:
+            raise ValueError(f"the {role} set is empty; at least one image is needed")
+        for what, size, needed in (
+            ("channels", images.images.shape[1], train.images.shape[1]),
+            ("classes", len(images.classes), len(train.classes)),
+        ):
+            if size != needed:
+                raise ValueError(f"the {role} set has {size} {what}, the training set {needed}")
+
+
+def _open_folder(
+    folder: Path, config: TrainConfig, train: ImageSet, valid: ImageSet, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """Makes the run's folder, or returns the checkpoint to resume; checks before anything changes."""
+    last = folder / LAST
+    if resume:
+        if overwrite:
+            raise ValueError("resume and overwrite contradict each other: give one of them")
+        if not last.exists():
+            raise ValueError(f"nothing to resume: {last} does not exist; start without --resume")
+        previous = checkpoint.load(last)
+        _check_resume(config, previous, train, valid, last)
+        if previous["epoch"]:
+            checkpoint.load(folder / BEST)  # a lost best.pt should show now, not after the training
+        return previous
+    found = [name for name in FILES if (folder / name).exists()]
+    if found and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds a run ({', '.join(found)}): continue it with --resume, replace it "
+            "with --overwrite, or choose another folder with --out"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; the output must be a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _check_resume(
+    config: TrainConfig, previous: dict[str, Any], train: ImageSet, valid: ImageSet, last: Path
+) -> None:
+    was = previous["config"]
+    for key, value in config.to_dict().items():
+        old = was.get(key)
+        if key in _FREE_ON_RESUME or (key == "threads" and value is None):
+            continue
+        if key == "device" and value.startswith("cuda") and str(old).startswith("cuda"):
+            continue  # another GPU of the machine will do
+        if value != old:
+            option = f"--{key.replace('_', '-')}"
+            raise ValueError(
+                f"cannot resume {last}: {option} is {value} now, but the run was started with {old}"
+            )
+    if previous["data"] != _describe_data(train, valid):
+        raise ValueError(
+            f"cannot resume {last}: the training or validation images are not those it was started with"
+        )
+    done, epochs = previous["epoch"], config.epochs
+    if epochs == was.get("epochs"):
+        return
+    change = f"cannot resume {last}: --epochs is {epochs} now, but was {was.get('epochs')} at the start"
+    if epochs < done:
+        raise ValueError(f"{change} and has completed {done}")
+    if config.lr_schedule == "cosine":
+        raise ValueError(f"{change}, and its cosine schedule of the learning rate spans all epochs")
+    if config.beta == "Soenderby" and config.layer_type != "none":
+        raise ValueError(f"{change}, and its KL warm-up (beta Soenderby) spans a quarter of all epochs")
+
+
+def _describe_data(train: ImageSet, valid: ImageSet) -> dict[str, list[int]]:
+    """Number and checksum of the images and labels, to tell on resume whether they are the same."""
+
+    def describe(part: ImageSet) -> list[int]:
+        images, labels = (tensor.cpu().contiguous().numpy() for tensor in (part.images, part.labels))
+        return [len(part), zlib.crc32(labels, zlib.crc32(images))]
+
+    return {"train": describe(train), "valid": describe(valid)}
+
+
+@contextmanager
+def _surroundings(config: TrainConfig) -> Iterator[None]:
+    """Threads, cuDNN's choice of algorithms and the random state, put back afterwards."""
+    device = _device(config.device)
+    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    assert config.threads is not None
+    torch.set_num_threads(config.threads)
+    torch.backends.cudnn.deterministic = True
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = deterministic
+
+
+class _Run:
+    """The state of a training run: what a checkpoint holds, and how to go one epoch further."""
+
+    def __init__(self, config: TrainConfig, train: ImageSet, valid: ImageSet) -> None:
+        self.config = config
+        self.device = _device(config.device)
+        self.bayesian = config.layer_type != "none"
+        self.classes = list(train.classes)
+        self.mean, self.std = channel_stats(train.images)
+        self.data = _describe_data(train, valid)
+        self.images, self.labels = train.images.to(self.device), train.labels.to(self.device)
+        self.valid = valid
+        self.steps = math.ceil(len(train) / config.batch_size)
+
+        torch.manual_seed(config.seed)  # the initial weights, then the noise of every training step
+        # The order of the images comes from a generator of its own, seeded apart from the noise's.
+        self.shuffle = torch.Generator().manual_seed(config.seed ^ 0x5EED)
+        # The draws of the weights that judge the model: pinned, so judging costs the streams nothing.
+        self.valid_seed, self.test_seed = config.seed, ~config.seed
+        self.model = checkpoint.build_model(self.model_config()).to(self.device)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.scheduler = self._make_scheduler()
+        self.epoch = 0
+        self.best: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+
+    def _make_scheduler(self) -> Any:
+        if self.config.lr_schedule == "cosine":
+            total = self.steps * self.config.epochs
+            return torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2
+            )
+        if self.config.lr_schedule == "plateau":
+            return torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **_PLATEAU)
+        return None
+
+    def model_config(self) -> dict[str, Any]:
+        sizes = {"inputs": len(self.mean), "outputs": len(self.classes)}
+        return {**self.config.to_dict(), **sizes}
+
+    def state(self) -> dict[str, Any]:
+        """What :func:`bbb_fast.checkpoint.save` takes."""
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        rng = {"torch": torch.get_rng_state(), "shuffle": self.shuffle.get_state(), "cuda": cuda}
+        return {
+            "config": self.model_config(),
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "rng": rng,
+            "epoch": self.epoch,
+            "best": self.best,
+            "history": self.history,
+            "data": self.data,
+            "mean": self.mean,
+            "std": self.std,
+            "classes": self.classes,
+        }
+
+    def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Takes over the state of a checkpoint; CheckpointError if it does not fit."""
+        checkpoint.restore_model(self.model, state["model"], path)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            torch.set_rng_state(state["rng"]["torch"])
+            self.shuffle.set_state(state["rng"]["shuffle"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["rng"]["cuda"][0], self.device)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} cannot be resumed: its optimizer, schedule or generators do not fit ({error})"
+            ) from error
+        self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
+
+    def advance(self, progress: bool) -> bool:
+        """Trains one epoch and validates; returns whether these are the best weights so far."""
+        entry: dict[str, Any] = {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+        start = time.perf_counter()
+        entry.update(self._train_epoch(progress))
+        seconds = time.perf_counter() - start
+        probs = self.probs(self.model, self.valid.images, self.config.valid_samples, self.valid_seed)
+        if not bool(probs.isfinite().all()):
+            raise TrainingError(
+                f"epoch {self.epoch + 1}: the model's outputs are not finite; try a lower --lr "
+                f"(it is {self.config.lr})"
+            )
+        scores = classification_report(probs, self.valid.labels)
+        entry.update({f"valid_{key}": scores[key] for key in ("accuracy", "nll", "ece")})
+        entry.update({"seconds": seconds, "images_per_second": len(self.labels) / seconds})
+        if self.config.lr_schedule == "plateau":
+            self.scheduler.step(scores["nll"])
+        self.epoch += 1
+        self.history.append(entry)
+        best = self.best
+        if best and (scores["accuracy"], -scores["nll"]) <= (best["accuracy"], -best["nll"]):
+            return False
+        self.best = {"epoch": self.epoch, **{key: scores[key] for key in ("accuracy", "nll", "ece")}}
+        return True
+
+    def probs(self, model: nn.Module, images: Tensor, samples: int, seed: int) -> Tensor:
+        return predict_probs(model, images, self.mean, self.std, samples if self.bayesian else 1, seed)
+
+    def _train_epoch(self, progress: bool) -> dict[str, float]:
+        config, total = self.config, len(self.labels)
+        self.model.train()
+        stats = torch.zeros(self.steps, 4, dtype=torch.float64, device=self.device)
+        sizes = torch.zeros(self.steps, 1, dtype=torch.float64)
+        weights = [
+            kl_weight(step, self.steps, config.beta, self.epoch, config.epochs)
+            if self.bayesian
+            else 0.0
+            for step in range(self.steps)
+        ]
+        with _bar(progress, total, f"epoch {self.epoch + 1}/{config.epochs}") as bar:
+            for step, index in enumerate(batches(total, config.batch_size, self.shuffle)):
+                index = index.to(self.device)
+                x = normalize(self.images[index], self.mean, self.std)
+                stats[step] = self._step(x, self.labels[index], weights[step])
+                sizes[step] = len(index)
+                if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
+                    self._check_finite(stats[: step + 1, 0])
+                    if bar is not None:
+                        loss, _, kl, accuracy = _averages(stats[: step + 1], sizes[: step + 1])
+                        text = f"loss {loss:.4f} acc {accuracy:.3f}"
+                        bar.set_postfix_str(f"{text} KL {kl:.4g}" if self.bayesian else text, False)
+                if bar is not None:
+                    bar.update(len(index))
+        loss, nll, kl, accuracy = _averages(stats, sizes)
+        entry = {"loss": loss, "nll": nll, "accuracy": accuracy}
+        if self.bayesian:
+            entry.update({"kl": kl, "kl_weight": sum(weights) / len(weights)})
+        return entry
+
+    def _step(self, x: Tensor, y: Tensor, weight: float) -> Tensor:
+        """One step of the optimizer. Returns [4]: loss, NLL, KL, fraction classified correctly."""
+        samples = self.config.train_samples if self.bayesian else 1
+        self.optimizer.zero_grad()
+        loss, kl = x.new_zeros(()), x.new_zeros(())
+        nll, correct = x.new_zeros(()), x.new_zeros(())
+        for draw in range(samples):
+            if not self.bayesian:
+                output = self.model(x)
+            elif draw == 0:
+                output, kl = self.model(x)
+            else:
+                output = self.model._run(x, True)  # the layers alone: one KL will do
+            part = F.cross_entropy(output, y) / samples
+            # Backward draw by draw: one draw's activations are in memory at a time.
+            objective = part + weight / len(self.labels) * kl if self.bayesian and draw == 0 else part
+            objective.backward()
+            loss, nll = loss + objective.detach(), nll + part.detach()
+            correct = correct + (output.argmax(-1) == y).double().mean() / samples
+        self.optimizer.step()
+        if self.config.lr_schedule == "cosine":
+            self.scheduler.step()
+        return torch.stack([v.detach().double() for v in (loss, nll, kl, correct)])
+
+    def _check_finite(self, losses: Tensor) -> None:
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            step = int(bad[0])
+            raise TrainingError(
+                f"epoch {self.epoch + 1}, step {step + 1} of {self.steps}: the loss is "
+                f"{losses[step].item()}; try a lower --lr (it is {self.config.lr})"
+            )
+
+
+def _averages(stats: Tensor, sizes: Tensor) -> list[float]:
+    """Means over images: the last batch of an epoch may be short."""
+    return ((stats.cpu() * sizes).sum(0) / sizes.sum()).tolist()
+
+
+@contextmanager
+def _bar(progress: bool, total: int, title: str) -> Iterator[Any]:
+    """tqdm's bar, or None: bars are for terminals, a log gets a line an epoch."""
+    tqdm = None
+    if progress and sys.stderr.isatty():
+        with suppress(ImportError):
+            from tqdm import tqdm
+    if tqdm is None:
+        yield None
+    else:
+        with tqdm(total=total, desc=title, unit=" images", leave=False) as bar:
+            yield bar
+
+
+def _judge(run: _Run, folder: Path, test: ImageSet | None) -> dict[str, Any]:
+    config, history = run.config, run.history
+    best = checkpoint.load_model(folder / BEST)
+    if best.epoch != run.best["epoch"]:
+        raise checkpoint.CheckpointError(
+            f"{folder / BEST} is of epoch {best.epoch}, but the run's best is {run.best['epoch']}: "
+            "it belongs to another run"
+        )
+    seconds = sum(entry["seconds"] for entry in history)
+    timing = {
+        "train_seconds": seconds,
+        "images_per_second": len(history) * len(run.labels) / seconds,
+    }
+    scores = None
+    if test is not None:
+        start = time.perf_counter()
+        probs = run.probs(best.model.to(run.device), test.images, config.test_samples, run.test_seed)
+        timing["test_seconds"] = time.perf_counter() - start
+        samples = config.test_samples if run.bayesian else 1
+        scores = {**classification_report(probs, test.labels), "samples": samples}
+    return {
+        "config": run.model_config(),
+        "kl_weight": history[-1].get("kl_weight"),
+        "seeds": {"train": config.seed, "valid": run.valid_seed, "test": run.test_seed},
+        "versions": {"python": platform.python_version(), **build_info()},
+        "parameters": run.parameters,
+        "images": {
+            "train": len(run.labels),
+            "valid": len(run.valid),
+            "test": 0 if test is None else len(test),
+        },
+        "best": run.best,
+        "test": scores,
+        "timing": timing,
+        "history": history,
+    }
+
+
+def _headline(run: _Run, test: ImageSet | None) -> str:
+    config = run.config
+    sizes = f"{len(run.labels)} training, {len(run.valid)} validation, {len(test or ())} test images"
+    start = f", resuming after epoch {run.epoch}" if run.epoch else ""
+    return (
+        f"{config.model}, layers {config.layer_type}, {run.parameters} parameters, on "
+        f"{config.dataset}: {sizes}; {backend()} backend, {config.device}{start}"
+    )
+
+
+def _epoch_line(entry: dict[str, Any], epochs: int, improved: bool) -> str:
+    kl = f"  KL {entry['kl']:9.4g}" if "kl" in entry else ""
+    return (
+        f"epoch {entry['epoch']:3d}/{epochs}  loss {entry['loss']:.4f}  acc {entry['accuracy']:.4f}{kl}"
+        f"  | valid acc {entry['valid_accuracy']:.4f}  NLL {entry['valid_nll']:.4f}"
+        f"  ECE {entry['valid_ece']:.4f}  | {entry['images_per_second']:.0f} images/s"
+        f"{'  *' if improved else ''}"
+    )

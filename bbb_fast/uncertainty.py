@@ -1,0 +1,353 @@
+"""How sure a trained model is, and whether it notices inputs unlike any it was trained on.
+
+``judge`` describes one set of images under T independent draws of the weights, ``compare`` sets a known
+and a never-seen set side by side, ``save`` writes the result as JSON, npz and a figure.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import metrics
+from ._backend import build_info
+from .checkpoint import LoadedModel, atomic_write
+from .data import DATASETS, ImageSet, load, normalize
+from .inference import predict
+from .layers.base import BayesianLayer
+
+__all__ = [
+    "DERIVED", "SCORES", "Comparison", "Judged", "compare", "is_bayesian", "judge", "load_pair",
+    "pick", "save", "unseen",
+]  # fmt: skip
+
+# Fields of Judged that say "more likely never seen" the higher they are, with their printed names.
+SCORES: dict[str, str] = {
+    "predictive_entropy": "predictive entropy",
+    "mutual_information": "mutual information",
+    "epistemic_softmax": "epistemic (softmax)",
+    "epistemic_normalized": "epistemic (normalized)",
+    "aleatoric_softmax": "aleatoric",
+    "doubt": "1 - max probability",
+}
+# Sets of never-seen images that need no files.
+DERIVED: tuple[str, ...] = ("noise", "rotated", "inverted")
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """One set of images as a model sees it; all tensors float64 on the CPU unless said otherwise.
+
+    Attributes:
+        images: the set of N images itself.
+        probs: ``[N, C]``, softmax probabilities averaged over the draws.
+        prediction: int64 ``[N]``, the most probable class.
+        doubt: ``[N]``, 1 - the largest probability.
+        predictive_entropy, expected_entropy, mutual_information: ``[N]``, in nats; the first is the sum
+            of the other two.
+        epistemic_softmax, aleatoric_softmax, epistemic_normalized, aleatoric_normalized: ``[N]``, the
+            two parts of the predictive variance by both methods of :func:`metrics.uncertainty`.
+    """
+
+    images: ImageSet
+    probs: Tensor
+    prediction: Tensor
+    doubt: Tensor
+    predictive_entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+    epistemic_softmax: Tensor
+    aleatoric_softmax: Tensor
+    epistemic_normalized: Tensor
+    aleatoric_normalized: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def share_above(self, probability: float) -> float:
+        """The fraction of the images whose most probable class gets more than ``probability``."""
+        return float((1 - self.doubt > probability).double().mean())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything per image, by name: the labels and all fields but the images."""
+        fields = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {name: value.numpy() for name, value in {"labels": self.images.labels, **fields}.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a model knows against what it has never seen.
+
+    Attributes:
+        inside, outside: the two sets, judged under the same draws.
+        quality: accuracy, NLL, Brier score and ECE of ``inside``.
+        classes: the model's class names.
+        detection: for each of :data:`SCORES`, how well it tells the sets apart: auroc, aupr, fpr95.
+        bayesian: whether the model has any Bayesian layer.
+        notes: what a reader of the numbers must know, one sentence each.
+    """
+
+    inside: Judged
+    outside: Judged
+    classes: tuple[str, ...]
+    quality: dict[str, float]
+    detection: dict[str, dict[str, float]]
+    bayesian: bool
+    notes: tuple[str, ...]
+
+
+def is_bayesian(model: nn.Module) -> bool:
+    """Whether any layer of the model draws its weights."""
+    return any(isinstance(module, BayesianLayer) for module in model.modules())
+
+
+def pick(images: ImageSet, limit: int | None, seed: int) -> Tensor:
+    """Indices of ``limit`` images chosen by ``seed``, ascending: int64 ``[min(limit, N)]``.
+
+    Data sets are often sorted, so the first few would not be a fair sample. None picks all. Raises
+    ValueError for a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if limit is None or limit >= len(images):
+        return torch.arange(len(images))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(images), generator=generator)[:limit].sort().values
+
+
+def unseen(kind: str, inside: ImageSet, seed: int) -> ImageSet:
+    """Never-seen images made from a known set, as many and of the same shape.
+
+    ``"noise"``: every pixel uniform in 0..255, by ``seed``; ``"rotated"``: turned by 90 degrees;
+    ``"inverted"``: 255 - pixel. Raises ValueError for another kind.
+    """
+    if kind == "noise":
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randint(0, 256, inside.images.shape, dtype=torch.uint8, generator=generator)
+        return ImageSet(pixels, torch.zeros_like(inside.labels), ("noise",), kind)
+    if kind == "rotated":
+        pixels = inside.images.rot90(1, (2, 3)).contiguous()
+    elif kind == "inverted":
+        pixels = 255 - inside.images
+    else:
+        raise ValueError(f"unknown kind {kind!r}: allowed are {', '.join(DERIVED)}")
+    return ImageSet(pixels, inside.labels, inside.classes, f"{kind} {inside.name}")
+
+
+def load_pair(
+    inside: str,
+    outside: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    outside_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[ImageSet, ImageSet, Tensor, Tensor]:
+    """The test images of a known and of a never-seen set, at most ``limit`` of each.
+
+    Args: ``inside`` one of ``data.DATASETS``; ``outside`` another of them or one of :data:`DERIVED`;
+    ``outside_dir`` where it is not in ``data_dir``. Returns both sets and the indices, in their test
+    splits, of the images picked. Raises ValueError (``DataError`` for what is wrong with the data).
+    """
+    allowed = (*DATASETS, *DERIVED)
+    if outside not in allowed:
+        raise ValueError(
+            f"unknown out-of-distribution set {outside!r}: allowed are {', '.join(allowed)}"
+        )
+    if outside == inside:
+        raise ValueError(f"{inside} cannot be out of distribution of itself: choose another set")
+    known = load(inside, "test", data_dir, download=download)
+    known_index = pick(known, limit, seed)
+    known = known.subset(known_index)
+    if outside in DERIVED:
+        return known, unseen(outside, known, seed), known_index, known_index
+    other = load(outside, "test", outside_dir or data_dir, download=download)
+    other_index = pick(other, limit, seed)
+    return known, other.subset(other_index), known_index, other_index
+
+
+def judge(
+    model: nn.Module,
+    images: ImageSet,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    samples: int = 50,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> Judged:
+    """What ``samples`` independent draws of all weights say about each image.
+
+    Draw k is the same function for every image, here and in any other call with the same seed. Memory
+    grows with ``samples * batch_size``, not with the number of images. A model without Bayesian layers
+    always says the same and is asked once.
+
+    Args: ``mean``, ``std`` of the normalisation the model was trained with, C numbers each; the model
+    must be on ``device``. Raises ValueError for numbers out of range, images of another number of
+    channels, or outputs that are not finite.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if len(images) < 1:
+        raise ValueError(f"{images.name} has no images to judge")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    draws = samples if is_bayesian(model) else 1
+    parts: list[dict[str, Tensor]] = []
+    for part in images.images.split(batch_size):
+        x = normalize(part.to(device), mean, std)
+        parts.append(_describe(predict(model, x, samples=draws, seed=seed)))
+    return Judged(images, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _describe(outputs: Tensor) -> dict[str, Tensor]:
+    """The fields of Judged for one batch, from the outputs [T, N, C] of its draws."""
+    by_softmax = metrics.to_probs(outputs, "softmax")
+    probs = by_softmax.mean(0)
+    top, prediction = probs.max(-1)
+    softmax = metrics.decompose(by_softmax)
+    normalized = metrics.uncertainty(outputs, "normalized")
+    fields = {
+        "probs": probs,
+        "prediction": prediction,
+        "doubt": 1 - top,
+        "predictive_entropy": metrics.predictive_entropy(by_softmax),
+        "expected_entropy": metrics.expected_entropy(by_softmax),
+        "mutual_information": metrics.mutual_information(by_softmax),
+        "epistemic_softmax": softmax.epistemic,
+        "aleatoric_softmax": softmax.aleatoric,
+        "epistemic_normalized": normalized.epistemic,
+        "aleatoric_normalized": normalized.aleatoric,
+    }
+    return {name: value.cpu() for name, value in fields.items()}
+
+
+def compare(
+    loaded: LoadedModel,
+    inside: ImageSet,
+    outside: ImageSet,
+    *,
+    samples: int = 50,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> Comparison:
+    """Judges a known and a never-seen set under the same draws (see :func:`judge`).
+
+    The model is moved to ``device``. Raises ValueError where the images do not fit the checkpoint.
+    """
+    channels = len(loaded.mean)
+    for images in (inside, outside):
+        if images.images.shape[1] != channels:
+            raise ValueError(
+                f"the checkpoint was trained on {loaded.dataset}, images of {channels} channel(s), "
+                f"but {images.name} has {images.images.shape[1]}"
+            )
+    if len(inside.classes) != len(loaded.classes):
+        raise ValueError(
+            f"the checkpoint was trained on {loaded.dataset} with {len(loaded.classes)} classes, "
+            f"but {inside.name} has {len(inside.classes)}"
+        )
+    notes = []
+    if tuple(inside.classes) != tuple(loaded.classes):
+        notes.append(
+            f"The classes of {inside.name} have other names than those of {loaded.dataset}, which the "
+            "model was trained on: accuracy compares their numbers."
+        )
+    bayesian = is_bayesian(loaded.model)
+    if not bayesian:
+        notes.append(
+            "This model has one fixed set of weights, so all draws are equal: mutual information and "
+            "both epistemic parts are 0, and their AUROC is 0.5 by construction."
+        )
+    model = loaded.model.to(device)
+    known, other = (
+        judge(
+            model, images, loaded.mean, loaded.std,
+            samples=samples, seed=seed, batch_size=batch_size, device=device,
+        )
+        for images in (inside, outside)
+    )  # fmt: skip
+    detection = {
+        score: metrics.ood_report(getattr(known, score), getattr(other, score)) for score in SCORES
+    }
+    quality = metrics.classification_report(known.probs, inside.labels)
+    return Comparison(known, other, tuple(loaded.classes), quality, detection, bayesian, tuple(notes))
+
+
+def _summary(judged: Judged) -> dict[str, Any]:
+    names = (*SCORES, "expected_entropy", "aleatoric_normalized")
+    quantiles = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    scores = {}
+    for name in names:
+        values = getattr(judged, name)
+        low, median, high = values.quantile(quantiles).tolist()
+        scores[name] = {"mean": float(values.mean()), "p05": low, "median": median, "p95": high}
+    return {
+        "name": judged.images.name,
+        "images": len(judged),
+        "share_above_0.9": judged.share_above(0.9),
+        "scores": scores,
+    }
+
+
+def save(
+    result: Comparison,
+    folder: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    indices: tuple[Tensor, Tensor] | None = None,
+) -> tuple[list[Path], str | None]:
+    """Writes ``uncertainty.json``, ``uncertainty.npz`` and ``uncertainty.png`` into ``folder``.
+
+    The JSON holds summaries, detection scores, ``settings`` (anything JSON can say) and versions. The
+    npz holds ``in_*`` and ``out_*`` arrays, one row an image; with ``indices`` (int64 ``[N_in]`` and
+    ``[N_out]``) also each image's place in its test split.
+
+    Returns the files written and, where matplotlib is missing and the figure was left out, one line
+    that says so. Raises OSError where a file cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        **settings,
+        "in": {**_summary(result.inside), **result.quality},
+        "out": _summary(result.outside),
+        "detection": result.detection,
+        "bayesian": result.bayesian,
+        "notes": list(result.notes),
+        "build": build_info(),
+    }
+    arrays: dict[str, np.ndarray] = {}
+    for k, (prefix, judged) in enumerate((("in", result.inside), ("out", result.outside))):
+        arrays |= {f"{prefix}_{name}": value for name, value in judged.arrays().items()}
+        if indices is not None:
+            arrays[f"{prefix}_index"] = indices[k].numpy()
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    contents = {
+        "uncertainty.json": (json.dumps(document, indent=2, allow_nan=False) + "\n").encode(),
+        "uncertainty.npz": packed.getvalue(),
+    }
+    notice = None
+    try:
+        from .uncertainty_plots import uncertainty_figure
+    except ImportError as error:
+        notice = f"no figure: matplotlib is missing ({error}): pip install bbb_fast[experiments]"
+    else:
+        contents["uncertainty.png"] = uncertainty_figure(result)
+    written = []
+    for name, content in contents.items():
+        atomic_write(folder / name, content)
+        written.append(folder / name)
+    return written, notice

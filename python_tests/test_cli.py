@@ -1,0 +1,267 @@
+"""The command line: exit codes, one-line errors, and real processes that are killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bbb_fast
+from bbb_fast import checkpoint
+from bbb_fast.cli import main, train
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "train", "--train-size", "200", "--valid-size", "80", "--batch-size", "64", "--threads", "1",
+    "--valid-samples", "2", "--test-samples", "2", "--activation", "relu", "--quiet",
+]  # fmt: skip
+
+
+def start(*args: str | Path, **options: Any) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "bbb_fast", *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path}, **options,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def signal_after_an_epoch(process: subprocess.Popen[str], out: Path, number: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (out / "last.pt").exists() or checkpoint.load(out / "last.pt")["epoch"] < 1:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+class TestSignals:
+    @pytest.mark.parametrize("layer_type", ["lrt", "bbb"])
+    def test_killed_and_resumed_is_as_if_unbroken(self, tmp_path: Path, layer_type: str) -> None:
+        pytest.importorskip("sklearn")
+        epochs = 8
+        command = [*SMALL, "--layer-type", layer_type, "--epochs", str(epochs)]
+        broken, whole = tmp_path / "broken", tmp_path / "whole"
+        process = start(*command, "--out", broken)
+        signal_after_an_epoch(process, broken, signal.SIGKILL)
+        assert finish(process)[0] == -signal.SIGKILL
+        assert 1 <= checkpoint.load(broken / "last.pt")["epoch"] < epochs
+        assert main([*command, "--out", str(broken), "--resume"]) == 0
+        assert main([*command, "--out", str(whole)]) == 0
+        for name in ("last.pt", "best.pt"):
+            one, other = checkpoint.load(broken / name), checkpoint.load(whole / name)
+            for key in ("model", "optimizer", "rng", "epoch", "best"):
+                torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
+        one, other = (json.loads((f / "metrics.json").read_text())["test"] for f in (broken, whole))
+        assert one == other
+
+    def test_ctrl_c(self, tmp_path: Path) -> None:
+        pytest.importorskip("sklearn")
+        process = start(*SMALL, "--epochs", "100000", "--out", tmp_path)
+        signal_after_an_epoch(process, tmp_path, signal.SIGINT)
+        code, _, err = finish(process)
+        assert code == 130
+        assert "interrupted" in err
+        assert "--resume" in err
+        assert "Traceback" not in err
+        assert set(os.listdir(tmp_path)) == {"last.pt", "best.pt"}
+
+
+class TestTrain:
+    def test_the_printed_scores(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("sklearn")
+        assert main([*SMALL, "--epochs", "1", "--out", str(tmp_path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        scores = json.loads((tmp_path / "metrics.json").read_text())["test"]
+        assert lines[0] == "digits test set: 360 images, 2 draws, weights of epoch 1"
+        assert [line.split() for line in lines[1:5]] == [
+            [name, f"{scores[key]:.4f}"]
+            for name, key in (("accuracy",) * 2, ("NLL", "nll"), ("Brier", "brier"), ("ECE", "ece"))
+        ]
+
+    def test_every_option_reaches_the_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("sklearn")
+        calls: list[tuple[Any, ...]] = []
+
+        def stop(*args: Any, **options: Any) -> None:
+            calls.append((*args, options))
+            raise RuntimeError("seen")
+
+        monkeypatch.setattr(train, "fit", stop)
+        options = {
+            "model": "3conv3fc", "layer_type": "none", "activation": "relu", "prior_mu": -0.5,
+            "prior_sigma": 0.3, "posterior_mu_initial": (0.1, 0.2),
+            "posterior_rho_initial": (-4.0, 0.3), "epochs": 7, "batch_size": 9, "train_samples": 2,
+            "valid_samples": 3, "test_samples": 4, "valid_size": 50, "train_size": 60,
+            "beta": "Blundell", "lr": 0.5, "lr_schedule": "cosine", "weight_decay": 0.25, "seed": 11,
+            "device": "cpu", "threads": 1, "dataset": "digits",
+        }  # fmt: skip
+        command = ["train", "--overwrite", "--quiet"]
+        for key, value in options.items():
+            values = value if isinstance(value, tuple) else (value,)
+            command += [f"--{key.replace('_', '-')}", *map(str, values)]
+        assert main(command) == 1
+        config, training, valid, test, out, resume, progress, rest = calls[0]
+        assert vars(config) == options
+        assert [len(training), len(valid), len(test)] == [60, 50, 360]
+        assert out == Path("runs/digits-3conv3fc-none-seed11")
+        assert (resume, progress, rest) == (False, False, {"overwrite": True})
+
+    def test_defaults(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("sklearn")
+        calls: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(train, "fit", lambda *args, **_: calls.append(args))
+        main(["train"])
+        config, training, valid, *_ = calls[0]
+        assert config == bbb_fast.training.TrainConfig()
+        assert (len(training), len(valid)) == (1294, 143)  # a tenth of 1437 is held out
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert err.startswith("bbb-fast: error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("bbb-fast: error: ")
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--beta", "Bundell"], "unknown beta 'Bundell'; allowed: a number"),
+            (["--epochs", "0"], "epochs must be an int >= 1, got 0"),
+            (["--lr", "-1"], "lr must be a finite number > 0, got -1.0"),
+            (["--lr", "nan"], "lr must be a finite number > 0, got nan"),
+            (["--prior-sigma", "0"], "must be > 0, got 0.0"),
+            (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+            (["--dataset", "mnist"], "mnist needs a folder: pass --data-dir"),
+            (["--dataset", "cifar10", "--data-dir", "/no/such/folder"], "/no/such/folder"),
+            (["--train-size", "100000"], "cannot train on 100000 samples"),
+            (["--valid-size", "0"], "valid_size must be an int >= 1"),
+            (["--resume"], "nothing to resume"),
+        ],
+    )
+    def test_one_line_and_nothing_written(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    ) -> None:
+        pytest.importorskip("sklearn")
+        assert main(["train", "--out", str(tmp_path / "out"), *options]) == 1
+        assert message in error_line(capsys)
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.skipif(os.name != "posix", reason="POSIX paths")
+    def test_a_folder_that_cannot_be_made(self, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("sklearn")
+        assert main([*SMALL, "--out", "/dev/null/run"]) == 1
+        assert error_line(capsys).strip() == "/dev/null/run: Not a directory"
+
+    def test_a_folder_that_cannot_be_written(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("sklearn")
+
+        def read_only(file: int) -> None:  # root may write anywhere, so chmod would not do
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(os, "fsync", read_only)
+        assert main([*SMALL, "--out", str(tmp_path)]) == 1
+        line = error_line(capsys)
+        assert line.startswith(f"{tmp_path / 'last.pt'}: cannot be written (Permission denied)")
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (ValueError("two\nlines"), "two lines"),
+            (ImportError("no module"), "no module"),
+            (FileNotFoundError(2, "No such file", "x"), "x: No such file"),
+            (RuntimeError(), "RuntimeError"),
+            (KeyError("k"), "internal error (KeyError: 'k'); --debug shows where"),
+        ],
+    )
+    def test_no_traceback_unless_asked(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+        error: Exception, line: str,
+    ) -> None:  # fmt: skip
+        def fail(_: Any) -> int:
+            raise error
+
+        monkeypatch.setattr(train, "run", fail)
+        assert main(["train"]) == 1
+        assert error_line(capsys).strip() == line
+        for command in (["--debug", "train"], ["train", "--debug"]):
+            with pytest.raises(type(error)):
+                main(command)
+
+    def test_interrupted_before_there_is_anything_to_resume(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def interrupt(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train.data, "load", interrupt)
+        assert main([*SMALL, "--out", str(tmp_path)]) == 130
+        assert capsys.readouterr().err == "bbb-fast: interrupted\n"
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            [], ["fly"], ["train", "--epochs", "many"], ["train", "--model", "vgg"],
+            ["train", "--resume", "--overwrite"], ["train", "--dataset", "imagenet"],
+        ],
+    )  # fmt: skip
+    def test_usage(self, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(command)
+        assert caught.value.code == 2
+        assert "usage: bbb-fast" in capsys.readouterr().err
+
+
+class TestInfo:
+    def test_as_a_process(self) -> None:
+        code, out, err = finish(start("info"))
+        assert (code, err) == (0, "")
+        assert bbb_fast.__version__ in out
+        assert torch.__version__ in out
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["info", "--json"]) == 0
+        info = json.loads(capsys.readouterr().out)
+        assert {"python", "platform", "cuda_devices"} <= info.keys()
+        assert {key: info[key] for key in bbb_fast.build_info()} == bbb_fast.build_info()
+
+    def test_the_reason_is_given(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        record = {
+            "bbb_fast": "1", "torch": "2", "backend": "reference", "native": False,
+            "reason": "no compiler", "build": {"devices": "cpu"}, "threads": 2,
+        }  # fmt: skip
+        monkeypatch.setattr("bbb_fast.cli.info.build_info", lambda: dict(record))
+        assert main(["info"]) == 0
+        rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        rows = {key.strip(): value.strip() for key, value in rows.items()}
+        assert (rows["native"], rows["reason"]) == ("not loaded", "no compiler")
+        assert rows["built: devices"] == "cpu"
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(["--version"])
+        assert caught.value.code == 0
+        assert capsys.readouterr().out == f"bbb-fast {bbb_fast.__version__}\n"

@@ -1,0 +1,331 @@
+"""lrt_linear and lrt_conv: native against reference, gradients, formats, and the passes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import DTYPES, assert_same, grads, leaf, on, posterior, rng
+from torch import Tensor
+
+from bbb_fast import functional, reference
+
+
+def compare(run: Callable[[], Tensor], leaves: list[Tensor | None], dtype: torch.dtype, scale: float = 1.0) -> None:
+    with torch.no_grad():
+        shape = run()
+    # The same memory format as the output, so that gradients of both formats are covered.
+    grad = [torch.randn_like(shape, dtype=torch.float32).to(shape.dtype)]
+    native = on("native", grads, run, leaves, grad)
+    expected = on("reference", grads, run, leaves, grad)
+    for a, b in zip(native[0] + native[1], expected[0] + expected[1], strict=True):
+        # Gradients of parameters sum over the batch; their roundings grow with what is summed.
+        size = 1.0 if b is None or not b.numel() else max(1.0, float(b.detach().float().abs().max()))
+        assert_same(a, b, dtype, scale * size)
+    assert native[0][0].stride() == expected[0][0].stride()
+
+
+def linear_case(
+    batch: tuple[int, ...], i: int, o: int, bias: bool = True, dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype | None = None,
+) -> list[Tensor | None]:  # fmt: skip
+    parameter_dtype = parameter_dtype or dtype
+    W = posterior(o, i, dtype=parameter_dtype)
+    b = posterior(o, dtype=parameter_dtype) if bias else (None, None)
+    return [leaf(*batch, i, dtype=dtype), *W, *b]
+
+
+LINEAR = [((5,), 7, 3), ((1,), 1, 1), ((0,), 4, 3), ((4, 3), 5, 2), ((), 6, 5), ((65,), 33, 17), ((3,), 0, 2), ((3,), 2, 0), ((2, 0, 3), 4, 5)]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("batch", "i", "o"), LINEAR)
+def test_linear_equals_reference(isa: str, batch: tuple[int, ...], i: int, o: int, bias: bool) -> None:
+    case = linear_case(batch, i, o, bias)
+    compare(lambda: functional.lrt_linear(*case, rng()), case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_dtypes(native: None, dtype: torch.dtype) -> None:
+    case = linear_case((9,), 31, 13, dtype=dtype)
+    compare(lambda: functional.lrt_linear(*case, rng()), case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_float32_parameters_under_a_narrow_input(native: None, dtype: torch.dtype) -> None:
+    case = linear_case((9,), 31, 13, dtype=dtype, parameter_dtype=torch.float32)
+    compare(lambda: functional.lrt_linear(*case, rng()), case, torch.float32, 4000)
+    out = functional.lrt_linear(*case, rng())
+    assert out.dtype == dtype
+    out.float().sum().backward()
+    assert case[1].grad.dtype == case[2].grad.dtype == case[4].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variance_dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_linear_variance_dtype(backend: str, variance_dtype: torch.dtype) -> None:
+    case = linear_case((40,), 50, 20)
+    narrow = functional.lrt_linear(*case, rng(), variance_dtype=variance_dtype)
+    wide = functional.lrt_linear(*case, rng())
+    noise = (wide - torch.nn.functional.linear(case[0], case[1], case[3])).abs()
+    # Three digits of a variance: the deviation moves by half its relative error.
+    assert ((narrow - wide).abs() <= 0.01 * noise + 1e-5).all()
+    narrow.sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in case)
+
+
+def test_linear_formula(backend: str) -> None:
+    """The textbook formula, written out, with the noise of `normal`."""
+    x, W_mu, W_rho, b_mu, b_rho = linear_case((6,), 5, 4, dtype=torch.float64)
+    y = functional.lrt_linear(x, W_mu, W_rho, b_mu, b_rho, rng())
+    sigma = torch.nn.functional.softplus
+    v = (x**2) @ (sigma(W_rho) ** 2).t() + sigma(b_rho) ** 2
+    eps = functional.normal((6, 4), rng(), dtype=torch.float64)
+    torch.testing.assert_close(y, x @ W_mu.t() + b_mu + v.sqrt() * eps, rtol=1e-6, atol=1e-6)
+
+
+def test_linear_strided_inputs(native: None) -> None:
+    x = leaf(10, 24)
+    case = [None, *posterior(7, 6), *posterior(7)]
+    for view in (lambda: x[::2, ::4], lambda: x.view(10, 4, 6).transpose(0, 1), lambda: x[:, :6].expand(3, 10, 6)):
+        compare(lambda v=view: functional.lrt_linear(v(), *case[1:], rng()), [x, *case[1:]], torch.float32)
+    W = posterior(6, 7)
+    compare(
+        lambda: functional.lrt_linear(x[:, :6], W[0].t(), W[1].t(), *case[3:], rng()),
+        [x, *W, *case[3:]],
+        torch.float32,
+    )
+
+
+def conv_case(
+    spatial: int, n: int, i: int, o: int, kernel: tuple[int, ...], size: tuple[int, ...], groups: int = 1,
+    bias: bool = True, dtype: torch.dtype = torch.float32,
+) -> list[Tensor | None]:  # fmt: skip
+    W = posterior(o, i // groups, *kernel, dtype=dtype)
+    b = posterior(o, dtype=dtype) if bias else (None, None)
+    return [leaf(n, i, *size, dtype=dtype), *W, *b]
+
+
+CONV = {1: functional.lrt_conv1d, 2: functional.lrt_conv2d, 3: functional.lrt_conv3d}
+CONV_CASES = [
+    (1, 3, 4, 6, (3,), (11,), {}),
+    (1, 2, 4, 6, (3,), (11,), {"stride": 2, "padding": 2, "groups": 2}),
+    (2, 2, 3, 5, (3, 3), (7, 9), {}),
+    (2, 3, 4, 6, (5, 2), (9, 8), {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2}),
+    (2, 2, 1, 6, (5, 5), (12, 12), {}),
+    (2, 0, 3, 4, (3, 3), (6, 6), {}),
+    (2, 2, 4, 4, (1, 1), (5, 5), {"groups": 4}),
+    (2, 2, 3, 5, (4, 3), (7, 7), {"padding": "same"}),
+    (3, 2, 2, 3, (2, 3, 2), (4, 5, 6), {"padding": 1}),
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("spatial", "n", "i", "o", "kernel", "size", "options"), CONV_CASES)
+def test_conv_equals_reference(
+    isa: str, spatial: int, n: int, i: int, o: int, kernel: Any, size: Any, options: Any, bias: bool
+) -> None:
+    case = conv_case(spatial, n, i, o, kernel, size, options.get("groups", 1), bias)
+    compare(lambda: CONV[spatial](*case, rng(), **options), case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_dtypes(native: None, dtype: torch.dtype) -> None:
+    case = conv_case(2, 2, 3, 5, (3, 3), (8, 8), dtype=dtype)
+    # A low-precision convolution of either path is off by the roundings of its products.
+    compare(lambda: functional.lrt_conv2d(*case, rng()), case, dtype, 2)
+
+
+@pytest.mark.parametrize("weight_too", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_conv_channels_last(isa: str, weight_too: bool, channels: int) -> None:
+    case = conv_case(2, 2, channels, 5, (3, 3), (8, 7))
+
+    def cl(t: Tensor, wanted: bool) -> Tensor:
+        return t.contiguous(memory_format=torch.channels_last) if wanted else t
+
+    def run() -> Tensor:
+        return functional.lrt_conv2d(
+            cl(case[0], True), cl(case[1], weight_too), cl(case[2], weight_too), *case[3:], rng()
+        )
+
+    compare(run, case, torch.float32)
+    expected = torch.channels_last if channels > 1 else torch.contiguous_format
+    assert run().is_contiguous(memory_format=expected)
+
+
+def test_conv_noise_follows_the_memory_format(backend: str) -> None:
+    """Index order: the output's memory order, whichever format that is."""
+    x, W_mu, W_rho, b_mu, b_rho = conv_case(2, 2, 3, 5, (3, 3), (8, 7))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y = functional.lrt_conv2d(
+            x.contiguous(memory_format=memory_format), W_mu, W_rho, b_mu, b_rho, rng()
+        )
+        sigma = torch.nn.functional.softplus
+        v = torch.conv2d(x**2, sigma(W_rho) ** 2, sigma(b_rho) ** 2)
+        noise = functional.normal(y.numel(), rng())
+        if memory_format is torch.channels_last:
+            eps = noise.view(2, 6, 5, 5).permute(0, 3, 1, 2)
+        else:
+            eps = noise.view(2, 5, 6, 5)
+        torch.testing.assert_close(
+            y, torch.conv2d(x, W_mu, b_mu) + v.sqrt() * eps, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_conv_unbatched(backend: str) -> None:
+    case = conv_case(2, 1, 3, 5, (3, 3), (8, 7))
+    batched = functional.lrt_conv2d(*case, rng())
+    single = functional.lrt_conv2d(case[0][0], *case[1:], rng())
+    assert torch.equal(single, batched[0])
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3, 4), (0, 1, 3), (1, 2, 3, 4), (4,)])
+def test_frozen_arguments(native: None, kind: str, frozen: tuple[int, ...]) -> None:
+    case = linear_case((4,), 6, 3) if kind == "linear" else conv_case(2, 2, 3, 4, (3, 3), (6, 6))
+    function = functional.lrt_linear if kind == "linear" else functional.lrt_conv2d
+    for k in frozen:
+        case[k] = case[k].detach()
+    wanted = [t for k, t in enumerate(case) if k not in frozen]
+    compare(lambda: function(*case, rng()), wanted, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_three_forwards_before_one_backward(native: None, kind: str) -> None:
+    case = linear_case((4,), 6, 3) if kind == "linear" else conv_case(2, 2, 3, 4, (3, 3), (6, 6))
+    function = functional.lrt_linear if kind == "linear" else functional.lrt_conv2d
+    compare(
+        lambda: torch.cat([function(*case, rng(stream=k)) for k in range(3)]), case, torch.float32
+    )
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(backend: str, kind: str, bias: bool) -> None:
+    if kind == "linear":
+        case = linear_case((3,), 4, 2, bias, torch.float64)
+        function = functional.lrt_linear
+    else:
+        case = conv_case(2, 2, 2, 3, (2, 2), (4, 3), bias=bias, dtype=torch.float64)
+        function = functional.lrt_conv2d
+    used = tuple(t for t in case if t is not None)
+    assert torch.autograd.gradcheck(
+        lambda *ts: function(*ts, *([None] * (5 - len(ts))), rng()), used
+    )
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_variance(backend: str, kind: str, dtype: torch.dtype) -> None:
+    """Zero input, no bias: v = 0. Noise 0, gradients finite; fp16 must not give NaN."""
+    if kind == "linear":
+        x, W_mu, W_rho, *_ = linear_case((4,), 6, 3, dtype=dtype)
+        function = functional.lrt_linear
+    else:
+        x, W_mu, W_rho, *_ = conv_case(2, 2, 3, 4, (3, 3), (6, 6), dtype=dtype)
+        function = functional.lrt_conv2d
+    x = torch.zeros_like(x).requires_grad_()
+    y = function(x, W_mu, W_rho, None, None, rng())
+    assert not y.any()
+    y.sum().backward()
+    for t in (x, W_mu, W_rho):
+        assert torch.isfinite(t.grad).all()
+
+
+def test_thread_count_changes_nothing_in_the_passes(isa: str, threads: None) -> None:
+    ops = torch.ops.bbb_fast
+    m, v, rho = torch.randn(100_003), torch.rand(100_003), torch.randn(100_003)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y = m.clone()
+        ops.lrt_sample_(y, v, rng())
+        results.append(
+            [
+                y,
+                ops.lrt_sample_backward(m, v, rng()),
+                ops.variance(rho, torch.float32),
+                ops.variance_backward(m, rho),
+            ]
+        )
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("m_dtype", DTYPES)
+@pytest.mark.parametrize("v_dtype", DTYPES)
+def test_lrt_sample_mixes_dtypes(native: None, m_dtype: torch.dtype, v_dtype: torch.dtype) -> None:
+    m, v = torch.randn(7, 13).to(m_dtype), torch.rand(7, 13).to(v_dtype)
+    expected = reference.lrt_sample(m, v, rng(), torch.contiguous_format)
+    torch.ops.bbb_fast.lrt_sample_(m, v, rng())
+    assert_same(m, expected, m_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_variance_equals_reference(isa: str, dtype: torch.dtype) -> None:
+    rho = leaf(1003, dtype=dtype, mean=-2.0, std=3.0)
+    grad = torch.randn(1003).to(dtype)
+    expected = reference.variance(rho, dtype)
+    assert_same(torch.ops.bbb_fast.variance(rho.detach(), dtype), expected.detach(), dtype)
+    (g,) = torch.autograd.grad(expected, rho, grad)
+    assert_same(torch.ops.bbb_fast.variance_backward(grad, rho.detach()), g, dtype, 5)
+
+
+def test_differentiating_an_inner_pass_raises(native: None) -> None:
+    """variance is only used inside ops that know its gradient; alone it must not lose one silently."""
+    rho = leaf(5)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.ops.bbb_fast.variance(rho, torch.float32).sum().backward()
+
+
+def test_lrt_sample_rejects_mixed_strides(native: None) -> None:
+    with pytest.raises(ValueError, match="same strides"):
+        torch.ops.bbb_fast.lrt_sample_(torch.randn(4, 5), torch.rand(5, 4).t(), rng())
+
+
+def test_opcheck(native: None) -> None:
+    ops = torch.ops.bbb_fast
+    torch.library.opcheck(ops.lrt_linear, (*linear_case((4, 2), 6, 3), rng(), None))
+    torch.library.opcheck(ops.lrt_linear, (*linear_case((4,), 6, 3, bias=False), rng(), torch.bfloat16))
+    geometry = ([2, 1], [1, 0], [1, 1], False, [0, 0], 1)
+    torch.library.opcheck(
+        ops.lrt_conv, (*conv_case(2, 2, 3, 4, (3, 3), (6, 6)), rng(), *geometry, None)
+    )
+    torch.library.opcheck(ops.variance, (torch.randn(9), torch.bfloat16))
+    torch.library.opcheck(ops.variance_backward, (torch.randn(9), torch.randn(9)))
+    torch.library.opcheck(ops.lrt_sample_, (torch.randn(4, 3), torch.rand(4, 3), rng()))
+    torch.library.opcheck(ops.lrt_sample_backward, (torch.randn(4, 3), torch.rand(4, 3), rng()))
+
+
+@pytest.mark.parametrize("mask", [[True] * 5, [False, True, False, True, False], [True, False, True, False, False]])
+def test_opcheck_backward(native: None, mask: list[bool]) -> None:
+    ops = torch.ops.bbb_fast
+    x, W_mu, W_rho, _, b_rho = (t.detach() for t in linear_case((4,), 6, 3))
+    torch.library.opcheck(
+        ops.lrt_linear_backward, (torch.randn(4, 3), x, W_mu, W_rho, b_rho, torch.rand(4, 3), rng(), mask)
+    )
+    x, W_mu, W_rho, _, b_rho = (t.detach() for t in conv_case(2, 2, 3, 4, (3, 3), (6, 6)))
+    torch.library.opcheck(
+        ops.lrt_conv_backward,
+        (torch.randn(2, 4, 4, 4), x, W_mu, W_rho, b_rho, torch.rand(2, 4, 4, 4), rng(),
+         [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_vmap_over_rng(backend: str, kind: str) -> None:
+    case = linear_case((4,), 6, 3) if kind == "linear" else conv_case(2, 2, 3, 4, (3, 3), (6, 6))
+    function = functional.lrt_linear if kind == "linear" else functional.lrt_conv2d
+    rngs = torch.stack([rng(stream=k) for k in range(3)])
+    mapped = torch.func.vmap(lambda r: function(*case, r))(rngs)
+    assert_same(mapped, torch.stack([function(*case, r) for r in rngs]), torch.float32)
+
+
+def test_autocast(backend: str) -> None:
+    case = linear_case((9,), 31, 13)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = functional.lrt_linear(*case, rng())
+    assert y.dtype == torch.bfloat16
+    assert_same(y, functional.lrt_linear(*case, rng()).to(torch.bfloat16), torch.bfloat16, 2)

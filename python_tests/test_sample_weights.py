@@ -1,0 +1,199 @@
+"""sample_weights: native against reference, gradients, the KL in the same pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import DTYPES, assert_same, grads, leaf, on, posterior, rng
+from torch import Tensor
+
+from bbb_fast import functional
+
+SHAPES = [(), (1,), (3,), (7, 5), (64,), (65,), (4096,), (4097,), (33, 3, 5, 5), (0,), (3, 0, 2)]
+
+
+def both(leaves: list[Tensor], run: Any, grad_outputs: list[Tensor | None], dtype: torch.dtype) -> None:
+    native = on("native", grads, run, leaves, grad_outputs)
+    expected = on("reference", grads, run, leaves, grad_outputs)
+    for a, b in zip(native[0] + native[1], expected[0] + expected[1], strict=True):
+        assert_same(a, b, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference(isa: str, shape: tuple[int, ...]) -> None:
+    mu, rho = posterior(*shape)
+    both(
+        [mu, rho], lambda: functional.sample_weight(mu, rho, rng()), [torch.randn(shape)], torch.float32
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_kl_equals_reference(isa: str, shape: tuple[int, ...]) -> None:
+    mu, rho = posterior(*shape)
+    both(
+        [mu, rho],
+        lambda: functional.sample_weight(mu, rho, rng(), 0.05, 0.3, with_kl=True),
+        [torch.randn(shape), torch.tensor(0.7)],
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_dtypes(native: None, dtype: torch.dtype, with_kl: bool) -> None:
+    mu, rho = posterior(31, 9, dtype=dtype)
+    grad = [torch.randn(31, 9).to(dtype)]
+    if with_kl:
+        grad.append(torch.tensor(0.7, dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+    both([mu, rho], lambda: functional.sample_weight(mu, rho, rng(), with_kl=with_kl), grad, dtype)
+
+
+@pytest.mark.parametrize("out", DTYPES)
+def test_output_dtype(backend: str, out: torch.dtype) -> None:
+    mu, rho = posterior(300)
+    w = functional.sample_weight(mu, rho, rng(), dtype=out)
+    assert w.dtype == out
+    assert_same(w, functional.sample_weight(mu, rho, rng()).to(out), out)
+    w.sum().backward()
+    assert mu.grad is not None and mu.grad.dtype == torch.float32
+
+
+def test_a_list_takes_consecutive_streams(backend: str) -> None:
+    (m0, r0), (m1, r1) = posterior(8, 3), posterior(8)
+    weights, kl = functional.sample_weights([m0, m1], [r0, r1], rng(9, 100), with_kl=True)
+    assert torch.equal(weights[0], functional.sample_weight(m0, r0, rng(9, 100)))
+    assert torch.equal(weights[1], functional.sample_weight(m1, r1, rng(9, 101)))
+    torch.testing.assert_close(kl, functional.kl_divergence([m0, m1], [r0, r1]))
+
+
+def test_list_gradients_equal_reference(isa: str) -> None:
+    pairs = [posterior(17, 5), posterior(17), posterior(1)]
+    mus, rhos = [p[0] for p in pairs], [p[1] for p in pairs]
+    grad = [torch.randn_like(m) for m in mus] + [torch.tensor(1.3)]
+    both(
+        mus + rhos,
+        lambda: functional.sample_weights(mus, rhos, rng(), 0.1, 0.2, with_kl=True),
+        grad,
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("used", ["weight", "kl", "second"])
+def test_gradient_of_one_output_alone(backend: str, used: str) -> None:
+    """An output that the loss does not use contributes nothing."""
+    (m0, r0), (m1, r1) = posterior(40), posterior(6)
+    weights, kl = functional.sample_weights([m0, m1], [r0, r1], rng(), with_kl=True)
+    {"weight": weights[0].sum(), "kl": kl, "second": weights[1].sum()}[used].backward()
+    if used == "weight":
+        torch.testing.assert_close(m0.grad, torch.ones(40))
+        assert m1.grad is None or not m1.grad.any()
+    elif used == "second":
+        torch.testing.assert_close(m1.grad, torch.ones(6))
+        assert m0.grad is None or not m0.grad.any()
+    else:
+        torch.testing.assert_close(m0.grad, m0.detach() / 0.01)
+
+
+def test_strided_parameters(backend: str) -> None:
+    mu, rho = posterior(12, 10)
+    w = functional.sample_weight(mu.t(), rho.t(), rng())
+    assert_same(w, functional.sample_weight(mu.t().contiguous(), rho.t().contiguous(), rng()), torch.float32)
+    w.square().sum().backward()
+    assert mu.grad is not None and mu.grad.shape == (12, 10)
+    channels_last = leaf(4, 3, 5, 5).detach().to(memory_format=torch.channels_last)
+    w = functional.sample_weight(channels_last, channels_last, rng())
+    assert w.is_contiguous()
+    contiguous = channels_last.contiguous()
+    assert_same(w, functional.sample_weight(contiguous, contiguous, rng()), torch.float32)
+
+
+def test_three_forwards_before_one_backward(native: None) -> None:
+    mu, rho = posterior(50, 4)
+
+    def run() -> list[Tensor]:
+        return [functional.sample_weight(mu, rho, rng(stream=k)) for k in range(3)]
+
+    both([mu, rho], run, [torch.randn(50, 4) for _ in range(3)], torch.float32)
+
+
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_gradcheck(backend: str, with_kl: bool) -> None:
+    mu, rho = posterior(4, 3, dtype=torch.float64)
+    bias_mu, bias_rho = posterior(4, dtype=torch.float64)
+
+    def run(*args: Tensor) -> tuple[Tensor, ...]:
+        weights, kl = functional.sample_weights(args[:2], args[2:], rng(), 0.1, 0.4, with_kl=with_kl)
+        return (*weights, kl) if with_kl else tuple(weights)
+
+    assert torch.autograd.gradcheck(run, (mu, bias_mu, rho, bias_rho))
+
+
+def test_second_derivative_raises(native: None) -> None:
+    mu, rho = posterior(3)
+    (g,) = torch.autograd.grad(
+        functional.sample_weight(mu, rho, rng()).square().sum(), rho, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="not implemented"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("value", [-1e4, -200.0, -100.0, -90.0, -30.0, 0.0, 30.0, 100.0, 1e4])
+def test_extreme_rho(isa: str, value: float) -> None:
+    """sigma is stable at every rho: never 0 or inf where float32 can hold it, gradients finite."""
+    rho = torch.full((70,), value, requires_grad=True)
+    mu = torch.zeros(70, requires_grad=True)
+    w, kl = functional.sample_weight(mu, rho, rng(), with_kl=True)
+    sigma = torch.nn.functional.softplus(torch.tensor(value, dtype=torch.float64))
+    expected = (sigma * functional.normal(70, rng()).double()).float()
+    torch.testing.assert_close(w.detach(), expected, rtol=1e-5, atol=1.5e-45)
+    (w.sum() + kl).backward()
+    assert torch.isfinite(mu.grad).all() and torch.isfinite(rho.grad).all()
+    exact_kl = on("reference", functional.kl_divergence, mu, rho)
+    torch.testing.assert_close(kl, exact_kl, rtol=1e-6, atol=0)
+
+
+def test_non_finite_parameters_show(backend: str) -> None:
+    """NaN and inf propagate; they are not hidden."""
+    bad = torch.tensor([float("nan"), float("inf"), 0.0])
+    w = functional.sample_weight(torch.zeros(3), bad, rng())
+    assert torch.isnan(w[0]) and torch.isinf(w[1]) and torch.isfinite(w[2])
+    assert not torch.isfinite(functional.kl_divergence(torch.zeros(3), bad))
+
+
+def test_thread_count_changes_nothing(isa: str, threads: None) -> None:
+    mu, rho = posterior(100_003)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        outputs, gradients = grads(
+            lambda: functional.sample_weight(mu, rho, rng(), with_kl=True),
+            [mu, rho],
+            [mu.detach(), torch.tensor(0.3)],
+        )
+        results.append(outputs + gradients)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_opcheck(native: None, with_kl: bool) -> None:
+    (m0, r0), (m1, r1) = posterior(4, 3), posterior(4)
+    torch.library.opcheck(
+        torch.ops.bbb_fast.sample_weights, ([m0, m1], [r0, r1], rng(), 0.0, 0.1, with_kl, None)
+    )
+    torch.library.opcheck(
+        torch.ops.bbb_fast.sample_weights_backward,
+        ([torch.randn(4, 3), None], torch.tensor(1.0), [m0.detach(), m1.detach()],
+         [r0.detach(), r1.detach()], rng(), 0.0, 0.1),
+    )  # fmt: skip
+
+
+def test_vmap_over_rng(backend: str) -> None:
+    mu, rho = posterior(6, 5)
+    rngs = torch.stack([rng(stream=k) for k in range(3)])
+    mapped = torch.func.vmap(lambda r: functional.sample_weight(mu, rho, r))(rngs)
+    assert_same(
+        mapped, torch.stack([functional.sample_weight(mu, rho, r) for r in rngs]), torch.float32
+    )

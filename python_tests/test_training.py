@@ -1,0 +1,524 @@
+"""Training: the loss it minimizes, repeatability, runs that stop and continue, and every error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bbb_fast import checkpoint, data, kl_loss, training
+from bbb_fast.data import ImageSet
+from bbb_fast.layers import misc
+from bbb_fast.plots import training_curves
+from bbb_fast.training import TrainConfig, TrainingError, fit
+
+Sets = tuple[ImageSet, ImageSet, ImageSet]
+
+QUICK = TrainConfig(
+    activation="relu", epochs=3, batch_size=64, valid_samples=2, test_samples=3, threads=1
+)
+
+
+@pytest.fixture(scope="module")
+def sets() -> Sets:
+    """200 training, 80 validation and 60 test digits."""
+    pytest.importorskip("sklearn")
+    train, valid = data.split_validation(data.load("digits", "train"), 80, 0, 200)
+    return train, valid, data.load("digits", "test").subset(torch.arange(60))
+
+
+@pytest.fixture(scope="module")
+def finished(sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder and the metrics of a quick run: not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, fit(QUICK, *sets, folder, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes as long as a quick run's training, so only ``finished`` draws."""
+
+    def missing(_: object) -> None:
+        raise ImportError("turned off")
+
+    monkeypatch.setattr(training.plots, "training_curves", missing)
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Both folders hold the same weights, state and history, bit for bit; timings aside."""
+    for name in ("last.pt", "best.pt"):
+        one, other = checkpoint.load(a / name), checkpoint.load(b / name)
+        for key in ("model", "optimizer", "rng"):
+            torch.testing.assert_close(one.pop(key), other.pop(key), rtol=0, atol=0)
+        for state in (one, other):
+            for entry in state["history"]:
+                del entry["seconds"], entry["images_per_second"]
+            for key in training._FREE_ON_RESUME:
+                del state["config"][key]
+        assert one == other
+
+
+def stop_after(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C once so many epochs are done."""
+    original = training._epoch_line
+
+    def line(entry: dict[str, Any], *rest: Any) -> str:
+        if entry["epoch"] == epoch:
+            raise KeyboardInterrupt
+        return original(entry, *rest)
+
+    monkeypatch.setattr(training, "_epoch_line", line)
+
+
+class TestConfig:
+    def test_the_defaults_are_valid(self) -> None:
+        TrainConfig().validate()
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"model": "vgg"}, "unknown model 'vgg'; allowed: lenet, alexnet, 3conv3fc"),
+            ({"layer_type": "mcmc"}, "unknown layer_type 'mcmc'; allowed: .*lrt"),
+            ({"activation": "tanh"}, "unknown activation 'tanh'; allowed: softplus, relu"),
+            ({"lr_schedule": "step"}, "unknown lr_schedule 'step'; allowed: constant, cosine, plateau"),
+            ({"epochs": 0}, "epochs must be an int >= 1, got 0"),
+            ({"epochs": 2.0}, "epochs must be an int"),
+            ({"batch_size": -1}, "batch_size must be an int >= 1, got -1"),
+            ({"train_samples": 0}, "train_samples must be an int >= 1"),
+            ({"valid_samples": True}, "valid_samples must be an int >= 1"),
+            ({"test_samples": None}, "test_samples must be an int >= 1"),
+            ({"valid_size": 0}, "valid_size must be an int >= 1"),
+            ({"threads": 0}, "threads must be an int >= 1"),
+            ({"seed": -1}, "seed must be an int >= 0"),
+            ({"seed": 1 << 63}, "seed must be below"),
+            (
+                {"beta": "Bundell"},
+                "unknown beta 'Bundell'; allowed: a number >= 0, Blundell, Soenderby",
+            ),
+            ({"beta": -0.1}, "unknown beta -0.1"),
+            ({"beta": math.nan}, "unknown beta nan"),
+            ({"lr": -1e-3}, "lr must be a finite number > 0, got -0.001"),
+            ({"lr": math.inf}, "lr must be a finite number > 0"),
+            ({"lr": 0}, "lr must be a finite number > 0"),
+            ({"weight_decay": -1.0, "layer_type": "none"}, "weight_decay must be a finite number >= 0"),
+            ({"weight_decay": 0.1}, "weight_decay = 0.1 needs layer_type 'none'"),
+            ({"prior_sigma": 0.0}, "prior_sigma'.* must be > 0, got 0.0"),
+            ({"posterior_mu_initial": (0.0, -1.0)}, "posterior_mu_initial.*std >= 0"),
+            ({"device": "tpu"}, "unknown device 'tpu'; allowed: cpu, cuda"),
+            ({"device": "meta"}, "unknown device 'meta'"),
+            ({"device": 0}, "unknown device 0"),
+        ],
+    )
+    def test_errors(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**changes).validate()
+
+    def test_cuda_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="'cuda:1' is not there: PyTorch finds no CUDA device"):
+            TrainConfig(device="cuda:1").validate()
+
+    def test_to_dict_is_what_json_gives_back(self) -> None:
+        options = TrainConfig().to_dict()
+        assert json.loads(json.dumps(options)) == options
+
+
+class TestObjective:
+    """One step of a whole epoch's size, so that its loss can be computed apart."""
+
+    config = replace(QUICK, epochs=1, batch_size=200, train_samples=3, beta=0.3)
+
+    def test_gradient_and_loss(self, sets: Sets, monkeypatch: pytest.MonkeyPatch) -> None:
+        config, n = self.config, len(sets[0])
+        with training._surroundings(config):
+            run = training._Run(config, *sets[:2])
+            x = data.normalize(sets[0].images, run.mean, run.std)
+            noise = torch.get_rng_state()
+            outputs = [run.model(x)[0] for _ in range(config.train_samples)]
+            nll = torch.stack([F.cross_entropy(output, sets[0].labels) for output in outputs]).mean()
+            kl = kl_loss(run.model)
+            loss = nll + 0.3 * kl / n
+            loss.backward()
+            expected = [p.grad.clone() for p in run.model.parameters()]
+
+            calls = []
+            monkeypatch.setattr(misc, "kl_loss", lambda model: calls.append(1) or kl_loss(model))
+            torch.set_rng_state(noise)
+            stats = run._step(x, sets[0].labels, 0.3)
+        # float32 sums in another order
+        torch.testing.assert_close(
+            [p.grad for p in run.model.parameters()], expected, rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            stats[:3], torch.stack([loss, nll, kl]).detach().double(), rtol=1e-5, atol=0
+        )
+        assert len(calls) == 1  # three draws, one KL
+
+    def test_the_history_adds_up(self, sets: Sets, tmp_path: Path) -> None:
+        (entry,) = fit(self.config, *sets, tmp_path, progress=False)["history"]
+        assert entry["loss"] == pytest.approx(entry["nll"] + 0.3 * entry["kl"] / 200, rel=1e-5)
+        assert entry["kl_weight"] == pytest.approx(0.3)
+
+    @pytest.mark.parametrize("beta", ["Blundell", "Standard"])
+    def test_schedules_that_share_out_one_kl(self, sets: Sets, tmp_path: Path, beta: str) -> None:
+        config = replace(QUICK, epochs=1, beta=beta)
+        (entry,) = fit(config, *sets, tmp_path, progress=False)["history"]
+        assert entry["kl_weight"] == pytest.approx(1.0)
+
+    def test_the_point_model_has_no_kl(self, sets: Sets, tmp_path: Path) -> None:
+        metrics = fit(replace(self.config, layer_type="none"), *sets, tmp_path, progress=False)
+        (entry,) = metrics["history"]
+        assert entry["loss"] == entry["nll"]
+        assert "kl" not in entry
+        assert metrics["kl_weight"] is None
+        assert metrics["test"]["samples"] == 1
+
+
+@pytest.mark.parametrize("layer_type", ["lrt", "bbb"])
+def test_it_learns(sets: Sets, tmp_path: Path, layer_type: str) -> None:
+    train, valid = data.split_validation(data.load("digits", "train"), 80, 0, 400)
+    config = replace(
+        QUICK, layer_type=layer_type, epochs=5, batch_size=32, lr=5e-3, beta=0.01,
+        posterior_rho_initial=(-5.0, 0.1),
+    )  # fmt: skip
+    metrics = fit(config, train, valid, sets[2], tmp_path, progress=False)
+    losses = [entry["loss"] for entry in metrics["history"]]
+    assert losses == sorted(losses, reverse=True)
+    assert metrics["test"]["accuracy"] > 0.75
+    assert metrics["best"]["accuracy"] == max(e["valid_accuracy"] for e in metrics["history"])
+
+
+class TestRepeatability:
+    @pytest.mark.parametrize("layer_type", ["lrt", "bbb", "none"])
+    def test_the_same_run_twice(self, sets: Sets, tmp_path: Path, layer_type: str) -> None:
+        config = replace(QUICK, layer_type=layer_type, epochs=2, lr_schedule="cosine")
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        one = fit(config, *sets, tmp_path / "a", progress=False)
+        assert torch.equal(torch.get_rng_state(), before)  # the caller's
+        torch.manual_seed(2)
+        other = fit(config, *sets, tmp_path / "b", progress=False)
+        assert_same_run(tmp_path / "a", tmp_path / "b")
+        assert one["test"] == other["test"]
+
+    def test_another_seed_is_another_run(
+        self, finished: tuple[Path, dict[str, Any]], sets: Sets, tmp_path: Path
+    ) -> None:
+        fit(replace(QUICK, seed=1, epochs=1), *sets, tmp_path, progress=False)
+        one, other = (checkpoint.load(f / "last.pt")["model"] for f in (finished[0], tmp_path))
+        assert not torch.equal(one["fc1.W_mu"], other["fc1.W_mu"])
+
+    def test_validation_does_not_disturb_the_noise(
+        self, finished: tuple[Path, dict[str, Any]], sets: Sets, tmp_path: Path
+    ) -> None:
+        train, valid, test = sets
+        half = valid.subset(torch.arange(40))
+        fit(replace(QUICK, valid_samples=5), train, half, test, tmp_path, progress=False)
+        one, other = (checkpoint.load(f / "last.pt") for f in (finished[0], tmp_path))
+        for key in ("model", "optimizer", "rng"):
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
+
+    def test_threads_come_back(self, copied: Path, sets: Sets) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            # Not told otherwise, a resumed run takes the number it was started with.
+            metrics = fit(replace(QUICK, threads=None), *sets, copied, resume=True, progress=False)
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(threads)
+        assert metrics["config"]["threads"] == metrics["versions"]["threads"] == 1
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("layer_type", "schedule", "stop"),
+        [("lrt", "cosine", 1), ("bbb", "plateau", 2), ("none", "constant", 1)],
+    )
+    def test_bit_for_bit(
+        self, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        layer_type: str, schedule: str, stop: int,
+    ) -> None:  # fmt: skip
+        config = replace(QUICK, layer_type=layer_type, lr_schedule=schedule)
+        fit(config, *sets, tmp_path / "whole", progress=False)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(stop, patch)
+            fit(config, *sets, tmp_path / "parts", progress=False)
+        assert checkpoint.load(tmp_path / "parts/last.pt")["epoch"] == stop
+        assert not (tmp_path / "parts/metrics.json").exists()
+        fit(config, *sets, tmp_path / "parts", resume=True, progress=False)
+        assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+    def test_stopped_in_the_first_epoch(
+        self, finished: tuple[Path, dict[str, Any]], sets: Sets, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training._Run, "_step", interrupt)
+            fit(QUICK, *sets, tmp_path, progress=False)
+        fit(QUICK, *sets, tmp_path, resume=True, progress=False)
+        assert_same_run(finished[0], tmp_path)
+
+    def test_more_epochs(
+        self, finished: tuple[Path, dict[str, Any]], sets: Sets, tmp_path: Path
+    ) -> None:
+        fit(replace(QUICK, epochs=1), *sets, tmp_path, progress=False)
+        fit(QUICK, *sets, tmp_path, resume=True, progress=False)
+        assert_same_run(finished[0], tmp_path)
+
+    def test_a_finished_run_is_judged_again(
+        self, finished: tuple[Path, dict[str, Any]], copied: Path, sets: Sets
+    ) -> None:
+        config = replace(QUICK, test_samples=5)
+        metrics = fit(config, *sets, copied, resume=True, progress=False)
+        assert metrics["test"]["samples"] == 5
+        assert metrics["history"] == finished[1]["history"]
+        again = fit(QUICK, *sets, copied, resume=True, progress=False)
+        assert again["test"] == finished[1]["test"]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"lr": 0.01}, "--lr is 0.01 now, but the run was started with 0.002"),
+            ({"layer_type": "bbb"}, "--layer-type is bbb now, but the run was started with lrt"),
+            ({"beta": "Standard"}, "--beta is Standard now, but the run was started with 0.1"),
+            ({"posterior_rho_initial": (-4.0, 0.1)}, r"--posterior-rho-initial is \[-4.0, 0.1\] now"),
+            ({"valid_samples": 3}, "--valid-samples is 3 now, but the run was started with 2"),
+            ({"threads": 2}, "--threads is 2 now, but the run was started with 1"),
+            ({"epochs": 2}, "--epochs is 2 now, but was 3 at the start and has completed 3"),
+        ],
+    )
+    def test_other_options(
+        self, copied: Path, sets: Sets, changes: dict[str, Any], message: str
+    ) -> None:
+        before = contents(copied)
+        with pytest.raises(ValueError, match=rf"cannot resume .*last\.pt: {message}"):
+            fit(replace(QUICK, **changes), *sets, copied, resume=True, progress=False)
+        assert contents(copied) == before
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [({"lr_schedule": "cosine"}, "cosine schedule"), ({"beta": "Soenderby"}, "KL warm-up")],
+    )
+    def test_more_epochs_where_the_schedule_spans_them(
+        self, sets: Sets, tmp_path: Path, changes: dict[str, Any], message: str
+    ) -> None:
+        config = replace(QUICK, epochs=1, **changes)
+        fit(config, *sets, tmp_path, progress=False)
+        with pytest.raises(ValueError, match=f"--epochs is 2 now, but was 1 .*{message}"):
+            fit(replace(config, epochs=2), *sets, tmp_path, resume=True, progress=False)
+
+    def test_other_images(self, copied: Path, sets: Sets) -> None:
+        train, valid, test = sets
+        images = train.images.clone()
+        images[0, 0, 0, 0] += 1
+        changed = replace(train, images=images)
+        with pytest.raises(ValueError, match="images are not those it was started with"):
+            fit(QUICK, changed, valid, test, copied, resume=True, progress=False)
+
+    def test_nothing_there(self, sets: Sets, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"nothing to resume: .*last\.pt does not exist"):
+            fit(QUICK, *sets, tmp_path / "new", resume=True, progress=False)
+        assert not (tmp_path / "new").exists()
+
+    def test_the_best_weights_are_gone(self, copied: Path, sets: Sets) -> None:
+        (copied / "best.pt").unlink()
+        with pytest.raises(ValueError, match=r"there is no checkpoint .*best\.pt"):
+            fit(QUICK, *sets, copied, resume=True, progress=False)
+
+    def test_the_best_weights_of_another_run(self, copied: Path, sets: Sets) -> None:
+        state = checkpoint.load(copied / "best.pt")
+        checkpoint.save(copied / "best.pt", {**state, "epoch": 99})
+        with pytest.raises(ValueError, match="belongs to another run"):
+            fit(QUICK, *sets, copied, resume=True, progress=False)
+
+    @pytest.mark.parametrize(("key", "value"), [("optimizer", {}), ("rng", {"torch": torch.zeros(3)})])
+    def test_a_state_that_does_not_fit(
+        self, copied: Path, sets: Sets, key: str, value: dict[str, Any]
+    ) -> None:
+        state = checkpoint.load(copied / "last.pt")
+        checkpoint.save(copied / "last.pt", {**state, key: value})
+        with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt cannot be resumed"):
+            fit(QUICK, *sets, copied, resume=True, progress=False)
+
+
+class TestOutput:
+    def test_metrics_json(self, finished: tuple[Path, dict[str, Any]]) -> None:
+        folder, metrics = finished
+
+        def refuse(name: str) -> None:
+            raise AssertionError(f"{name} is not JSON")
+
+        stored = json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
+        assert stored == json.loads(json.dumps(metrics))
+        assert stored["config"] == {**QUICK.to_dict(), "inputs": 1, "outputs": 10}
+        assert stored["kl_weight"] == pytest.approx(0.1)
+        assert stored["seeds"] == {"train": 0, "valid": 0, "test": -1}
+        assert {"python", "torch", "bbb_fast", "backend"} <= stored["versions"].keys()
+        assert stored["parameters"] == 123412
+        assert stored["images"] == {"train": 200, "valid": 80, "test": 60}
+        assert stored["best"].keys() == {"epoch", "accuracy", "nll", "ece"}
+        assert stored["test"].keys() == {"accuracy", "nll", "brier", "ece", "samples"}
+        assert stored["timing"].keys() == {"train_seconds", "images_per_second", "test_seconds"}
+        assert [entry["epoch"] for entry in stored["history"]] == [1, 2, 3]
+        assert stored["history"][0].keys() == {
+            "epoch", "lr", "loss", "nll", "accuracy", "kl", "kl_weight",
+            "valid_accuracy", "valid_nll", "valid_ece", "seconds", "images_per_second",
+        }  # fmt: skip
+
+    def test_files(self, finished: tuple[Path, dict[str, Any]]) -> None:
+        pytest.importorskip("matplotlib")
+        folder, _ = finished
+        assert set(os.listdir(folder)) == {"last.pt", "best.pt", "metrics.json", "curves.png"}
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_the_best_epoch_is_kept(self, finished: tuple[Path, dict[str, Any]]) -> None:
+        folder, metrics = finished
+        history = metrics["history"]
+        order = [(entry["valid_accuracy"], -entry["valid_nll"]) for entry in history]
+        assert metrics["best"]["epoch"] == order.index(max(order)) + 1
+        assert checkpoint.load_model(folder / "best.pt").epoch == metrics["best"]["epoch"]
+
+    def test_the_test_scores_are_those_of_the_best_weights(
+        self, finished: tuple[Path, dict[str, Any]], sets: Sets
+    ) -> None:
+        folder, metrics = finished
+        best = checkpoint.load_model(folder / "best.pt")
+        probs = training.predict_probs(best.model, sets[2].images, best.mean, best.std, 3, -1)
+        assert float((probs.argmax(1) == sets[2].labels).double().mean()) == metrics["test"]["accuracy"]
+
+    def test_curves_need_matplotlib(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(ImportError):
+            training_curves([])
+
+    @pytest.mark.parametrize("panels", [2, 3])
+    def test_curves(self, finished: tuple[Path, dict[str, Any]], panels: int) -> None:
+        pytest.importorskip("matplotlib")
+        history = [dict(entry) for entry in finished[1]["history"]]
+        if panels == 2:  # a point model
+            for entry in history:
+                del entry["kl"], entry["kl_weight"]
+        axes = training_curves(history).axes
+        assert len(axes) == panels
+        assert list(axes[1].lines[1].get_ydata()) == [entry["valid_accuracy"] for entry in history]
+
+    def test_without_matplotlib_and_without_a_test_set(
+        self, sets: Sets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        metrics = fit(replace(QUICK, epochs=1), *sets[:2], None, tmp_path)
+        assert metrics["test"] is None
+        assert not (tmp_path / "curves.png").exists()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3  # what is trained, one epoch, the notice
+        assert lines[-1].startswith("no curves.png: matplotlib is missing")
+
+    def test_an_existing_run_is_kept(self, copied: Path, sets: Sets) -> None:
+        before = contents(copied)
+        with pytest.raises(FileExistsError, match="already holds a run .*--resume.*--overwrite"):
+            fit(QUICK, *sets, copied, progress=False)
+        with pytest.raises(ValueError, match="contradict"):
+            fit(QUICK, *sets, copied, True, False, overwrite=True)
+        assert contents(copied) == before
+
+    @pytest.mark.parametrize("name", training.FILES)
+    def test_a_file_of_that_name_is_kept(self, sets: Sets, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=rf"already holds a run \({name}\)"):
+            fit(QUICK, *sets, tmp_path, progress=False)
+        assert contents(tmp_path) == {name: b"mine"}
+
+    def test_overwrite(self, copied: Path, sets: Sets) -> None:
+        metrics = fit(replace(QUICK, epochs=1), *sets, copied, progress=False, overwrite=True)
+        assert checkpoint.load(copied / "last.pt")["epoch"] == 1
+        assert json.loads((copied / "metrics.json").read_text())["test"] == metrics["test"]
+
+    def test_the_folder_is_a_file(self, sets: Sets, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(OSError, match="is a file"):
+            fit(QUICK, *sets, tmp_path / "file", progress=False)
+        assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """Every write after the first ``writes["left"]`` fails."""
+    writes, fsync = {"left": 0}, os.fsync
+
+    def full(file: int) -> None:
+        if writes["left"] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        writes["left"] -= 1
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        yield writes
+
+
+class TestFailures:
+    def test_disk_full_from_the_start(
+        self, copied: Path, sets: Sets, full_disk: dict[str, int]
+    ) -> None:
+        before = contents(copied)
+        with pytest.raises(OSError, match="No space left"):
+            fit(QUICK, *sets, copied, progress=False, overwrite=True)
+        assert contents(copied) == before
+
+    def test_disk_full_later_and_resumed(
+        self, finished: tuple[Path, dict[str, Any]], sets: Sets, tmp_path: Path,
+        full_disk: dict[str, int],
+    ) -> None:  # fmt: skip
+        full_disk["left"] = 3  # last.pt of epoch 0, best.pt and last.pt of epoch 1
+        with pytest.raises(OSError, match="No space left"):
+            fit(QUICK, *sets, tmp_path, progress=False)
+        assert set(os.listdir(tmp_path)) == {"last.pt", "best.pt"}
+        assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 1
+        full_disk["left"] = -1
+        fit(QUICK, *sets, tmp_path, resume=True, progress=False)
+        assert_same_run(finished[0], tmp_path)
+
+    def test_the_loss_is_not_finite(self, sets: Sets, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match=r"epoch 1, step 2 of 4: the loss is (nan|inf)"):
+            fit(replace(QUICK, lr=1e30), *sets, tmp_path, progress=False)
+        assert os.listdir(tmp_path) == ["last.pt"]
+
+    def test_the_outputs_are_not_finite(self, sets: Sets, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match="epoch 1: the model's outputs are not finite"):
+            fit(replace(QUICK, lr=1e30, batch_size=200), *sets, tmp_path, progress=False)
+
+    def test_sets_that_do_not_go_together(self, sets: Sets, tmp_path: Path) -> None:
+        train, valid, test = sets
+        out = tmp_path / "new"
+        with pytest.raises(ValueError, match="the validation set is empty"):
+            fit(QUICK, train, valid.subset([]), test, out)
+        colour = ImageSet(test.images.expand(-1, 3, -1, -1), test.labels, test.classes, "colour")
+        with pytest.raises(ValueError, match="the test set has 3 channels, the training set 1"):
+            fit(QUICK, train, valid, colour, out)
+        other = ImageSet(valid.images, valid.labels, (*valid.classes, "ten"), "other")
+        with pytest.raises(ValueError, match="the validation set has 11 classes, the training set 10"):
+            fit(QUICK, train, other, test, out)
+        assert not out.exists()
