@@ -15,7 +15,7 @@ namespace {
 
 int failures = 0;
 
-#define CHECK(condition)                                                  \
+#define EXPECT(condition)                                                  \
   do {                                                                    \
     if (!(condition)) {                                                   \
       std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
@@ -36,7 +36,7 @@ void philox_known_answers() {
     uint64_t w[4] = {c[0], c[1], c[2], c[3]};
     const auto key = s::philox_key(c[4] | static_cast<uint64_t>(c[5]) << 32);
     s::philox4x32(w[0], w[1], w[2], w[3], key);
-    for (int j = 0; j < 4; ++j) CHECK(static_cast<uint32_t>(w[j]) == c[6 + j]);
+    for (int j = 0; j < 4; ++j) EXPECT(static_cast<uint32_t>(w[j]) == c[6 + j]);
   }
 }
 
@@ -48,23 +48,23 @@ void elementary_functions() {
   for (double x = 1e-9; x <= 1.0; x *= 1.0009) {
     const float f = static_cast<float>(x);
     // Near 1 the logarithm is small and the argument's rounding is not its fault: f is exact here.
-    CHECK(
+    EXPECT(
         std::fabs(s::natural_log(f) - std::log(static_cast<double>(f))) <=
         2e-7 * std::fmax(std::fabs(std::log(static_cast<double>(f))), 1e-30));
-    CHECK(relative(s::log1p_over(f), std::log1p(static_cast<double>(f)) / f) < 2e-7);
+    EXPECT(relative(s::log1p_over(f), std::log1p(static_cast<double>(f)) / f) < 2e-7);
   }
   for (double x = 0.0; x < 87.0; x += 0.013) {
     const float f = static_cast<float>(-x);
-    CHECK(relative(s::exp_negative(f), std::exp(static_cast<double>(f))) < 2e-7);
+    EXPECT(relative(s::exp_negative(f), std::exp(static_cast<double>(f))) < 2e-7);
   }
-  CHECK(s::exp_negative(-100.0f) > 0.0f);
-  CHECK(s::exp_negative(-1e30f) == 0.0f);
-  CHECK(std::isnan(s::exp_negative(NAN)));
+  EXPECT(s::exp_negative(-100.0f) > 0.0f);
+  EXPECT(s::exp_negative(-1e30f) == 0.0f);
+  EXPECT(std::isnan(s::exp_negative(NAN)));
   for (float t = -0.7853981f; t <= 0.7853981f; t += 1e-3f) {
     float sin, cos;
     s::sin_cos(t, sin, cos);
-    CHECK(std::fabs(sin - std::sin(static_cast<double>(t))) < 1e-7);
-    CHECK(std::fabs(cos - std::cos(static_cast<double>(t))) < 1e-7);
+    EXPECT(std::fabs(sin - std::sin(static_cast<double>(t))) < 1e-7);
+    EXPECT(std::fabs(cos - std::cos(static_cast<double>(t))) < 1e-7);
   }
 }
 
@@ -73,24 +73,24 @@ void softplus_and_kl() {
     const float r = static_cast<float>(rho);
     const auto a = s::softplus(r);
     const auto e = bbb_fast::f64::softplus(r);
-    CHECK(relative(a.value, e.value) < 3e-7);
+    EXPECT(relative(a.value, e.value) < 3e-7);
     float derivative, ratio;
     double exact_derivative, exact_ratio;
     s::softplus_derivative(r, a, derivative, ratio);
     bbb_fast::f64::softplus_derivative(r, e, exact_derivative, exact_ratio);
-    CHECK(relative(derivative, exact_derivative) < 4e-7);
-    CHECK(relative(ratio, exact_ratio) < 4e-7);
+    EXPECT(relative(derivative, exact_derivative) < 4e-7);
+    EXPECT(relative(ratio, exact_ratio) < 4e-7);
     // The derivative of softplus is its difference quotient.
     const double h = 1e-6;
     const double quotient =
         (bbb_fast::f64::softplus(r + h).value - bbb_fast::f64::softplus(r - h).value) / (2 * h);
-    CHECK(std::fabs(quotient - exact_derivative) < 1e-8 + 1e-4 * exact_derivative);
+    EXPECT(std::fabs(quotient - exact_derivative) < 1e-8 + 1e-4 * exact_derivative);
     const s::Prior prior{0.2f, 10.0f, std::log(0.1f)};
     const float terms =
         s::kl_terms(0.1f, r, a, prior) -
         2.0f * (std::log(s::mantissa(a.base)) + static_cast<float>(s::exponent(a.base)) * s::kLn2);
     const double exact = bbb_fast::f64::kl_terms(0.1f, r, e, 0.2, 0.1);
-    CHECK(relative(terms, exact) < 1e-6);
+    EXPECT(relative(terms, exact) < 1e-6);
   }
 }
 
@@ -99,12 +99,12 @@ void box_muller_extremes() {
     for (uint32_t y : {0u, 0x1fffffffu, 0x20000000u, 0x3fffffffu, 0x40000000u, 0xffffffffu}) {
       float z0, z1;
       s::box_muller(x, y, z0, z1);
-      CHECK(std::isfinite(z0) && std::isfinite(z1));
+      EXPECT(std::isfinite(z0) && std::isfinite(z1));
       const double u = static_cast<float>(x) * 0x1p-32 + 0x1p-33;
       const double radius = std::sqrt(-2.0 * std::log(static_cast<double>(static_cast<float>(u))));
       const double angle = y * 0x1p-32 * 2 * M_PI;
-      CHECK(std::fabs(z0 - radius * std::cos(angle)) < 2e-6);
-      CHECK(std::fabs(z1 - radius * std::sin(angle)) < 2e-6);
+      EXPECT(std::fabs(z0 - radius * std::cos(angle)) < 2e-6);
+      EXPECT(std::fabs(z1 - radius * std::sin(angle)) < 2e-6);
     }
   }
 }
@@ -128,7 +128,7 @@ void vector_noise_equals_scalar_noise() {
     const auto key = s::philox_key(static_cast<uint64_t>(seed));
     for (int64_t count : {0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 1000, 4096, 5001}) {
       const at::Tensor z = normal(count, seed, stream);
-      CHECK(z.numel() == count);
+      EXPECT(z.numel() == count);
       for (int64_t i = 0; i < count; ++i) {
         uint64_t w[4] = {
             static_cast<uint64_t>(i / 4), static_cast<uint64_t>(i / 4) >> 32, static_cast<uint64_t>(stream),
@@ -137,7 +137,7 @@ void vector_noise_equals_scalar_noise() {
         const int pair = (i % 4) / 2 * 2;
         float n[2];
         s::box_muller(static_cast<uint32_t>(w[pair]), static_cast<uint32_t>(w[pair + 1]), n[0], n[1]);
-        CHECK(std::fabs(z.data_ptr<float>()[i] - n[i % 2]) < 2e-6);
+        EXPECT(std::fabs(z.data_ptr<float>()[i] - n[i % 2]) < 2e-6);
       }
     }
   }
@@ -151,7 +151,7 @@ void unknown_instruction_set_is_refused() {
   } catch (const std::invalid_argument&) {
     thrown = true;
   }
-  CHECK(thrown);
+  EXPECT(thrown);
 }
 
 }  // namespace

@@ -1,0 +1,204 @@
+"""What ``make demo`` runs: a Bayesian LeNet, its point-estimate twin, and inputs neither has ever seen.
+
+Trains both on scikit-learn's digits and judges both on the test images; then shows them noise, inverted
+and rotated digits, and letters. The same seed and number of threads give the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import bbb_fast
+from bbb_fast import checkpoint, data, training, uncertainty
+from bbb_fast.data import ImageSet
+
+MARKER = "made-by-demo.txt"
+SAMPLES = 50
+CONFIG = training.TrainConfig(
+    dataset="digits",
+    model="lenet",
+    activation="softplus",
+    prior_sigma=0.1,
+    posterior_rho_initial=(-5.0, 0.1),
+    epochs=40,
+    batch_size=32,
+    test_samples=SAMPLES,
+    beta=0.03,
+    lr=2e-3,
+    lr_schedule="cosine",
+)
+MODELS = {"lrt": "Bayesian", "none": "point estimate"}
+SHORT = {"predictive_entropy": "entropy", "mutual_information": "mutual inf."}
+
+# Letters of 8 x 8 pixels, a byte a row, the leftmost pixel its highest bit. Those that can pass for a
+# digit (B, D, G, I, O, Q, S, Z and the like) are left out.
+LETTERS = {
+    "A": "183c66667e666666", "E": "7e60607c6060607e", "F": "7e60607c60606060",
+    "H": "6666667e7e666666", "K": "666c787070786c66", "M": "63777f6b63636363",
+    "N": "6676767e6e6e6666", "P": "7c66667c60606060", "R": "7c66667c786c6666",
+    "T": "7e7e181818181818", "U": "666666666666663c", "V": "66666666663c3c18",
+    "W": "636363636b7f7763", "X": "66663c18183c6666", "Y": "6666663c18181818",
+}  # fmt: skip
+
+
+def letters(each: int, seed: int) -> ImageSet:
+    """Each letter ``each`` times, bent, softened and dimmed at random to look handwritten."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.tensor([list(bytes.fromhex(glyph)) for glyph in LETTERS.values()])
+    pixels = (rows[:, :, None] >> torch.arange(7, -1, -1) & 1).float().repeat_interleave(each, 0)
+    pen = torch.tensor([[0.05, 0.15, 0.05], [0.15, 1.0, 0.15], [0.05, 0.15, 0.05]])
+    pixels = F.conv2d(pixels[:, None], pen[None, None], padding=1).clamp(max=1)
+    # A random affine map: how far each entry may be from the identity.
+    spread = torch.tensor([[0.12, 0.25, 0.12], [0.12, 0.12, 0.06]])
+    bend = spread * (2 * torch.rand(len(pixels), 2, 3, generator=generator) - 1)
+    grid = F.affine_grid(torch.eye(2, 3) + bend, [len(pixels), 1, 32, 32], align_corners=False)
+    pixels = F.grid_sample(pixels, grid, align_corners=False)
+    pixels = pixels * (0.7 + 0.3 * torch.rand(len(pixels), 1, 1, 1, generator=generator))
+    labels = torch.arange(len(LETTERS)).repeat_interleave(each)
+    return ImageSet((pixels * 255).round().to(torch.uint8), labels, tuple(LETTERS), "letters")
+
+
+def own_folder(path: str) -> Path:
+    """The demo's folder; ValueError if it holds anything that the demo did not make."""
+    folder = Path(path)
+    if folder.exists() and not (folder / MARKER).exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files: choose another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("benchmarks/demo.py replaces what it wrote here when it runs again.\n")
+    return folder
+
+
+def train(layer_type: str, folder: Path, seed: int, threads: int) -> checkpoint.LoadedModel:
+    """Trains one of the two models; returns the weights of the last epoch."""
+    config = replace(CONFIG, layer_type=layer_type, seed=seed, threads=threads)
+    whole, test = data.load("digits", "train"), data.load("digits", "test")
+    images, valid = data.split_validation(whole, len(whole) // 10, seed)
+    print(
+        f"training the {MODELS[layer_type]} LeNet (layers {layer_type}): {config.epochs} epochs of "
+        f"{len(images)} digits ...",
+        end=" ",
+        flush=True,
+    )
+    start = time.perf_counter()
+    training.fit(config, images, valid, test, folder / layer_type, progress=False, overwrite=True)
+    print(f"{time.perf_counter() - start:.0f} s")
+    # Not best.pt: validation accuracies of so few images tie, and the schedule ends at a rate of 0.
+    return checkpoint.load_model(folder / layer_type / training.LAST)
+
+
+def judge_all(
+    loaded: checkpoint.LoadedModel, known: ImageSet, others: list[ImageSet], seed: int
+) -> list[uncertainty.Comparison]:
+    """The known images against each never-seen set."""
+    return [uncertainty.compare(loaded, known, other, samples=SAMPLES, seed=seed) for other in others]
+
+
+def row(title: str, numbers: Iterable[float], form: str) -> str:
+    return f"  {title:26s}" + "".join(f"{number:>10{form}}" for number in numbers)
+
+
+def header(title: str, names: Iterable[str]) -> str:
+    return f"{title:28s}" + "".join(f"{name:>10s}" for name in names)
+
+
+def tables(results: dict[str, list[uncertainty.Comparison]]) -> str:
+    """Both models side by side."""
+    names = [result.outside.images.name.split()[0] for result in results["lrt"]]
+    lines = [header("known digits", ("accuracy", "NLL", "Brier", "ECE"))]
+    lines += [row(MODELS[kind], all_[0].quality.values(), ".3f") for kind, all_ in results.items()]
+    lines += ["", header("AUROC of digits against", names)]
+    for kind, score in (
+        ("lrt", "predictive_entropy"),
+        ("none", "predictive_entropy"),
+        ("lrt", "mutual_information"),
+    ):
+        values = [result.detection[score]["auroc"] for result in results[kind]]
+        lines.append(row(f"{MODELS[kind]}, {SHORT[score]}", values, ".3f"))
+    lines += ["", header("called with p > 0.9", ("digits", *names))]
+    for kind, all_ in results.items():
+        shares = [
+            all_[0].inside.share_above(0.9),
+            *(result.outside.share_above(0.9) for result in all_),
+        ]
+        lines.append(row(MODELS[kind], shares, ".1%"))
+    return "\n".join(lines)
+
+
+def one_letter_each(bayesian: uncertainty.Judged, point: uncertainty.Judged) -> str:
+    """What the first image of each letter is taken for."""
+    lines = ["", "letter     Bayesian says (probability, mutual information)     point estimate says"]
+    for label, letter in enumerate(LETTERS):
+        i = int((bayesian.images.labels == label).nonzero()[0])
+        lines.append(
+            f"  {letter}        {bayesian.prediction[i]}  ({1 - bayesian.doubt[i]:.2f}, "
+            f"{bayesian.mutual_information[i]:.2f} nats){'':29s}"
+            f"{point.prediction[i]}  ({1 - point.doubt[i]:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def comment(results: dict[str, list[uncertainty.Comparison]]) -> str:
+    """What the numbers say, in words."""
+    bayesian, point = (results[kind][-1] for kind in MODELS)
+    strange, known = (
+        [getattr(result, side).share_above(0.9) for result in (point, bayesian)]
+        for side in ("outside", "inside")
+    )
+    sets = [bayesian.inside, *(result.outside for result in results["lrt"])]
+    means = {judged.images.name: float(judged.mutual_information.mean()) for judged in sets}
+    highest = max(means, key=lambda name: means[name])
+    text = (
+        "No letter is a digit, yet both models must call it one. The point estimate gives its answer "
+        f"a probability above 0.9 for {strange[0]:.0%} of the letters; the Bayesian model, an average "
+        f"over {SAMPLES} draws of its weights, for {strange[1]:.0%}. For the digits it is "
+        f"{known[0]:.0%} and {known[1]:.0%}. Mutual information says how much the draws disagree (a "
+        f"point estimate has only one, so always 0): {means['digits']:.3f} nats on average for digits, "
+        f"{means['letters']:.3f} for letters, most for {highest} ({means[highest]:.3f}). Neither model "
+        "notices everything; the figure shows the letters that the Bayesian one is most certain of."
+    )
+    return textwrap.fill(text, 100)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="demo-out", help="a folder of its own (default: demo-out)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    args = parser.parse_args()
+    try:
+        folder = own_folder(args.out)
+    except (ValueError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    torch.set_num_threads(args.threads)
+    info = bbb_fast.build_info()
+    print(f"bbb_fast {info['bbb_fast']}, {info['backend']} backend, {args.threads} thread(s)")
+
+    loaded = {kind: train(kind, folder, args.seed, args.threads) for kind in MODELS}
+    known = data.load("digits", "test")
+    others = [uncertainty.unseen(kind, known, args.seed) for kind in uncertainty.DERIVED]
+    others.append(letters(len(known) // len(LETTERS), args.seed))
+    print(f"judging both: {len(known)} digits of the test set, and images they have never seen ...\n")
+    results = {kind: judge_all(one, known, others, args.seed) for kind, one in loaded.items()}
+    print(tables(results))
+    print(one_letter_each(results["lrt"][-1].outside, results["none"][-1].outside))
+    print()
+    print(comment(results))
+    print()
+    settings = {"samples": SAMPLES, "seed": args.seed, "config": loaded["lrt"].config}
+    written, notice = uncertainty.save(results["lrt"][-1], folder, settings)
+    print(notice or f"figure: {written[-1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
