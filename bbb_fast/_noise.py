@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from types import TracebackType
 
 import torch
@@ -11,18 +10,41 @@ from torch import Tensor, nn
 
 _INT64_MAX = (1 << 63) - 1
 _MAX_SAMPLE = (1 << 31) - 1
+# 2^64 over the golden ratio: multiples of it lie far apart modulo 2^64.
+_RANK_STEP = 0x9E3779B97F4A7C15
 
 
 class _State(threading.local):
-    pinned: fixed_noise | None = None
+    def __init__(self) -> None:
+        # On the instance, not the class: torch.compile recompiles for a change of the former only.
+        self.pinned: fixed_noise | None = None
+        self.outer: list[fixed_noise | None] = []
 
 
 _state = _State()
 
 
 def draw_rng(device: torch.device | str | None = None) -> Tensor:
-    """A fresh ``rng`` (int64 [2]: seed, stream) from PyTorch's generator of ``device``."""
-    return torch.randint(0, _INT64_MAX, (2,), dtype=torch.int64, device=device)
+    """A fresh ``rng`` (int64 [2]: seed, stream) from PyTorch's generator of ``device``.
+
+    Ranks of an initialised ``torch.distributed`` group get different ones, also where every rank was
+    seeded alike.
+    """
+    rng = torch.randint(0, _INT64_MAX, (2,), dtype=torch.int64, device=device)
+    rank = _rank()
+    return rng + _as_int64(rank * _RANK_STEP) if rank else rng
+
+
+def _as_int64(value: int) -> int:
+    """Wraps modulo 2^64 into int64's range, as the addition it is used in does."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return 0
 
 
 def layer_rng(layer: nn.Module, device: torch.device) -> tuple[Tensor, bool]:
@@ -56,16 +78,17 @@ class fixed_noise:
             raise ValueError(f"fixed_noise: sample must be in 0 ... {_MAX_SAMPLE}, got {sample}")
         self.seed = seed
         self.sample = sample
-        self._order: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        self._outer: list[fixed_noise | None] = []
+        # A tensor, so that one torch.compile graph serves every seed and sample.
+        self._rng = torch.tensor([seed, sample << 32], device="cpu")
+        self._order: dict[nn.Module, int] = {}
 
     def _rng_for(self, layer: nn.Module, device: torch.device) -> Tensor:
         index = self._order.setdefault(layer, len(self._order))
         # 2^8 streams a layer: its tensors take consecutive ones.
-        return torch.tensor([self.seed, (self.sample << 32) | (index << 8)], device=device)
+        return (self._rng + torch.tensor([0, index << 8], device="cpu")).to(device)
 
     def __enter__(self) -> fixed_noise:
-        self._outer.append(_state.pinned)
+        _state.outer.append(_state.pinned)
         _state.pinned = self
         return self
 
@@ -75,4 +98,4 @@ class fixed_noise:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _state.pinned = self._outer.pop()
+        _state.pinned = _state.outer.pop()

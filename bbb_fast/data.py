@@ -500,8 +500,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except pickle.UnpicklingError as error:
         raise DataError(
-            f"{path}: refused or damaged pickle ({error}): "
-            "allowed are plain values and uint8 arrays"
+            f"{path}: refused or damaged pickle ({error}): " "allowed are plain values and uint8 arrays"
         ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise DataError(f"{path}: damaged pickle ({type(error).__name__}: {error})") from error

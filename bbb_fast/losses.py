@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import functional
+from .layers.base import BayesianLayer
 
 __all__ = ["ELBO", "get_beta", "kl_loss", "kl_weight"]
 
@@ -14,31 +20,21 @@ SCHEDULES = ("Blundell", "Soenderby", "Standard")
 def kl_loss(model: nn.Module) -> Tensor:
     """KL(q || p) of a model, summed over every Bayesian layer in it, each counted once.
 
-    One call for all layers. Modules of other kinds that have a ``kl_loss()`` of their own are added.
-    A model without any gives 0.
+    One call for all layers. A module of another kind with a ``kl_loss()`` of its own speaks for itself and
+    everything below it. A model without any gives 0.
     """
-    from . import functional
-    from .layers.base import BayesianLayer
-
-    mus: list[Tensor] = []
-    rhos: list[Tensor] = []
-    prior_mus: list[float] = []
-    prior_sigmas: list[float] = []
-    others: list[Tensor] = []
+    # One call for each device and dtype (almost always one): mu, rho, prior_mu, prior_sigma.
     groups: dict[tuple[torch.device, torch.dtype], tuple[list, list, list, list]] = {}
-    for module in model.modules():
-        if isinstance(module, BayesianLayer):
-            for mu, rho in module.posterior():
-                mus, rhos, prior_mus, prior_sigmas = groups.setdefault(
-                    (mu.device, mu.dtype), ([], [], [], [])
-                )
-                mus.append(mu)
-                rhos.append(rho)
-                prior_mus.append(module.prior_mu)
-                prior_sigmas.append(module.prior_sigma)
-        elif module is not model and not _is_container(module) and hasattr(module, "kl_loss"):
-            others.append(module.kl_loss())
-    parts = [functional.kl_divergence(*group) for group in groups.values()] + others
+    parts: list[Tensor] = []
+    for module in _with_kl(model, set(), root=True):
+        if not isinstance(module, BayesianLayer):
+            parts.append(module.kl_loss())
+            continue
+        for mu, rho in module.posterior():
+            group = groups.setdefault((mu.device, mu.dtype), ([], [], [], []))
+            for part, value in zip(group, (mu, rho, module.prior_mu, module.prior_sigma), strict=True):
+                part.append(value)
+    parts += [functional.kl_divergence(*group) for group in groups.values()]
     if not parts:
         first = next(model.parameters(), None)
         return torch.zeros((), device=None if first is None else first.device)
@@ -48,10 +44,16 @@ def kl_loss(model: nn.Module) -> Tensor:
     return total
 
 
-def _is_container(module: nn.Module) -> bool:
-    from .layers.misc import ModuleWrapper
-
-    return isinstance(module, ModuleWrapper)
+def _with_kl(module: nn.Module, seen: set[nn.Module], root: bool = False) -> Iterator[Any]:
+    """Every module that has a KL, once; nothing below one is visited. The root's own is not asked."""
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, BayesianLayer) or (not root and hasattr(module, "kl_loss")):
+        yield module
+        return
+    for child in module.children():
+        yield from _with_kl(child, seen)
 
 
 class ELBO(nn.Module):
@@ -90,6 +92,8 @@ def get_beta(
     """
     if isinstance(beta_type, (int, float)) and not isinstance(beta_type, bool):
         return float(beta_type)
+    if m < 1:
+        raise ValueError(f"m must be >= 1 minibatches, got {m}")
     if beta_type == "Blundell":
         # 2^(m - i) / (2^m - 1) without forming 2^m.
         return 2.0 ** -(batch_idx + 1) / (1.0 - 2.0**-m)

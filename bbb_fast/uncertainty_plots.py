@@ -14,7 +14,7 @@ from .uncertainty import SCORES, Comparison, Judged
 
 __all__ = ["uncertainty_figure"]
 
-_COLUMNS = 9
+_COLUMNS = 10
 _IN, _OUT, _WRONG = "#2a6f97", "#d1495b", "#c1121f"
 _STYLES = ("-", "-", "-", "--", "--", ":")
 # Okabe and Ito's palette, which colour-blind people can tell apart.
@@ -28,14 +28,28 @@ def uncertainty_figure(result: Comparison) -> bytes:
     certain = inside.predictive_entropy.argsort(stable=True)
     wrong = certain[(inside.prediction != inside.images.labels)[certain]]
     strange = outside.predictive_entropy.argsort(stable=True)
+    # One image a class first, else a row shows the same thing ten times.
+    each = " of each class" if len(outside.images.classes) > 1 else ""
     rows = [
-        (inside, _one_per_class(inside, certain), f"{known}: the most certain of each class"),
+        (
+            inside,
+            _one_per_class(certain, inside.prediction),
+            f"{known}: the most certain of each class",
+        ),
         (inside, certain.flip(0), f"{known}: the most uncertain"),
         (inside, wrong, f"{known}: {len(wrong)} of {len(inside)} are wrong; the most certain first"),
-        (outside, strange, f"{other}: the most certain (never seen and yet sure: the dangerous ones)"),
-        (outside, strange.flip(0), f"{other}: the most uncertain"),
+        (
+            outside,
+            _one_per_class(strange, outside.images.labels),
+            f"{other}: the most certain{each} (never seen and yet sure: the dangerous ones)",
+        ),
+        (
+            outside,
+            _one_per_class(strange.flip(0), outside.images.labels),
+            f"{other}: the most uncertain{each}",
+        ),
     ]
-    figure = Figure(figsize=(13.5, 17.5), layout="constrained", dpi=100)
+    figure = Figure(figsize=(15, 17.8), layout="constrained", dpi=100)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08)
     kind = "Bayesian" if result.bayesian else "point-estimate"
     figure.suptitle(
@@ -56,11 +70,11 @@ def uncertainty_figure(result: Comparison) -> bytes:
     return png.getvalue()
 
 
-def _one_per_class(judged: Judged, order: Tensor) -> Tensor:
-    """The first image in ``order`` of each predicted class, then the rest."""
+def _one_per_class(order: Tensor, classes: Tensor) -> Tensor:
+    """``order`` rearranged: the first image of each class (int64 [N]) before all others."""
     seen: set[int] = set()
     first, rest = [], []
-    for i, c in zip(order.tolist(), judged.prediction[order].tolist(), strict=True):
+    for i, c in zip(order.tolist(), classes[order].tolist(), strict=True):
         (rest if c in seen else first).append(i)
         seen.add(c)
     return torch.tensor(first + rest)

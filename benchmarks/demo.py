@@ -171,7 +171,7 @@ def comment(results: dict[str, list[uncertainty.Comparison]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="demo-out", help="a folder of its own (default: demo-out)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     args = parser.parse_args()
     try:
@@ -179,6 +179,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
+    # One by default: batches this small gain little from a second, and lose a lot on a busy machine.
     torch.set_num_threads(args.threads)
     info = bbb_fast.build_info()
     print(f"bbb_fast {info['bbb_fast']}, {info['backend']} backend, {args.threads} thread(s)")
@@ -194,7 +195,12 @@ def main() -> int:
     print()
     print(comment(results))
     print()
-    settings = {"samples": SAMPLES, "seed": args.seed, "config": loaded["lrt"].config}
+    settings = {
+        "samples": SAMPLES,
+        "seed": args.seed,
+        "kl_weight": CONFIG.beta,
+        "config": loaded["lrt"].config,
+    }
     written, notice = uncertainty.save(results["lrt"][-1], folder, settings)
     print(notice or f"figure: {written[-1]}")
     return 0

@@ -14,9 +14,15 @@ def sigma(rho: Tensor) -> Tensor:
 
 
 def kl(mu: Tensor, sig: Tensor, prior_mu: float = 0.0, prior_sigma: float = 0.1) -> Tensor:
-    return 0.5 * (
-        2 * torch.log(prior_sigma / sig) - 1 + (sig / prior_sigma).pow(2) + ((mu - prior_mu) / prior_sigma).pow(2)
-    ).sum()
+    return (
+        0.5
+        * (
+            2 * torch.log(prior_sigma / sig)
+            - 1
+            + (sig / prior_sigma).pow(2)
+            + ((mu - prior_mu) / prior_sigma).pow(2)
+        ).sum()
+    )
 
 
 def sample_and_kl(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +35,9 @@ def sample_and_kl(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
 class EagerLayer(nn.Module):
     """Weight-space (``bbb``) or local-reparameterization (``lrt``) layer around any linear map."""
 
-    def __init__(self, weight_shape: tuple[int, ...], apply: Callable[..., Tensor], estimator: str) -> None:
+    def __init__(
+        self, weight_shape: tuple[int, ...], apply: Callable[..., Tensor], estimator: str
+    ) -> None:
         super().__init__()
         self.W_mu = nn.Parameter(torch.empty(weight_shape).normal_(0, 0.1))
         self.W_rho = nn.Parameter(torch.empty(weight_shape).normal_(-3, 0.1))

@@ -197,9 +197,7 @@ def test_idx_class_names(tmp_path: Path, name: str, first: str, last: str) -> No
     assert classes[0] == first and classes[-1] == last and len(set(classes)) == 10
 
 
-@pytest.mark.parametrize(
-    ("h", "w", "top", "left"), [(32, 32, 0, 0), (5, 31, 13, 0), (1, 1, 15, 15)]
-)
+@pytest.mark.parametrize(("h", "w", "top", "left"), [(32, 32, 0, 0), (5, 31, 13, 0), (1, 1, 15, 15)])
 def test_idx_pads_other_sizes(tmp_path: Path, h: int, w: int, top: int, left: int) -> None:
     images = pixels(2, h, w)
     got = data.load("mnist", "test", write_idx(tmp_path, images, [1, 2])).images[:, 0]
@@ -297,8 +295,7 @@ TEST_STEMS = {"cifar10": ["test_batch"], "cifar100": ["test"]}
 def cifar_bin(name: str, images: np.ndarray, labels: list[int]) -> bytes:
     coarse = b"\x13" if name == "cifar100" else b""
     return b"".join(
-        coarse + bytes([label]) + image.tobytes()
-        for image, label in zip(images, labels, strict=True)
+        coarse + bytes([label]) + image.tobytes() for image, label in zip(images, labels, strict=True)
     )
 
 
@@ -498,9 +495,7 @@ def test_cifar_python_truncated(tmp_path: Path) -> None:
 # download
 
 
-def publish(
-    monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, bytes], *bases: Path
-) -> None:
+def publish(monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, bytes], *bases: Path) -> None:
     """Serve files from the last of the mirror folders through file:// addresses."""
     bases[-1].mkdir(exist_ok=True)
     for file, content in files.items():
@@ -570,9 +565,7 @@ def test_download_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     got = data.load(name, "test", tmp_path / "a" / "here", download=True)
     assert got.labels.tolist() == wrote["test"][1] and got.classes[1] == "c1"
     assert np.array_equal(got.images.numpy(), wrote["test"][0])
-    here = {
-        p.relative_to(tmp_path / "a" / "here") for p in (tmp_path / "a").rglob("*") if p.is_file()
-    }
+    here = {p.relative_to(tmp_path / "a" / "here") for p in (tmp_path / "a").rglob("*") if p.is_file()}
     expected = {f"{s}.bin" for s in (*TRAIN_STEMS[name], *TEST_STEMS[name])} | {names}
     assert here == {Path(folder.name) / file for file in expected}  # no archive, nothing outside
     assert not Path("/tmp/absolute-from-test-data.bin").exists()
@@ -580,9 +573,7 @@ def test_download_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     data.download(name, tmp_path / "a" / "here")  # complete: nothing to fetch
 
 
-def test_download_ignores_links_in_the_archive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_ignores_links_in_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
     members = {f"cifar-10-batches-bin/{stem}.bin": b"x" for stem in TRAIN_STEMS["cifar10"]}

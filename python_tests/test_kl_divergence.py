@@ -23,7 +23,9 @@ def exact(mu: Tensor, rho: Tensor, prior_mu: float = 0.0, prior_sigma: float = 0
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prior", [(0.0, 0.1), (0.3, 1.7), (-2.0, 0.013)])
-def test_equals_torch_distributions(backend: str, shape: tuple[int, ...], prior: tuple[float, float]) -> None:
+def test_equals_torch_distributions(
+    backend: str, shape: tuple[int, ...], prior: tuple[float, float]
+) -> None:
     mu, rho = posterior(*shape)
     kl = functional.kl_divergence(mu, rho, *prior)
     assert kl.dtype == torch.float32 and kl.shape == ()

@@ -13,7 +13,9 @@ from torch import Tensor
 from bbb_fast import functional, reference
 
 
-def compare(run: Callable[[], Tensor], leaves: list[Tensor | None], dtype: torch.dtype, scale: float = 1.0) -> None:
+def compare(
+    run: Callable[[], Tensor], leaves: list[Tensor | None], dtype: torch.dtype, scale: float = 1.0
+) -> None:
     with torch.no_grad():
         shape = run()
     # The same memory format as the output, so that gradients of both formats are covered.
@@ -88,8 +90,14 @@ def test_linear_formula(backend: str) -> None:
 def test_linear_strided_inputs(native: None) -> None:
     x = leaf(10, 24)
     case = [None, *posterior(7, 6), *posterior(7)]
-    for view in (lambda: x[::2, ::4], lambda: x.view(10, 4, 6).transpose(0, 1), lambda: x[:, :6].expand(3, 10, 6)):
-        compare(lambda v=view: functional.lrt_linear(v(), *case[1:], rng()), [x, *case[1:]], torch.float32)
+    for view in (
+        lambda: x[::2, ::4],
+        lambda: x.view(10, 4, 6).transpose(0, 1),
+        lambda: x[:, :6].expand(3, 10, 6),
+    ):
+        compare(
+            lambda v=view: functional.lrt_linear(v(), *case[1:], rng()), [x, *case[1:]], torch.float32
+        )
     W = posterior(6, 7)
     compare(
         lambda: functional.lrt_linear(x[:, :6], W[0].t(), W[1].t(), *case[3:], rng()),
@@ -112,7 +120,15 @@ CONV_CASES = [
     (1, 3, 4, 6, (3,), (11,), {}),
     (1, 2, 4, 6, (3,), (11,), {"stride": 2, "padding": 2, "groups": 2}),
     (2, 2, 3, 5, (3, 3), (7, 9), {}),
-    (2, 3, 4, 6, (5, 2), (9, 8), {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2}),
+    (
+        2,
+        3,
+        4,
+        6,
+        (5, 2),
+        (9, 8),
+        {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2},
+    ),
     (2, 2, 1, 6, (5, 5), (12, 12), {}),
     (2, 0, 3, 4, (3, 3), (6, 6), {}),
     (2, 2, 4, 4, (1, 1), (5, 5), {"groups": 4}),
@@ -196,9 +212,7 @@ def test_frozen_arguments(native: None, kind: str, frozen: tuple[int, ...]) -> N
 def test_three_forwards_before_one_backward(native: None, kind: str) -> None:
     case = linear_case((4,), 6, 3) if kind == "linear" else conv_case(2, 2, 3, 4, (3, 3), (6, 6))
     function = functional.lrt_linear if kind == "linear" else functional.lrt_conv2d
-    compare(
-        lambda: torch.cat([function(*case, rng(stream=k)) for k in range(3)]), case, torch.float32
-    )
+    compare(lambda: torch.cat([function(*case, rng(stream=k)) for k in range(3)]), case, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -211,9 +225,7 @@ def test_gradcheck(backend: str, kind: str, bias: bool) -> None:
         case = conv_case(2, 2, 2, 3, (2, 2), (4, 3), bias=bias, dtype=torch.float64)
         function = functional.lrt_conv2d
     used = tuple(t for t in case if t is not None)
-    assert torch.autograd.gradcheck(
-        lambda *ts: function(*ts, *([None] * (5 - len(ts))), rng()), used
-    )
+    assert torch.autograd.gradcheck(lambda *ts: function(*ts, *([None] * (5 - len(ts))), rng()), used)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -299,12 +311,15 @@ def test_opcheck(native: None) -> None:
     torch.library.opcheck(ops.lrt_sample_backward, (torch.randn(4, 3), torch.rand(4, 3), rng()))
 
 
-@pytest.mark.parametrize("mask", [[True] * 5, [False, True, False, True, False], [True, False, True, False, False]])
+@pytest.mark.parametrize(
+    "mask", [[True] * 5, [False, True, False, True, False], [True, False, True, False, False]]
+)
 def test_opcheck_backward(native: None, mask: list[bool]) -> None:
     ops = torch.ops.bbb_fast
     x, W_mu, W_rho, _, b_rho = (t.detach() for t in linear_case((4,), 6, 3))
     torch.library.opcheck(
-        ops.lrt_linear_backward, (torch.randn(4, 3), x, W_mu, W_rho, b_rho, torch.rand(4, 3), rng(), mask)
+        ops.lrt_linear_backward,
+        (torch.randn(4, 3), x, W_mu, W_rho, b_rho, torch.rand(4, 3), rng(), mask),
     )
     x, W_mu, W_rho, _, b_rho = (t.detach() for t in conv_case(2, 2, 3, 4, (3, 3), (6, 6)))
     torch.library.opcheck(

@@ -99,7 +99,9 @@ def test_gradient_of_one_output_alone(backend: str, used: str) -> None:
 def test_strided_parameters(backend: str) -> None:
     mu, rho = posterior(12, 10)
     w = functional.sample_weight(mu.t(), rho.t(), rng())
-    assert_same(w, functional.sample_weight(mu.t().contiguous(), rho.t().contiguous(), rng()), torch.float32)
+    assert_same(
+        w, functional.sample_weight(mu.t().contiguous(), rho.t().contiguous(), rng()), torch.float32
+    )
     w.square().sum().backward()
     assert mu.grad is not None and mu.grad.shape == (12, 10)
     channels_last = leaf(4, 3, 5, 5).detach().to(memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import warnings
@@ -313,3 +314,19 @@ def test_roc_curve_has_the_area_of_auroc() -> None:
     assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
     area = float((np.diff(false) * (true[1:] + true[:-1]) / 2).sum())
     assert area == pytest.approx(metrics.auroc(inside, outside))
+
+
+def test_demo_spares_other_peoples_files(tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "demo.py"
+    spec = importlib.util.spec_from_file_location("demo", path)
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    assert demo.own_folder(tmp_path / "new") == demo.own_folder(tmp_path / "new")
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(ValueError, match="other files"):
+        demo.own_folder(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"new", "precious"}
+    drawn = demo.letters(2, seed=0)
+    assert len(drawn) == 2 * len(drawn.classes) == len(drawn.images.flatten(1).unique(dim=0))
+    assert torch.equal(drawn.images, demo.letters(2, seed=0).images)

@@ -50,10 +50,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises ValueError or OSError for what the user can put right."""
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or before)
+    try:
+        return _run(args)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     loaded = checkpoint.load_model(args.checkpoint)
     folder = Path(args.out).expanduser() if args.out else Path(args.checkpoint).parent
@@ -82,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
         "kl_weight": loaded.config.get("beta") if result.bayesian else None,
         "config": loaded.config,
     }
-    written, notice = uncertainty.save(result, folder, settings, (indices[0], indices[1]))
     print(table(result))
+    written, notice = uncertainty.save(result, folder, settings, (indices[0], indices[1]))
     if notice:
         print(notice)
     for path in written:
@@ -108,7 +115,7 @@ def table(result: Comparison) -> str:
         f"{'score':24s}" + "".join(f"{column:>12s}" for column in columns),
     ]
     for score, name in SCORES.items():
-        medians = [float(getattr(judged, score).median()) for judged in (known, other)]
+        medians = [float(getattr(judged, score).quantile(0.5)) for judged in (known, other)]
         numbers = (*medians, *result.detection[score].values())
         lines.append(f"{name:24s}" + "".join(f"{number:12.4f}" for number in numbers))
     return "\n".join([*lines, "", *(f"note: {note}" for note in result.notes)]).rstrip()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._noise import layer_rng
+from ..reference import conv_memory_format
 
 DEFAULT_PRIORS: dict[str, Any] = {
     "prior_mu": 0.0,
@@ -274,7 +275,10 @@ class ConvBase(BayesianLayer):
         """Applies a padding mode the convolution itself does not know."""
         if self.padding_mode == "zeros":
             return input, self.padding
-        return F.pad(input, self._input_padding, mode=self.padding_mode), (0,) * self.spatial
+        padded = F.pad(input, self._input_padding, mode=self.padding_mode)
+        # The memory format numbers the noise; F.pad keeps it in some modes and on some devices only.
+        memory_format = conv_memory_format(input, self.W_mu)
+        return padded.contiguous(memory_format=memory_format), (0,) * self.spatial
 
     def _apply_weights(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,14 +48,20 @@ class ModuleWrapper(nn.Module):
 
 
 class FlattenLayer(nn.Module):
-    """Reshapes [N, ...] to [N, num_features]."""
+    """Reshapes [N, ...] to [N, num_features]; raises ValueError where a row has another size."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.num_features)
+        # reshape(-1, ...) would turn images of another size into another number of rows.
+        if math.prod(x.shape[1:]) != self.num_features:
+            raise ValueError(
+                f"FlattenLayer: a row of the input must have {self.num_features} elements, got input "
+                f"{list(x.shape)}"
+            )
+        return x.reshape(x.shape[0], self.num_features)
 
     def extra_repr(self) -> str:
         return str(self.num_features)

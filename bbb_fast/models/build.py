@@ -85,11 +85,14 @@ class PointModel(nn.Module, Architecture):
         return x
 
 
+_POSTERIOR_NAMES = {"weight": ("W_mu", "W_rho"), "bias": ("bias_mu", "bias_rho")}
+
+
 def _means_from_bayesian(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Lets a point model load a Bayesian state_dict: it takes the posterior means."""
     for name in list(module.state_dict()):
         owner, _, kind = (prefix + name).rpartition(".")
-        mu, rho = {"weight": ("W_mu", "W_rho"), "bias": ("bias_mu", "bias_rho")}[kind]
-        if f"{owner}.{mu}" in state:
+        mu, rho = _POSTERIOR_NAMES.get(kind, ("", ""))
+        if mu and f"{owner}.{mu}" in state:
             state[f"{owner}.{kind}"] = state.pop(f"{owner}.{mu}")
             state.pop(f"{owner}.{rho}", None)

@@ -1,0 +1,337 @@
+"""Wrong arguments of the ops: the same exception and the same words from both implementations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import on
+
+from bbb_fast import functional
+
+f32, f64, bf16, i64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
+
+
+def zeros(*shape: int, dtype: torch.dtype = f32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def rng(dtype: torch.dtype = i64, device: str = "cpu", count: int = 2) -> torch.Tensor:
+    return torch.ones(count, dtype=dtype, device=device)
+
+
+def _conv(spatial: int) -> dict[str, Any]:
+    kernel, image = (3,) * spatial, (5,) * spatial
+    return {
+        "input": zeros(2, 4, *image),
+        "W_mu": zeros(6, 4, *kernel),
+        "W_rho": zeros(6, 4, *kernel),
+        "bias_mu": zeros(6),
+        "bias_rho": zeros(6),
+        "rng": rng(),
+    }
+
+
+def valid(op: str) -> dict[str, Any]:
+    """Arguments that ``op`` accepts."""
+    if op.startswith("lrt_conv"):
+        return _conv(int(op[-2]))
+    return {
+        "normal": lambda: {"size": (3, 2), "rng": rng()},
+        "sample_weights": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)], "rng": rng()},
+        "sample_weight": lambda: {"mu": zeros(3, 2), "rho": zeros(3, 2), "rng": rng()},
+        "kl_divergence": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)]},
+        "lrt_linear": lambda: {
+            "input": zeros(5, 4),
+            "W_mu": zeros(3, 4),
+            "W_rho": zeros(3, 4),
+            "bias_mu": zeros(3),
+            "bias_rho": zeros(3),
+            "rng": rng(),
+        },
+    }[op]()
+
+
+def call(op: str, changes: dict[str, Any]) -> Any:
+    return getattr(functional, op)(**{**valid(op), **changes})
+
+
+OPS = [
+    "normal",
+    "sample_weights",
+    "sample_weight",
+    "kl_divergence",
+    "lrt_linear",
+    "lrt_conv1d",
+    "lrt_conv2d",
+    "lrt_conv3d",
+]
+SAMPLERS = ["sample_weights", "sample_weight"]
+LRT = ["lrt_linear", "lrt_conv1d", "lrt_conv2d", "lrt_conv3d"]
+CONVS = LRT[1:]
+
+# op, changed arguments, exception, a part of the message.
+Case = tuple[str, dict[str, Any], type[Exception], str]
+CASES: list[Case] = []
+
+
+def case(op: str, error: type[Exception], message: str, **changes: Any) -> None:
+    CASES.append((op, changes, error, message))
+
+
+for _op in OPS:
+    if _op != "kl_divergence":
+        case(_op, TypeError, "rng must be int64", rng=rng(f32))
+        case(_op, TypeError, "rng must be int64", rng=rng(torch.int32))
+        case(_op, ValueError, "rng must have shape [2]", rng=rng(count=3))
+        case(_op, ValueError, "rng must have shape [2]", rng=rng(count=0))
+        case(_op, ValueError, "rng must have shape [2]", rng=rng().reshape(1, 2))
+        case(_op, ValueError, "rng must have shape [2]", rng=rng()[0])
+case("normal", ValueError, "size must be >= 0", size=(3, -1))
+case("normal", ValueError, "size must be >= 0", size=-1)
+case("normal", TypeError, "dtype must be float32", dtype=i64)
+case("normal", TypeError, "dtype must be float32", dtype=torch.complex64)
+
+for _op in SAMPLERS:
+    for _value in (math.inf, -math.inf, math.nan):
+        case(_op, ValueError, "prior_mu must be finite", prior_mu=_value)
+    for _value in (0.0, -0.1, math.inf, math.nan):
+        case(_op, ValueError, "prior_sigma must be finite and > 0", prior_sigma=_value)
+    case(_op, TypeError, "dtype must be float32", dtype=torch.int32)
+case(
+    "sample_weight",
+    ValueError,
+    "mu and rho must have one shape, got [3, 2] and [2, 3]",
+    rho=zeros(2, 3),
+)
+case("sample_weight", TypeError, "mu and rho must have one dtype", rho=zeros(3, 2, dtype=f64))
+case(
+    "sample_weight",
+    TypeError,
+    "mu must be float32",
+    mu=zeros(3, 2, dtype=i64),
+    rho=zeros(3, 2, dtype=i64),
+)
+case("sample_weights", ValueError, "the list of tensors is empty", mu=[], rho=[])
+case("sample_weights", ValueError, "got 1 mu tensors and 0 rho tensors", rho=[])
+case("sample_weights", ValueError, "got 1 mu tensors and 2 rho tensors", rho=[zeros(3, 2)] * 2)
+case(
+    "sample_weights",
+    TypeError,
+    "all tensors must have one dtype",
+    mu=[zeros(2), zeros(2, dtype=f64)],
+    rho=[zeros(2), zeros(2, dtype=f64)],
+)
+case(
+    "sample_weights",
+    ValueError,
+    "mu and rho must have one shape, got [] and [1]",
+    mu=[zeros(2), zeros()],
+    rho=[zeros(2), zeros(1)],
+)
+
+for _value in (math.inf, math.nan):
+    case("kl_divergence", ValueError, "prior_mu must be finite", prior_mu=_value)
+for _value in (0.0, -1.0, math.inf, math.nan):
+    case("kl_divergence", ValueError, "prior_sigma must be finite and > 0", prior_sigma=_value)
+case(
+    "kl_divergence",
+    ValueError,
+    "prior_sigma must be finite and > 0, got 0",
+    mu=[zeros(1)] * 2,
+    rho=[zeros(1)] * 2,
+    prior_sigma=[1.0, 0.0],
+)
+case(
+    "kl_divergence",
+    ValueError,
+    "1 tensors need 1 priors, got 2 prior_mu and 1 prior_sigma",
+    prior_mu=[0.0, 0.0],
+)
+case(
+    "kl_divergence",
+    ValueError,
+    "1 tensors need 1 priors, got 1 prior_mu and 0 prior_sigma",
+    prior_sigma=[],
+)
+case("kl_divergence", ValueError, "the list of tensors is empty", mu=[], rho=[])
+case("kl_divergence", ValueError, "got 1 mu tensors and 2 rho tensors", rho=[zeros(3, 2)] * 2)
+case("kl_divergence", ValueError, "mu and rho must have one shape", rho=[zeros(3, 1)])
+case("kl_divergence", ValueError, "mu and rho must have one shape", mu=zeros(2), rho=zeros(3))
+case("kl_divergence", TypeError, "mu and rho must have one dtype", rho=[zeros(3, 2, dtype=bf16)])
+case(
+    "kl_divergence",
+    TypeError,
+    "mu must be float32",
+    mu=[zeros(3, 2, dtype=i64)],
+    rho=[zeros(3, 2, dtype=i64)],
+)
+
+for _op in LRT:
+    _ok = valid(_op)
+    _name = "lrt_linear" if _op == "lrt_linear" else "lrt_conv"
+    _out = _ok["W_mu"].shape[0]
+    case(_op, TypeError, f"{_name}: input must be float32", input=_ok["input"].to(i64))
+    case(_op, TypeError, "W_mu and W_rho must have one dtype", W_rho=_ok["W_rho"].double())
+    case(_op, TypeError, "W_mu must be float32", W_mu=_ok["W_mu"].int(), W_rho=_ok["W_rho"].int())
+    case(_op, TypeError, "parameters must be torch.float64 like the input", input=_ok["input"].double())
+    case(
+        _op,
+        TypeError,
+        "parameters must be torch.float32 like the input",
+        W_mu=_ok["W_mu"].bfloat16(),
+        W_rho=_ok["W_rho"].bfloat16(),
+    )
+    case(
+        _op,
+        TypeError,
+        "parameters must be torch.float16",
+        input=_ok["input"].half(),
+        W_mu=_ok["W_mu"].bfloat16(),
+        W_rho=_ok["W_rho"].bfloat16(),
+    )
+    case(_op, ValueError, "W_mu and W_rho must have one shape", W_rho=_ok["W_rho"][1:])
+    case(_op, ValueError, "give both bias_mu and bias_rho, or neither", bias_mu=None)
+    case(_op, ValueError, "give both bias_mu and bias_rho, or neither", bias_rho=None)
+    case(_op, ValueError, "bias_mu and bias_rho must have one shape", bias_rho=zeros(_out + 1))
+    case(
+        _op,
+        ValueError,
+        f"bias_mu must have shape [{_out}]",
+        bias_mu=zeros(_out + 1),
+        bias_rho=zeros(_out + 1),
+    )
+    case(
+        _op,
+        ValueError,
+        f"bias_mu must have shape [{_out}]",
+        bias_mu=zeros(1, _out),
+        bias_rho=zeros(1, _out),
+    )
+    case(_op, TypeError, "bias_mu and bias_rho must have one dtype", bias_rho=zeros(_out, dtype=f64))
+    case(
+        _op,
+        TypeError,
+        "all parameters must have one dtype",
+        bias_mu=zeros(_out, dtype=f64),
+        bias_rho=zeros(_out, dtype=f64),
+    )
+    case(_op, TypeError, "variance_dtype must be float32", variance_dtype=i64)
+
+case("lrt_linear", ValueError, "the last dimension of input must be in_features = 4", input=zeros(5, 3))
+case("lrt_linear", ValueError, "the last dimension of input must be in_features = 4", input=zeros())
+case(
+    "lrt_linear", ValueError, "W_mu must be [out_features, in_features]", W_mu=zeros(4), W_rho=zeros(4)
+)
+case(
+    "lrt_linear",
+    ValueError,
+    "W_mu must be [out_features, in_features]",
+    W_mu=zeros(1, 3, 4),
+    W_rho=zeros(1, 3, 4),
+)
+
+for _op in CONVS:
+    _spatial = int(_op[-2])
+    _wide = zeros(2, 5, *(5,) * _spatial)
+    case(_op, ValueError, "W_mu must have", W_mu=zeros(6, 4), W_rho=zeros(6, 4))
+    case(_op, ValueError, "input must have", input=zeros(4))
+    case(_op, ValueError, "input must have", input=zeros(*(2,) * (_spatial + 3)))
+    case(_op, ValueError, "input must have 4 channels", input=_wide)
+    case(_op, ValueError, "input must have 4 channels", input=_wide[0])
+    case(_op, ValueError, "stride must be >= 1", stride=0)
+    case(_op, ValueError, f"stride must have {_spatial} numbers", stride=(1,) * (_spatial + 1))
+    case(_op, ValueError, "padding must be >= 0", padding=-1)
+    case(_op, ValueError, f"padding must have {_spatial} numbers", padding=())
+    case(_op, ValueError, "padding must be numbers, 'same' or 'valid', got 'full'", padding="full")
+    case(_op, ValueError, "padding='same' needs stride 1", padding="same", stride=2)
+    case(_op, ValueError, "dilation must be >= 1", dilation=0)
+    case(_op, ValueError, f"dilation must have {_spatial} numbers", dilation=(1,) * (_spatial + 1))
+    case(_op, ValueError, "groups must be >= 1", groups=0)
+    case(_op, ValueError, "groups must be >= 1", groups=-2)
+    case(_op, ValueError, "groups = 2", groups=2)
+    case(_op, ValueError, "groups = 4", groups=4, input=zeros(2, 16, *(5,) * _spatial))
+    case(_op, ValueError, "the kernel reaches over 3 elements", input=zeros(2, 4, *(2,) * _spatial))
+    case(_op, ValueError, "the kernel reaches over 9 elements", dilation=4)
+    case(_op, ValueError, "the kernel reaches over 3 elements", input=zeros(2, 4, *(0,) * _spatial))
+
+ELSEWHERE = [
+    *[
+        (op, {name: valid(op)[name].to("meta")}, name)
+        for op in LRT
+        for name in valid(op)
+        if name != "input"
+    ],
+    *[(op, {"rng": rng(device="meta")}, "rng") for op in SAMPLERS],
+    ("sample_weight", {"rho": zeros(3, 2, device="meta")}, "rho"),
+    ("sample_weights", {"rho": [zeros(3, 2, device="meta")]}, "rho"),
+    ("kl_divergence", {"rho": [zeros(3, 2, device="meta")]}, "rho"),
+]
+
+
+def message_of(function: Callable[..., Any], *args: Any) -> tuple[type[Exception], str]:
+    try:
+        function(*args)
+    except Exception as error:
+        return type(error), str(error)
+    raise AssertionError("no error")
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, dict):
+        return "-".join(value)
+    return value if isinstance(value, str) and " " not in value else ""
+
+
+@pytest.mark.parametrize(("op", "changes", "error", "message"), CASES, ids=_id)
+def test_wrong_argument(
+    backend: str, op: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """The exception is exactly the documented one and its message names the op and the argument."""
+    kind, text = message_of(call, op, changes)
+    assert kind is error, text
+    assert message in text
+    assert text.startswith((f"{op}: ", "lrt_conv: ", "sample_weights: "))
+
+
+@pytest.mark.parametrize(("op", "changes", "error", "message"), CASES, ids=_id)
+def test_both_implementations_say_the_same(
+    native: None, op: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    assert on("native", message_of, call, op, changes) == on("reference", message_of, call, op, changes)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_unchanged_arguments_are_accepted(backend: str, op: str) -> None:
+    """Otherwise the cases above would test nothing."""
+    call(op, {})
+
+
+@pytest.mark.parametrize(("op", "changes", "name"), ELSEWHERE, ids=_id)
+def test_tensor_on_another_device(backend: str, op: str, changes: dict[str, Any], name: str) -> None:
+    """Never an answer made of memory nobody wrote."""
+    kind, text = message_of(call, op, changes)
+    assert kind in (ValueError, RuntimeError)
+    assert "meta" in text and "cpu" in text, text
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_wrong_type_of_argument(backend: str, op: str) -> None:
+    """Not a tensor at all: an ordinary Python error (the dispatcher's are RuntimeErrors)."""
+    for name in valid(op):
+        if name not in ("size", "bias_mu", "bias_rho"):
+            kind, _ = message_of(call, op, {name: "text"})
+            assert kind in (TypeError, AttributeError, ValueError, RuntimeError)
+
+
+@pytest.mark.parametrize("op", ["sample_weight", "lrt_linear", "lrt_conv2d"])
+def test_nothing_is_written_before_an_error(backend: str, op: str) -> None:
+    """A failed call leaves its arguments as they were."""
+    arguments = valid(op)
+    before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    with pytest.raises(TypeError):
+        call(op, {**arguments, "rng": rng(f32)})
+    assert all(torch.equal(arguments[k], v) for k, v in before.items())

@@ -1,0 +1,977 @@
+"""Layers of both estimators: construction, forward, KL, gradients; ModuleWrapper and FlattenLayer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import math
+import pickle
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import bbb_fast
+from bbb_fast import functional, layers
+from bbb_fast.functional import draw_rng
+from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, ModuleWrapper
+from bbb_fast.layers.base import BayesianLayer
+
+NAMES = ["W_mu", "W_rho", "bias_mu", "bias_rho"]
+KINDS = ["Linear", "Conv1d", "Conv2d", "Conv3d"]
+ARGUMENTS: dict[str, tuple[tuple[Any, ...], tuple[int, ...]]] = {
+    "Linear": ((6, 5), (4, 6)),
+    "Conv1d": ((4, 6, 3), (2, 4, 9)),
+    "Conv2d": ((4, 6, (3, 2)), (2, 4, 7, 6)),
+    "Conv3d": ((4, 6, 2), (2, 4, 4, 5, 3)),
+}
+
+
+@pytest.fixture(params=[BBB, BBB_LRT], ids=["bbb", "lrt"])
+def estimator(request: pytest.FixtureRequest) -> ModuleType:
+    """The module that holds the layers of one estimator."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def make(estimator: ModuleType, kind: str, *args: Any, **options: Any) -> BayesianLayer:
+    """A layer with sigma around 0.2, so that the noise shows."""
+    layer = getattr(estimator, f"BBB{kind}")(*(args or ARGUMENTS[kind][0]), **options)
+    with torch.no_grad():
+        for mu, rho in layer.posterior():
+            mu.normal_(0, 0.5)
+            rho.normal_(-1.5, 0.3)
+    return layer
+
+
+def example(kind: str, **options: Any) -> Tensor:
+    return torch.randn(ARGUMENTS[kind][1], **options)
+
+
+def twin(kind: str, *args: Any, **options: Any) -> nn.Module:
+    return getattr(nn, kind)(*(args or ARGUMENTS[kind][0]), **options)
+
+
+def with_weights(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """What a torch.nn layer gives with these weights."""
+    named = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return torch.func.functional_call(module, named, (x,))
+
+
+def seeded(seed: int, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    return function(*args, **options)
+
+
+def sigma(rho: Tensor | None) -> Tensor | None:
+    return None if rho is None else F.softplus(rho)
+
+
+def squared(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t * t
+
+
+def exact_kl(layer: BayesianLayer, swapped: bool = False) -> Tensor:
+    """The KL in float64, by torch.distributions."""
+    total = torch.zeros((), dtype=torch.float64)
+    prior = torch.distributions.Normal(
+        torch.tensor(layer.prior_mu, dtype=torch.float64),
+        torch.tensor(layer.prior_sigma, dtype=torch.float64),
+    )
+    for mu, rho in layer.posterior():
+        rho = rho.double()
+        q = torch.distributions.Normal(mu.double(), torch.logaddexp(rho, torch.zeros_like(rho)))
+        pair = (prior.expand(mu.shape), q) if swapped else (q, prior.expand(mu.shape))
+        total = total + torch.distributions.kl_divergence(*pair).sum()
+    return total
+
+
+class TestConstruction:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_parameters_are_shaped_as_in_torch_nn(self, estimator: ModuleType, kind: str) -> None:
+        layer, point = make(estimator, kind), twin(kind)
+        assert [name for name, _ in layer.named_parameters()] == NAMES
+        assert list(layer.state_dict()) == NAMES
+        assert layer.W_mu.shape == layer.W_rho.shape == point.weight.shape
+        assert layer.bias_mu.shape == layer.bias_rho.shape == point.bias.shape
+        assert not list(layer.buffers())
+        assert all(p.requires_grad and p.is_leaf for p in layer.parameters())
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_without_bias(self, estimator: ModuleType, kind: str) -> None:
+        layer = make(estimator, kind, bias=False)
+        assert list(layer.state_dict()) == ["W_mu", "W_rho"]
+        assert layer.bias_mu is None and layer.bias_rho is None
+        assert dict(layer._parameters).keys() == set(NAMES)
+        assert layer(example(kind)).shape == twin(kind)(example(kind)).shape
+        with_bias = make(estimator, kind)
+        with pytest.raises(RuntimeError, match="bias_mu"):
+            layer.load_state_dict(with_bias.state_dict())
+
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    def test_groups_shape_the_weight(self, estimator: ModuleType, groups: int) -> None:
+        layer = estimator.BBBConv2d(4, 8, (3, 5), groups=groups)
+        assert layer.W_mu.shape == nn.Conv2d(4, 8, (3, 5), groups=groups).weight.shape
+
+    def test_signatures(self, estimator: ModuleType) -> None:
+        """Order and defaults are public: users call these by position."""
+        linear = inspect.signature(estimator.BBBLinear).parameters
+        assert list(linear) == ["in_features", "out_features", "bias", "priors", "device", "dtype"]
+        conv = inspect.signature(estimator.BBBConv2d).parameters
+        order = "in_channels out_channels kernel_size stride padding dilation bias priors groups"
+        assert list(conv) == [*order.split(), "padding_mode", "device", "dtype"]
+        defaults = {name: p.default for name, p in conv.items() if p.default is not p.empty}
+        assert defaults == {
+            "stride": 1,
+            "padding": 0,
+            "dilation": 1,
+            "bias": True,
+            "priors": None,
+            "groups": 1,
+            "padding_mode": "zeros",
+            "device": None,
+            "dtype": None,
+        }
+        for signature in (linear, conv):
+            keyword = [n for n, p in signature.items() if p.kind is p.KEYWORD_ONLY]
+            assert keyword == [
+                n for n in ("groups", "padding_mode", "device", "dtype") if n in signature
+            ]
+
+    def test_aliases(self) -> None:
+        assert layers.BBB_Linear is BBB.BBBLinear and layers.BBB_LRT_Linear is BBB_LRT.BBBLinear
+        assert layers.BBB_Conv2d is BBB.BBBConv2d and layers.BBB_LRT_Conv2d is BBB_LRT.BBBConv2d
+        assert layers.misc.ModuleWrapper is layers.ModuleWrapper
+        assert layers.misc.FlattenLayer is layers.FlattenLayer
+
+    @pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+    def test_device_and_dtype(self, estimator: ModuleType, kind: str) -> None:
+        build = getattr(estimator, f"BBB{kind}")
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            layer = build(*ARGUMENTS[kind][0], dtype=dtype)
+            assert {p.dtype for p in layer.parameters()} == {dtype}
+        layer = build(*ARGUMENTS[kind][0], device="meta", dtype=torch.float64)
+        assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+        materialized = layer.to_empty(device="cpu")
+        materialized.reset_parameters()
+        assert all(p.isfinite().all() for p in materialized.parameters())
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "text"),
+        [
+            ("Linear", {}, "6, 5, bias=True"),
+            ("Linear", {"bias": False}, "6, 5, bias=False"),
+            ("Conv1d", {}, "4, 6, kernel_size=(3,), stride=(1,), padding=(0,), bias=True"),
+            (
+                "Conv2d",
+                {
+                    "padding": "same",
+                    "dilation": 2,
+                    "groups": 2,
+                    "padding_mode": "reflect",
+                    "bias": False,
+                },
+                "4, 6, kernel_size=(3, 2), stride=(1, 1), padding='same', dilation=(2, 2), groups=2, "
+                "padding_mode='reflect', bias=False",
+            ),
+        ],
+    )
+    def test_repr(self, estimator: ModuleType, kind: str, options: dict[str, Any], text: str) -> None:
+        assert repr(make(estimator, kind, **options)) == f"BBB{kind}({text})"
+
+    @pytest.mark.parametrize(
+        ("kind", "args", "options", "message"),
+        [
+            ("Linear", (-1, 2), {}, "in_features must be an int >= 0, got -1"),
+            ("Linear", (3, 2.0), {}, "out_features must be an int >= 0, got 2.0"),
+            ("Linear", (True, 2), {}, "in_features must be an int >= 0, got True"),
+            ("Conv2d", (4, 6, 3), {"groups": 0}, "groups must be >= 1"),
+            ("Conv2d", (4, 6, 3), {"groups": 3}, "in_channels must be positive and divisible"),
+            ("Conv2d", (4, 6, 3), {"groups": 4}, "out_channels must be positive and divisible"),
+            ("Conv1d", (0, 6, 3), {}, "in_channels must be positive"),
+            ("Conv2d", (4, 6, (3, 3, 3)), {}, "kernel_size must be an int >= 1 or 2 of them"),
+            ("Conv3d", (4, 6, (3, 3)), {}, "kernel_size must be an int >= 1 or 3 of them"),
+            ("Conv2d", (4, 6, 0), {}, "kernel_size must be an int >= 1"),
+            ("Conv2d", (4, 6, (3, 2.5)), {}, "kernel_size must be an int >= 1"),
+            ("Conv2d", (4, 6, 3), {"stride": 0}, "stride must be an int >= 1"),
+            ("Conv2d", (4, 6, 3), {"padding": -1}, "padding must be an int >= 0"),
+            ("Conv1d", (4, 6, 3), {"padding": (1, 1)}, "padding must be an int >= 0 or 1 of them"),
+            ("Conv2d", (4, 6, 3), {"padding": "full"}, "padding must be numbers, 'same' or 'valid'"),
+            (
+                "Conv2d",
+                (4, 6, 3),
+                {"padding": "same", "stride": (1, 2)},
+                "padding='same' needs stride 1",
+            ),
+            ("Conv2d", (4, 6, 3), {"dilation": (0, 1)}, "dilation must be an int >= 1"),
+            (
+                "Conv2d",
+                (4, 6, 3),
+                {"padding_mode": "mirror"},
+                "padding_mode must be one of zeros, reflect",
+            ),
+        ],
+    )
+    def test_wrong_arguments(
+        self,
+        estimator: ModuleType,
+        kind: str,
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+        message: str,
+    ) -> None:
+        with pytest.raises(ValueError, match=f"^BBB{kind}: ") as caught:
+            getattr(estimator, f"BBB{kind}")(*args, **options)
+        assert message in str(caught.value)
+
+
+class TestPriors:
+    def test_defaults(self, estimator: ModuleType) -> None:
+        for priors in (None, {}, {"prior_mu": 0}):
+            layer = estimator.BBBLinear(2, 2, priors=priors)
+            assert (layer.prior_mu, layer.prior_sigma) == (0.0, 0.1)
+            assert layer.posterior_mu_initial == (0.0, 0.1)
+            assert layer.posterior_rho_initial == (-3.0, 0.1)
+
+    def test_missing_keys_take_defaults(self, estimator: ModuleType) -> None:
+        given = {"prior_sigma": 2, "posterior_mu_initial": [1, 0]}
+        layer = estimator.BBBConv1d(1, 1, 1, priors=given)
+        assert (layer.prior_mu, layer.prior_sigma) == (0.0, 2.0)
+        assert layer.posterior_mu_initial == (1.0, 0.0)
+        assert layer.posterior_rho_initial == (-3.0, 0.1)
+        assert given == {"prior_sigma": 2, "posterior_mu_initial": [1, 0]}
+
+    def test_unknown_key_lists_the_known_ones(self, estimator: ModuleType) -> None:
+        with pytest.raises(ValueError, match="prior_sigm") as caught:
+            estimator.BBBLinear(2, 2, priors={"prior_sigm": 0.1, "prior_mu": 0})
+        for key in ("prior_mu", "prior_sigma", "posterior_mu_initial", "posterior_rho_initial"):
+            assert key in str(caught.value).split("known:")[1]
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("prior_mu", math.nan),
+            ("prior_mu", "0"),
+            ("prior_mu", None),
+            ("prior_mu", True),
+            ("prior_sigma", 0),
+            ("prior_sigma", -0.1),
+            ("prior_sigma", math.inf),
+            ("posterior_mu_initial", 0.1),
+            ("posterior_mu_initial", (0, 0.1, 0.2)),
+            ("posterior_mu_initial", "ab"),
+            ("posterior_rho_initial", (-3, -0.1)),
+            ("posterior_rho_initial", (math.inf, 0.1)),
+            ("posterior_rho_initial", (None, 0.1)),
+        ],
+    )
+    def test_bad_values(self, estimator: ModuleType, key: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=key):
+            estimator.BBBLinear(2, 2, priors={key: value})
+
+    def test_not_a_mapping(self, estimator: ModuleType) -> None:
+        with pytest.raises(TypeError, match="priors must be a dict or None"):
+            estimator.BBBLinear(2, 2, priors=[0.1])
+
+    @pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+    def test_initial_distribution(self, estimator: ModuleType, kind: str) -> None:
+        args = (200, 150) if kind == "Linear" else (40, 150, 5)
+        mu, rho = (0.3, 0.02), (-2.0, 0.5)
+        priors = {"posterior_mu_initial": mu, "posterior_rho_initial": rho}
+        layer = getattr(estimator, f"BBB{kind}")(*args, priors=priors)
+        for name, (mean, std) in zip(NAMES, (mu, rho, mu, rho), strict=True):
+            values = getattr(layer, name).detach().double()
+            error = std / math.sqrt(values.numel())
+            assert abs(float(values.mean()) - mean) < 5 * error, name
+            assert abs(float(values.std()) - std) < 5 * error, name
+
+    def test_reset_draws_anew_from_the_generator(self, estimator: ModuleType) -> None:
+        layer = seeded(3, estimator.BBBLinear, 4, 3)
+        first = copy.deepcopy(layer.state_dict())
+        layer.reset_parameters()
+        assert not any(torch.equal(first[name], p) for name, p in layer.named_parameters())
+        seeded(3, layer.reset_parameters)
+        assert all(torch.equal(first[name], p) for name, p in layer.named_parameters())
+
+    def test_zero_spread_starts_at_the_mean(self, estimator: ModuleType) -> None:
+        priors = {"posterior_mu_initial": (0.25, 0), "posterior_rho_initial": (-4, 0)}
+        layer = estimator.BBBLinear(4, 3, priors=priors)
+        assert torch.equal(layer.W_mu, torch.full((3, 4), 0.25))
+        assert torch.equal(layer.bias_rho, torch.full((3,), -4.0))
+
+
+class TestDistribution:
+    @pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+    def test_mean_and_variance(self, backend: str, estimator: ModuleType, kind: str) -> None:
+        """N(m, v) with v = x^2 sigma^2 + sigma_b^2, whatever the estimator."""
+        draws, out = 300, 32
+        args = (6, out) if kind == "Linear" else (3, out, (2, 3))
+        layer = make(estimator, kind, *args)
+        x = torch.randn(1, 6) if kind == "Linear" else torch.randn(1, 3, 2, 3)
+        with torch.no_grad():
+            mean = layer(x, sample=False).flatten().double()
+            variances = (squared(sigma(layer.W_rho)), squared(sigma(layer.bias_rho)))
+            v = with_weights(twin(kind, *args), *variances, x * x).flatten().double()
+            if estimator is BBB:
+                y = torch.stack([layer(x).flatten() for _ in range(draws)]).double()
+            else:  # rows are independent
+                y = layer(x.expand(draws, *x.shape[1:])).flatten(1).double()
+        standard = (y - mean) / v.sqrt()
+        # Every one of the 32 outputs, and all together: their weights are independent.
+        assert standard.mean(0).abs().max() < 4.5 / math.sqrt(draws)
+        assert (standard.square().mean(0) - 1).abs().max() < 4.5 * math.sqrt(2 / draws)
+        assert abs(standard.mean()) < 4 / math.sqrt(draws * out)
+        assert abs(standard.square().mean() - 1) < 4 * math.sqrt(2 / (draws * out))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_bbb_shares_a_draw_and_lrt_does_not(
+        self, backend: str, estimator: ModuleType, kind: str
+    ) -> None:
+        layer = make(estimator, kind)
+        y = layer(example(kind)[:1].expand(5, *ARGUMENTS[kind][1][1:]))
+        same = torch.stack([torch.isclose(y[0], row) for row in y[1:]])
+        assert same.all() if estimator is BBB else not same.any()
+
+    def test_bbb_shares_a_draw_over_positions_and_lrt_does_not(
+        self, backend: str, estimator: ModuleType
+    ) -> None:
+        y = make(estimator, "Conv2d", 2, 3, 3)(torch.ones(1, 2, 6, 6)).flatten(2)
+        same = torch.isclose(y[..., :1], y[..., 1:])
+        assert same.all() if estimator is BBB else not same.any()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_means_draw_nothing(self, backend: str, estimator: ModuleType, kind: str) -> None:
+        layer, x = make(estimator, kind), example(kind)
+        before = torch.get_rng_state()
+        first, second = layer(x, sample=False), layer(x, sample=False)
+        assert torch.equal(first, second)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(first, with_weights(twin(kind), layer.W_mu, layer.bias_mu, x))
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_train_and_eval_both_sample(
+        self, backend: str, estimator: ModuleType, training: bool
+    ) -> None:
+        layer, x = make(estimator, "Linear").train(training), example("Linear")
+        assert not torch.isclose(layer(x), layer(x)).any()
+        assert not torch.isclose(layer(x), layer(x, sample=False)).any()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_generator_governs(self, backend: str, estimator: ModuleType, kind: str) -> None:
+        layer, x = make(estimator, kind), example(kind)
+        first = seeded(7, layer, x)
+        second = layer(x)
+        assert not torch.isclose(first, second).any()
+        assert torch.equal(seeded(7, layer, x), first)
+        assert torch.equal(layer(x), second)
+        assert not torch.isclose(seeded(8, layer, x), first).any()
+
+    def test_layers_do_not_share_noise(self, backend: str, estimator: ModuleType) -> None:
+        """Not even two copies of one layer in one forward."""
+        layer = make(estimator, "Linear")
+        other, x = copy.deepcopy(layer), example("Linear")
+        assert not torch.isclose(layer(x), other(x)).any()
+
+    def test_a_forward_leaves_nothing_behind(self, backend: str, estimator: ModuleType) -> None:
+        """No noise, sampled weight or counter on the layer."""
+        layer = make(estimator, "Conv2d")
+        before = {name: id(value) for name, value in vars(layer).items()}
+        layer(example("Conv2d")).sum().backward()
+        assert {name: id(value) for name, value in vars(layer).items()} == before
+        assert not list(layer.buffers())
+
+
+MODES = ["zeros", "reflect", "replicate", "circular"]
+GEOMETRIES: list[tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = [
+    *[
+        ("Conv2d", (4, 6, (3, 2)), {"padding": padding, "padding_mode": mode, **more}, (2, 4, 7, 6))
+        for mode in MODES
+        for padding, more in [
+            (1, {"stride": (2, 1), "groups": 2}),
+            ((2, 1), {"dilation": (2, 3), "bias": False}),
+            ("same", {}),
+            ("same", {"dilation": (3, 1), "groups": 2}),
+            ("valid", {"stride": 3}),
+        ]
+    ],
+    *[
+        (kind, (2, 4, kernel), {"padding": padding, "padding_mode": mode, **more}, shape)
+        for mode in MODES
+        for kind, kernel, padding, more, shape in [
+            ("Conv1d", 4, "same", {"groups": 2}, (3, 2, 9)),
+            ("Conv1d", 3, 2, {"stride": 2, "dilation": 2}, (3, 2, 9)),
+            ("Conv3d", (1, 2, 3), "same", {}, (2, 2, 4, 3, 4)),
+            ("Conv3d", (2, 1, 3), (1, 0, 2), {"stride": (1, 2, 1), "bias": False}, (2, 2, 4, 3, 4)),
+        ]
+    ],
+    ("Conv2d", (6, 6, 3), {"groups": 6, "padding": 1}, (2, 6, 5, 5)),
+    ("Conv2d", (3, 5, (1, 4)), {"stride": (1, 3), "padding": [0, 2]}, (1, 3, 1, 9)),
+    ("Linear", (6, 5), {}, (4, 6)),
+    ("Linear", (6, 5), {"bias": False}, (2, 3, 6)),
+]
+
+
+@pytest.mark.parametrize(("kind", "args", "options", "shape"), GEOMETRIES)
+def test_equals_the_formulas_over_torch_nn(
+    backend: str,
+    estimator: ModuleType,
+    kind: str,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    shape: tuple[int, ...],
+) -> None:
+    """Output and all gradients against a torch.nn layer fed with means, variances or drawn weights."""
+    layer = make(estimator, kind, *args, dtype=torch.float64, **options)
+    point = twin(kind, *args, dtype=torch.float64, **options)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    W, b = (layer.W_mu, layer.W_rho), (layer.bias_mu, layer.bias_rho)
+    mean = with_weights(point, layer.W_mu, layer.bias_mu, x)
+    torch.testing.assert_close(layer(x, sample=False), mean, rtol=1e-12, atol=1e-12)
+
+    rng = seeded(5, draw_rng)
+    if estimator is BBB:
+        steps = torch.tensor([[0, 0], [0, 1]])
+        drawn = [
+            None
+            if mu is None
+            else mu + F.softplus(rho) * functional.normal(mu.shape, rng + step).double()
+            for (mu, rho), step in zip((W, b), steps, strict=True)
+        ]
+        expected = with_weights(point, *drawn, x)
+    else:
+        variances = [squared(sigma(rho)) for _, rho in (W, b)]
+        v = with_weights(point, *variances, x * x)
+        expected = mean + v.sqrt() * functional.normal(mean.shape, rng).double()
+    y = seeded(5, layer, x)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    grad = torch.randn_like(y)
+    inputs = [x, *layer.parameters()]
+    for got, want in zip(
+        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+class TestInputs:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("mode", ["zeros", "circular"])
+    def test_unbatched(self, backend: str, estimator: ModuleType, kind: str, mode: str) -> None:
+        options = {} if kind == "Linear" else {"padding": 1, "padding_mode": mode}
+        layer, x = make(estimator, kind, **options), example(kind)[0]
+        for sample in (True, False):
+            alone = seeded(1, layer, x, sample=sample)
+            torch.testing.assert_close(alone, seeded(1, layer, x[None], sample=sample)[0])
+
+    def test_linear_takes_any_batch_dimensions(self, backend: str, estimator: ModuleType) -> None:
+        layer, x = make(estimator, "Linear"), torch.randn(3, 2, 4, 6)
+        y = seeded(1, layer, x)
+        assert y.shape == (3, 2, 4, 5)
+        torch.testing.assert_close(y, seeded(1, layer, x.flatten(0, 2)).reshape(y.shape))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_non_contiguous(self, backend: str, estimator: ModuleType, kind: str) -> None:
+        layer = make(estimator, kind)
+        x = example(kind).repeat_interleave(2, dim=-1)[..., ::2]
+        assert not x.is_contiguous()
+        torch.testing.assert_close(seeded(1, layer, x), seeded(1, layer, x.contiguous()))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_empty_batch(self, backend: str, estimator: ModuleType, kind: str) -> None:
+        layer = make(estimator, kind)
+        x = example(kind)[:0].requires_grad_()
+        y = layer(x)
+        assert y.shape == twin(kind)(x).shape and y.shape[0] == 0
+        y.sum().backward()
+        for p in (x, *layer.parameters()):
+            assert p.grad is not None and p.grad.shape == p.shape and not p.grad.any()
+
+    def test_zero_features(self, backend: str, estimator: ModuleType) -> None:
+        y = make(estimator, "Linear", 0, 3)(torch.randn(4, 0))
+        assert y.shape == (4, 3) and y.isfinite().all()
+        empty = make(estimator, "Linear", 3, 0)
+        assert empty(torch.randn(4, 3)).shape == (4, 0)
+        assert empty.kl_loss().item() == 0
+
+    def test_channels_last_changes_no_bbb_output(self, backend: str) -> None:
+        layer = make(BBB, "Conv2d")
+        x = example("Conv2d")
+        last = x.contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(seeded(1, layer, last), seeded(1, layer, x))
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("weight_too", [False, True])
+    def test_channels_last_numbers_lrt_noise(self, backend: str, mode: str, weight_too: bool) -> None:
+        """The noise index runs in the input's memory format, also behind a padding mode."""
+        layer = make(BBB_LRT, "Conv2d", 3, 5, (3, 2), padding="same", padding_mode=mode)
+        x = torch.randn(2, 3, 6, 5).contiguous(memory_format=torch.channels_last)
+        if weight_too:
+            layer = layer.to(memory_format=torch.channels_last)
+        y = seeded(1, layer, x)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        rng = seeded(1, draw_rng)
+        eps = functional.normal((2, 6, 5, 5), rng).permute(0, 3, 1, 2)
+        point = twin("Conv2d", 3, 5, (3, 2), padding="same", padding_mode=mode)
+        v = with_weights(point, squared(sigma(layer.W_rho)), squared(sigma(layer.bias_rho)), x * x)
+        torch.testing.assert_close(y, layer(x, sample=False) + v.sqrt() * eps)
+
+    def test_wrong_inputs_raise(self, backend: str, estimator: ModuleType) -> None:
+        linear, conv = make(estimator, "Linear"), make(estimator, "Conv2d")
+        for layer, x in [
+            (linear, torch.randn(4, 5)),
+            (linear, torch.ones(4, 6, dtype=torch.int64)),
+            (linear, torch.randn(4, 6, dtype=torch.float64)),
+            (conv, torch.randn(2, 3, 7, 6)),
+            (conv, torch.randn(2, 7)),
+            (conv, torch.randn(2, 4, 2, 6)),
+            (conv, torch.randn(1, 2, 4, 7, 6)),
+        ]:
+            for sample in (True, False):
+                with pytest.raises((RuntimeError, ValueError, TypeError)):
+                    layer(x, sample=sample)
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, backend: str, estimator: ModuleType, kind: str, dtype: torch.dtype) -> None:
+        """The products narrow; parameters, their gradients and the KL do not."""
+        layer, x = make(estimator, kind), example(kind).requires_grad_()
+        full = seeded(1, layer, x).detach()
+        kl = layer.kl_loss()
+        with torch.autocast("cpu", dtype):
+            y = seeded(1, layer, x)
+            assert y.dtype == layer(x, sample=False).dtype == dtype
+            inside = layer.kl_loss()
+        assert inside.dtype == torch.float32 and torch.equal(inside, kl)
+        torch.testing.assert_close(y.float(), full, rtol=0.05, atol=0.1)
+        (y.float().sum() + inside).backward()
+        assert {p.dtype for p in layer.parameters()} == {torch.float32}
+        assert {p.grad.dtype for p in (x, *layer.parameters())} == {torch.float32}
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+    def test_autocast_leaves_float64_alone(self, backend: str, estimator: ModuleType) -> None:
+        layer, x = make(estimator, "Linear").double(), example("Linear").double()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.float64
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    def test_converted_layers(
+        self, backend: str, estimator: ModuleType, kind: str, dtype: torch.dtype
+    ) -> None:
+        layer, x = make(estimator, kind), example(kind)
+        full, kl = seeded(1, layer, x), layer.kl_loss()
+        layer = layer.to(dtype)
+        y = seeded(1, layer, x.to(dtype))
+        assert y.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float64 else 0.1
+        torch.testing.assert_close(y.float(), full, rtol=tolerance, atol=tolerance)
+        assert layer.kl_loss().dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(
+            layer.kl_loss().float(), kl, rtol=1e-6 if tolerance < 0.1 else 0.02, atol=0
+        )
+        (y.float().sum() + layer.kl_loss()).backward()
+        for p in layer.parameters():
+            assert p.is_leaf and p.dtype == p.grad.dtype == dtype and p.grad.isfinite().all()
+
+    def test_half_without_variance(self, backend: str, estimator: ModuleType) -> None:
+        """Zero input, no bias: v = 0 exactly, and sigma too small for float16's squares."""
+        layer = make(estimator, "Linear", 6, 5, bias=False).half()
+        with torch.no_grad():
+            layer.W_rho.fill_(-12.0)
+        x = torch.zeros(3, 6, dtype=torch.float16, requires_grad=True)
+        y = layer(x)
+        assert torch.equal(y, torch.zeros_like(y))
+        y.float().sum().backward()
+        assert all(p.grad.isfinite().all() for p in (x, *layer.parameters()))
+
+
+class TestKl:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_equals_torch_distributions(
+        self, backend: str, estimator: ModuleType, kind: str, bias: bool, dtype: torch.dtype
+    ) -> None:
+        priors = {"prior_mu": 0.3, "prior_sigma": 0.7}
+        layer = make(estimator, kind, bias=bias, priors=priors, dtype=dtype)
+        kl, exact = layer.kl_loss(), exact_kl(layer)
+        assert kl.shape == () and kl.dtype == dtype
+        torch.testing.assert_close(kl.double(), exact, rtol=1e-6, atol=0)
+        for got, want in zip(
+            torch.autograd.grad(kl, list(layer.parameters())),
+            torch.autograd.grad(exact, list(layer.parameters())),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+    def test_is_posterior_against_prior_and_summed(self, backend: str, estimator: ModuleType) -> None:
+        """One weight whose KL is known by hand; the other direction and the mean are other numbers."""
+        layer = estimator.BBBLinear(1, 1, bias=False, priors={"prior_mu": 1.0, "prior_sigma": 2.0})
+        with torch.no_grad():
+            layer.W_mu.fill_(0.0)
+            layer.W_rho.fill_(math.log(math.expm1(0.5)))
+        by_hand = math.log(2 / 0.5) + (0.5**2 + 1) / (2 * 2**2) - 0.5
+        other_way = math.log(0.5 / 2) + (2**2 + 1) / (2 * 0.5**2) - 0.5
+        assert abs(by_hand - other_way) > 1
+        assert layer.kl_loss().item() == pytest.approx(by_hand, rel=1e-6)
+        many = estimator.BBBLinear(30, 20, priors={"prior_mu": 1.0, "prior_sigma": 2.0})
+        with torch.no_grad():
+            for mu, rho in many.posterior():
+                mu.fill_(0.0)
+                rho.fill_(math.log(math.expm1(0.5)))
+        assert many.kl_loss().item() == pytest.approx(620 * by_hand, rel=1e-6)
+
+    def test_is_zero_at_the_prior(self, backend: str, estimator: ModuleType) -> None:
+        start = {"posterior_mu_initial": (0.2, 0), "posterior_rho_initial": (-1.0, 0)}
+        prior_sigma = math.log1p(math.exp(-1))
+        layer = estimator.BBBLinear(9, 9, priors={**start, "prior_mu": 0.2, "prior_sigma": prior_sigma})
+        assert abs(layer.kl_loss().item()) < 1e-5
+
+    def test_any_time(self, backend: str, estimator: ModuleType) -> None:
+        """Before a forward, after one, under no_grad, after an optimizer step, in eval mode."""
+        layer, x = make(estimator, "Linear"), example("Linear")
+        before = torch.get_rng_state()
+        fresh = layer.kl_loss()
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.testing.assert_close(fresh.double(), exact_kl(layer), rtol=1e-6, atol=0)
+        loss = layer(x).square().mean() + layer.kl_loss()
+        assert torch.equal(layer.kl_loss(), fresh)
+        with torch.no_grad():
+            quiet = layer.kl_loss()
+        assert torch.equal(quiet, fresh) and not quiet.requires_grad and fresh.requires_grad
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+        loss.backward()
+        optimizer.step()
+        stepped = layer.eval().kl_loss()
+        assert stepped.item() < fresh.item()
+        torch.testing.assert_close(stepped.double(), exact_kl(layer), rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("rho", [-200.0, -90.0, -30.0, 0.0, 30.0, 100.0])
+    def test_extreme_rho(self, backend: str, estimator: ModuleType, rho: float) -> None:
+        start = {"posterior_mu_initial": (0, 0), "posterior_rho_initial": (rho, 0)}
+        layer = estimator.BBBLinear(3, 2, priors=start)
+        kl = layer.kl_loss()
+        torch.testing.assert_close(kl.double(), exact_kl(layer), rtol=1e-6, atol=0)
+        kl.backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+        assert layer(torch.randn(4, 3)).isfinite().all()
+
+    def test_follows_the_attributes(self, backend: str, estimator: ModuleType) -> None:
+        layer = make(estimator, "Linear")
+        layer.set_flag("prior_sigma", 0.5)
+        torch.testing.assert_close(layer.kl_loss().double(), exact_kl(layer), rtol=1e-6, atol=0)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_reach_every_parameter(
+        self, backend: str, estimator: ModuleType, kind: str, bias: bool
+    ) -> None:
+        layer, x = make(estimator, kind, bias=bias), example(kind).requires_grad_()
+        layer(x).square().sum().backward()
+        for p in (x, *layer.parameters()):
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.all()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_several_forwards_before_one_backward(
+        self, backend: str, estimator: ModuleType, kind: str
+    ) -> None:
+        """Each output differentiates with its own noise: no buffer is shared between calls."""
+        layer = make(estimator, kind, dtype=torch.float64)
+        inputs = [example(kind, dtype=torch.float64) for _ in range(3)]
+        torch.manual_seed(2)
+        outputs = [layer(x) for x in inputs]
+        weights = [torch.randn_like(y) for y in outputs]
+        together = torch.autograd.grad(
+            sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)), list(layer.parameters())
+        )
+        torch.manual_seed(2)
+        apart = [torch.zeros_like(p) for p in layer.parameters()]
+        for x, w in zip(inputs, weights, strict=True):
+            for total, g in zip(
+                apart, torch.autograd.grad((layer(x) * w).sum(), list(layer.parameters())), strict=True
+            ):
+                total += g
+        torch.testing.assert_close(list(together), apart, rtol=1e-10, atol=1e-10)
+
+    def test_several_backwards_through_one_forward(self, backend: str, estimator: ModuleType) -> None:
+        layer = make(estimator, "Conv2d")
+        y, parameters = layer(example("Conv2d")).sum(), list(layer.parameters())
+        first = torch.autograd.grad(y, parameters, retain_graph=True)
+        layer(example("Conv2d"))
+        assert all(map(torch.equal, first, torch.autograd.grad(y, parameters)))
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_activation_checkpointing(
+        self, backend: str, estimator: ModuleType, reentrant: bool
+    ) -> None:
+        model = nn.Sequential(
+            make(estimator, "Conv2d"), nn.Softplus(), nn.Flatten(), make(estimator, "Linear", 150, 3)
+        )
+        x, parameters = example("Conv2d").requires_grad_(), list(model.parameters())
+        plain = seeded(4, model, x)
+        expected = torch.autograd.grad(plain.square().sum(), parameters)
+        y = seeded(4, checkpoint, model, x, use_reentrant=reentrant, preserve_rng_state=True)
+        torch.manual_seed(99)  # as any later forward would move the generator
+        assert torch.equal(y, plain)
+        y.square().sum().backward()
+        torch.testing.assert_close([p.grad for p in parameters], list(expected), rtol=1e-6, atol=1e-6)
+
+    def test_frozen_parameters(self, backend: str, estimator: ModuleType) -> None:
+        """Only what wants a gradient gets one, also after a conversion."""
+        layer = make(estimator, "Linear")
+        layer.W_rho.requires_grad_(False)
+        layer.bias_mu.requires_grad_(False)
+        layer = layer.double()
+        (layer(example("Linear").double()).square().sum() + layer.kl_loss()).backward()
+        assert [n for n, p in layer.named_parameters() if p.grad is not None] == ["W_mu", "bias_rho"]
+        assert layer.W_mu.grad.all() and layer.bias_rho.grad.all()
+
+    def test_no_grad_and_inference_mode(self, backend: str, estimator: ModuleType) -> None:
+        layer, x = make(estimator, "Linear"), example("Linear")
+        with torch.no_grad():
+            quiet = seeded(1, layer, x)
+        with torch.inference_mode():
+            inference = seeded(1, layer, x)
+            layer.kl_loss()
+        assert not quiet.requires_grad and torch.equal(quiet, inference)
+        assert torch.equal(seeded(1, layer, x), quiet)
+
+    def test_training_lowers_the_loss(self, backend: str, estimator: ModuleType) -> None:
+        """A line through noise: the mean weights approach it, and sigma shrinks."""
+        x = torch.randn(64, 3)
+        target = x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
+        layer = make(estimator, "Linear", 3, 1, priors={"prior_sigma": 1.0})
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+        for _ in range(150):
+            optimizer.zero_grad()
+            loss = 64 * (layer(x) - target).square().mean() / 0.02 + layer.kl_loss()
+            loss.backward()
+            optimizer.step()
+        assert (layer.W_mu - torch.tensor([[1.0, -2.0, 0.5]])).abs().max() < 0.15
+        assert F.softplus(layer.W_rho).max() < 0.15
+
+
+class TestCopies:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_deepcopy(self, backend: str, estimator: ModuleType, kind: str) -> None:
+        layer, x = make(estimator, kind, priors={"prior_sigma": 0.3}), example(kind)
+        layer(x).sum().backward()
+        copied = copy.deepcopy(layer)
+        assert torch.equal(seeded(1, copied, x), seeded(1, layer, x))
+        assert torch.equal(copied.kl_loss(), layer.kl_loss())
+        with torch.no_grad():
+            copied.W_mu.add_(1)
+        assert not torch.equal(copied.W_mu, layer.W_mu)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_pickle(self, estimator: ModuleType, kind: str) -> None:
+        layer, x = make(estimator, kind, priors={"prior_sigma": 0.3}), example(kind)
+        loaded = pickle.loads(pickle.dumps(layer))
+        assert torch.equal(seeded(1, loaded, x), seeded(1, layer, x))
+        assert torch.equal(loaded.kl_loss(), layer.kl_loss())
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_state_dict(self, estimator: ModuleType, kind: str) -> None:
+        layer, other, x = make(estimator, kind), make(estimator, kind), example(kind)
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True), strict=True)
+        assert torch.equal(seeded(1, other, x), seeded(1, layer, x))
+
+    def test_estimators_exchange_parameters(self) -> None:
+        source, target = make(BBB, "Conv2d"), make(BBB_LRT, "Conv2d")
+        target.load_state_dict(source.state_dict())
+        x = example("Conv2d")
+        assert torch.equal(target(x, sample=False), source(x, sample=False))
+        assert torch.equal(target.kl_loss(), source.kl_loss())
+
+
+class TestTransforms:
+    def test_vmap_over_inputs(self, backend: str, estimator: ModuleType) -> None:
+        layer, x = make(estimator, "Linear"), example("Linear")
+        same = torch.vmap(layer, randomness="same")(x.expand(3, 4, 6))
+        torch.testing.assert_close(same[0], same[1])
+        different = torch.vmap(layer, randomness="different")(x.expand(3, 4, 6))
+        assert different.shape == (3, 4, 5)
+        assert not torch.isclose(different[0], different[1]).any()
+
+    def test_vmap_over_an_ensemble(self, backend: str, estimator: ModuleType) -> None:
+        members = [make(estimator, "Linear") for _ in range(3)]
+        parameters, buffers = torch.func.stack_module_state(members)
+        x = example("Linear")
+
+        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(members[0], (parameters, buffers), (x,))
+
+        torch.manual_seed(1)
+        stacked = torch.vmap(run, randomness="same")(parameters, buffers)
+        for y, member in zip(stacked, members, strict=True):
+            torch.testing.assert_close(y, seeded(1, member, x))
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+def test_threads_change_no_noise(backend: str, estimator: ModuleType, kind: str, threads: None) -> None:
+    """Inputs whose products are exact, so that only the noise, the KL and their gradients are left."""
+    if estimator is BBB_LRT:
+        layer = make(estimator, kind, *((8, 300) if kind == "Linear" else (3, 16, 3)))
+        x = torch.zeros(200, 8) if kind == "Linear" else torch.zeros(8, 3, 24, 24)
+    elif kind == "Linear":
+        layer, x = make(estimator, kind, 200, 300), torch.eye(200)
+    else:
+        layer, x = make(estimator, kind, 200, 300, 1), torch.eye(200).reshape(200, 200, 1, 1)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y, kl = seeded(1, layer, x), layer.kl_loss()
+        results.append([y.detach(), kl.detach(), *torch.autograd.grad(kl, list(layer.parameters()))])
+    assert all(map(torch.equal, *results))
+
+
+class Counter(nn.Module):
+    """Adds 1 and counts how often it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + 1
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Wrapper(ModuleWrapper):
+    """Registers the given modules in order."""
+
+    def __init__(self, **modules: nn.Module | None) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+class TestModuleWrapper:
+    def test_runs_in_order_of_registration(self) -> None:
+        x = torch.tensor([3.0])
+        assert float(Wrapper(a=Counter(), b=Double())(x)[0]) == 8
+        assert float(Wrapper(a=Double(), b=Counter())(x)[0]) == 7
+        assert float(Wrapper(b=Double(), a=Counter())(x)[0]) == 7
+
+    def test_a_module_under_two_names_runs_twice(self) -> None:
+        act = Counter()
+        y, _ = Wrapper(a=act, b=Double(), c=act)(torch.tensor([3.0]))
+        assert act.calls == 2 and float(y) == 9
+
+    def test_none_is_skipped(self) -> None:
+        assert float(Wrapper(a=Counter(), skip=None, b=Double())(torch.tensor([3.0]))[0]) == 8
+
+    def test_returns_output_and_kl(self, backend: str, estimator: ModuleType) -> None:
+        first, second = make(estimator, "Conv2d"), make(estimator, "Linear", 150, 3)
+        model = Wrapper(conv=first, act=nn.ReLU(), flatten=FlattenLayer(150), fc=second)
+        x = example("Conv2d")
+        result = seeded(1, model, x)
+        assert isinstance(result, tuple) and len(result) == 2
+        torch.manual_seed(1)
+        assert torch.equal(result[0], second(first(x).relu().flatten(1)))
+        exact = exact_kl(first) + exact_kl(second)
+        torch.testing.assert_close(result[1].double(), exact, rtol=1e-6, atol=0)
+        result[1].backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        torch.testing.assert_close(
+            first.W_mu.grad, torch.autograd.grad(exact, first.W_mu)[0], rtol=1e-5, atol=1e-6
+        )
+
+    def test_a_shared_layer_runs_twice_and_its_kl_counts_once(self, estimator: ModuleType) -> None:
+        layer = make(estimator, "Linear", 6, 6)
+        x = torch.randn(4, 6)
+        y, kl = seeded(1, Wrapper(a=layer, b=layer), x)
+        torch.manual_seed(1)
+        assert torch.equal(y, layer(layer(x)))
+        torch.testing.assert_close(kl, layer.kl_loss())
+
+    def test_nested(self, estimator: ModuleType) -> None:
+        inner = Wrapper(fc=make(estimator, "Linear", 6, 6), act=Counter())
+        last = make(estimator, "Linear", 6, 2)
+        sequential = nn.Sequential(make(estimator, "Linear", 6, 6), Double())
+        model = Wrapper(inner=inner, body=sequential, last=last)
+        x = torch.randn(4, 6)
+        y, kl = seeded(1, model, x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, last(2 * sequential[0](inner.fc(x) + 1)))
+        exact = exact_kl(inner.fc) + exact_kl(sequential[0]) + exact_kl(last)
+        torch.testing.assert_close(kl.double(), exact, rtol=1e-6, atol=0)
+
+    def test_nested_wrapper_with_its_own_forward(self, estimator: ModuleType) -> None:
+        class Twice(Wrapper):
+            def forward(self, x: Tensor, sample: bool = True) -> tuple[Tensor, Tensor]:
+                y, kl = super().forward(x, sample)
+                return 2 * y, kl
+
+        layer = make(estimator, "Linear", 6, 6)
+        model, x = Wrapper(inner=Twice(fc=layer)), torch.randn(4, 6)
+        y, kl = model(x, sample=False)
+        torch.testing.assert_close(y, 2 * layer(x, sample=False))
+        torch.testing.assert_close(kl, layer.kl_loss())
+
+    def test_means(self, backend: str, estimator: ModuleType) -> None:
+        first, second = make(estimator, "Linear", 6, 6), make(estimator, "Linear", 6, 3)
+        model, x = Wrapper(inner=Wrapper(a=first), b=second), torch.randn(4, 6)
+        before = torch.get_rng_state()
+        y, kl = model(x, sample=False)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(y, second(first(x, sample=False), sample=False))
+        assert torch.equal(kl, bbb_fast.kl_loss(model))
+
+    def test_set_flag_recurses(self, estimator: ModuleType) -> None:
+        direct, deep = make(estimator, "Linear"), make(estimator, "Linear")
+        plain = nn.Sequential(nn.Linear(2, 2), nn.Sequential(deep))
+        inner = Wrapper(body=plain)
+        model = Wrapper(fc=direct, inner=inner, act=nn.ReLU())
+        model.set_flag("prior_sigma", 0.25)
+        assert model.prior_sigma == inner.prior_sigma == direct.prior_sigma == deep.prior_sigma == 0.25
+        assert not hasattr(plain, "prior_sigma") and not hasattr(model.act, "prior_sigma")
+        torch.testing.assert_close(deep.kl_loss().double(), exact_kl(deep), rtol=1e-6, atol=0)
+        model.set_flag("anything", "else")
+        assert deep.anything == "else"
+
+    def test_without_bayesian_layers(self) -> None:
+        y, kl = Wrapper(fc=nn.Linear(3, 2))(torch.randn(4, 3))
+        assert y.shape == (4, 2) and kl.shape == () and float(kl) == 0
+
+    def test_empty(self) -> None:
+        x = torch.randn(2, 3)
+        y, kl = Wrapper()(x)
+        assert torch.equal(y, x) and float(kl) == 0
+
+
+class TestFlattenLayer:
+    def test_reshapes(self) -> None:
+        x = torch.randn(4, 3, 2, 5)
+        assert torch.equal(FlattenLayer(30)(x), x.reshape(4, 30))
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(FlattenLayer(30)(last), x.reshape(4, 30))
+        assert FlattenLayer(30)(x[:0]).shape == (0, 30)
+        assert repr(FlattenLayer(30)) == "FlattenLayer(30)"
+
+    @pytest.mark.parametrize("shape", [(4, 3, 4, 5), (4, 31), (4,), (2, 15)])
+    def test_rows_of_another_size(self, shape: tuple[int, ...]) -> None:
+        """An error, not other rows made of parts of several images."""
+        with pytest.raises(ValueError, match="must have 30 elements"):
+            FlattenLayer(30)(torch.zeros(shape))

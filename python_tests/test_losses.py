@@ -1,0 +1,218 @@
+"""KL of whole models, the ELBO, and the schedules of the KL's weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bbb_fast
+from bbb_fast.layers import BBB, BBB_LRT, ModuleWrapper
+from bbb_fast.layers.base import BayesianLayer
+from bbb_fast.losses import ELBO, get_beta, kl_loss, kl_weight
+
+
+def exact_kl(*layers: BayesianLayer) -> Tensor:
+    """The KL in float64, by torch.distributions."""
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in layers:
+        p = torch.distributions.Normal(
+            torch.tensor(layer.prior_mu).double(), torch.tensor(layer.prior_sigma).double()
+        )
+        for mu, rho in layer.posterior():
+            q = torch.distributions.Normal(mu.double(), F.softplus(rho.double()))
+            total = total + torch.distributions.kl_divergence(q, p).sum()
+    return total
+
+
+class OwnKl(nn.Module):
+    """A module of another library: parameters and a KL of its own."""
+
+    def __init__(self, value: float = 2.5) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def kl_loss(self) -> Tensor:
+        return self.value * 2
+
+
+class TestKlLoss:
+    def test_sums_layers_of_all_kinds_and_priors(self, backend: str) -> None:
+        wide = BBB.BBBLinear(5, 4, priors={"prior_sigma": 2.0})
+        conv = BBB_LRT.BBBConv2d(2, 3, 3, bias=False, priors={"prior_mu": -0.5})
+        deep = BBB_LRT.BBBLinear(4, 2)
+        model = nn.Sequential(wide, nn.Linear(3, 3), nn.ModuleDict({"a": nn.ModuleList([conv, deep])}))
+        kl, exact = kl_loss(model), exact_kl(wide, conv, deep)
+        assert kl.shape == () and kl.dtype == torch.float32
+        torch.testing.assert_close(kl.double(), exact, rtol=1e-6, atol=0)
+        kl.backward()
+        parameters = [p for layer in (wide, conv, deep) for p in layer.parameters()]
+        expected = torch.autograd.grad(exact, parameters)
+        torch.testing.assert_close([p.grad for p in parameters], list(expected), rtol=1e-5, atol=1e-6)
+        assert model[1].weight.grad is None
+
+    def test_is_a_sum_not_a_mean(self, backend: str) -> None:
+        """Twice the weights, twice the KL; twice the layers, twice the KL."""
+        start = {"posterior_mu_initial": (0.3, 0), "posterior_rho_initial": (-2, 0)}
+        one = kl_loss(BBB.BBBLinear(10, 1, bias=False, priors=start)).item()
+        assert kl_loss(BBB.BBBLinear(10, 2, bias=False, priors=start)).item() == pytest.approx(2 * one)
+        pair = nn.Sequential(*(BBB.BBBLinear(10, 1, bias=False, priors=start) for _ in range(2)))
+        assert kl_loss(pair).item() == pytest.approx(2 * one)
+
+    def test_mixed_dtypes(self, backend: str) -> None:
+        layers = [BBB.BBBLinear(5, 4).to(t) for t in (torch.float32, torch.bfloat16, torch.float16)]
+        kl = kl_loss(nn.Sequential(*layers))
+        assert kl.dtype == torch.float32
+        torch.testing.assert_close(kl.double(), exact_kl(*layers), rtol=1e-6, atol=0)
+        layers.append(BBB_LRT.BBBLinear(5, 4, dtype=torch.float64))
+        kl = kl_loss(nn.Sequential(*layers))
+        assert kl.dtype == torch.float64
+        torch.testing.assert_close(kl, exact_kl(*layers), rtol=1e-6, atol=0)
+        kl.backward()
+        for layer in layers:
+            assert all(p.grad is not None and p.grad.dtype == p.dtype for p in layer.parameters())
+
+    def test_of_a_single_layer(self, backend: str) -> None:
+        layer = BBB.BBBLinear(5, 4)
+        assert torch.equal(kl_loss(layer), layer.kl_loss())
+
+    def test_shared_layers_count_once(self, backend: str) -> None:
+        layer = BBB.BBBLinear(4, 4)
+        torch.testing.assert_close(kl_loss(nn.Sequential(layer, nn.ReLU(), layer)), layer.kl_loss())
+
+    def test_without_bayesian_layers(self) -> None:
+        for model in (nn.Linear(3, 2), nn.ReLU(), nn.Sequential()):
+            kl = kl_loss(model)
+            assert kl.shape == () and kl.item() == 0
+        assert kl_loss(nn.Linear(3, 2, device="meta")).device.type == "meta"
+
+    def test_modules_with_a_kl_of_their_own(self, backend: str) -> None:
+        layer, other = BBB.BBBLinear(4, 4), OwnKl()
+        kl = kl_loss(nn.Sequential(layer, nn.Sequential(other)))
+        torch.testing.assert_close(kl, layer.kl_loss() + 5.0)
+        kl.backward()
+        assert other.value.grad == 2
+        assert kl_loss(nn.Sequential(OwnKl(), OwnKl(1.0))).item() == 7
+
+    def test_a_model_may_define_kl_loss_by_it(self, backend: str) -> None:
+        """No endless recursion, and no layer counted twice, through wrappers either."""
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = BBB.BBBLinear(4, 4)
+
+            def kl_loss(self) -> Tensor:
+                return kl_loss(self)
+
+        class Wrapper(ModuleWrapper):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = BBB.BBBLinear(4, 4)
+
+            def kl_loss(self) -> Tensor:
+                return kl_loss(self)
+
+        for model in (Model(), Wrapper()):
+            assert torch.equal(model.kl_loss(), model.fc.kl_loss())
+        outer = nn.Sequential(Wrapper())
+        assert torch.equal(kl_loss(outer), outer[0].fc.kl_loss())
+
+    def test_is_public(self) -> None:
+        assert bbb_fast.kl_loss is kl_loss and bbb_fast.ELBO is ELBO and bbb_fast.get_beta is get_beta
+
+
+class TestElbo:
+    def test_value(self) -> None:
+        log_p = torch.log_softmax(torch.randn(5, 3), 1).requires_grad_()
+        target = torch.tensor([0, 2, 1, 1, 0])
+        kl = torch.tensor(7.0, requires_grad=True)
+        loss = ELBO(1000)(log_p, target, kl, 0.25)
+        nll = -sum(log_p[i, t] for i, t in enumerate(target)) / 5
+        torch.testing.assert_close(loss, 1000 * nll + 0.25 * 7)
+        loss.backward()
+        assert kl.grad == 0.25
+        expected = torch.zeros(5, 3)
+        expected[torch.arange(5), target] = -200.0
+        torch.testing.assert_close(log_p.grad, expected)
+
+    def test_takes_numbers_and_tensors(self) -> None:
+        log_p, target = torch.log_softmax(torch.randn(2, 3), 1), torch.tensor([1, 0])
+        loss = ELBO(10)
+        a = loss(log_p, target, 3.0, torch.tensor(0.5))
+        torch.testing.assert_close(a, loss(log_p, target, torch.tensor(3.0), 0.5))
+        torch.testing.assert_close(loss(log_p, target, 3.0, 0), 10 * F.nll_loss(log_p, target))
+
+    def test_does_not_depend_on_the_batch_size(self) -> None:
+        log_p, target = torch.log_softmax(torch.randn(4, 3), 1), torch.tensor([1, 0, 2, 1])
+        loss = ELBO(100)
+        halves = [loss(log_p[i : i + 2], target[i : i + 2], 6.0, 1.0) for i in (0, 2)]
+        torch.testing.assert_close(sum(halves) / 2, loss(log_p, target, 6.0, 1.0))
+
+    @pytest.mark.parametrize("size", [0, -1, 2.5, "10", True, None, math.inf])
+    def test_wrong_size(self, size: Any) -> None:
+        with pytest.raises(ValueError, match="train_size must be an int >= 1"):
+            ELBO(size)
+
+
+class TestSchedules:
+    @pytest.mark.parametrize(("batch", "beta"), [(0, 4 / 7), (1, 2 / 7), (2, 1 / 7)])
+    def test_blundell(self, batch: int, beta: float) -> None:
+        assert get_beta(batch, 3, "Blundell") == pytest.approx(beta, rel=1e-14)
+        assert get_beta(0, 1, "Blundell") == 1
+
+    def test_blundell_of_many_minibatches(self) -> None:
+        assert get_beta(0, 10**6, "Blundell") == 0.5
+        assert get_beta(10**6 - 1, 10**6, "Blundell") == 0
+
+    def test_standard(self) -> None:
+        assert [get_beta(i, 8, "Standard") for i in range(8)] == [0.125] * 8
+
+    @pytest.mark.parametrize(
+        ("epoch", "epochs", "beta"),
+        [(0, 8, 0), (1, 8, 0.5), (2, 8, 1), (7, 8, 1), (3, 40, 0.3), (0, 3, 0), (1, 3, 1), (0, 1, 0)],
+    )
+    def test_soenderby(self, epoch: int, epochs: int, beta: float) -> None:
+        assert get_beta(5, 10, "Soenderby", epoch, epochs) == pytest.approx(beta)
+        assert kl_weight(5, 10, "Soenderby", epoch, epochs) == pytest.approx(beta)
+
+    @pytest.mark.parametrize("number", [0, 1, 0.1, 2.5])
+    def test_a_number_is_itself(self, number: float) -> None:
+        beta = get_beta(3, 10, number)
+        assert beta == number and isinstance(beta, float)
+        assert kl_weight(3, 10, number, 0, 1) == number
+
+    @pytest.mark.parametrize("beta_type", ["Blundell", "Standard"])
+    @pytest.mark.parametrize("m", [1, 2, 3, 10, 1000, 3000])
+    def test_shares_of_an_epoch(self, beta_type: str, m: int) -> None:
+        """The betas share out one KL; the weights beside a mean NLL average to the exact bound's 1."""
+        betas = [get_beta(i, m, beta_type) for i in range(m)]
+        assert math.fsum(betas) == pytest.approx(1, rel=1e-12)
+        assert betas == sorted(betas, reverse=True) and min(betas) >= 0
+        weights = [kl_weight(i, m, beta_type, 0, 1) for i in range(m)]
+        assert math.fsum(weights) / m == pytest.approx(1, rel=1e-12)
+
+    @pytest.mark.parametrize("beta_type", ["blundell", "", None, True, [0.1], "0.1"])
+    def test_unknown(self, beta_type: Any) -> None:
+        with pytest.raises(ValueError, match="unknown beta") as caught:
+            get_beta(0, 10, beta_type)
+        for name in ("Blundell", "Soenderby", "Standard"):
+            assert name in str(caught.value)
+
+    @pytest.mark.parametrize("given", [(None, None), (1, None), (None, 10)])
+    def test_soenderby_needs_epochs(self, given: tuple[int | None, int | None]) -> None:
+        with pytest.raises(ValueError, match="needs epoch and num_epochs"):
+            get_beta(0, 10, "Soenderby", *given)
+
+    @pytest.mark.parametrize("beta_type", ["Blundell", "Standard"])
+    @pytest.mark.parametrize("m", [0, -1])
+    def test_no_minibatches(self, beta_type: str, m: int) -> None:
+        with pytest.raises(ValueError, match="m must be >= 1"):
+            get_beta(0, m, beta_type)

@@ -1,0 +1,324 @@
+"""The three networks and their point-estimate twins: architecture, state_dicts, KL, errors."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bbb_fast import kl_loss, models
+from bbb_fast.layers import BBB, BBB_LRT
+from bbb_fast.layers.base import BayesianLayer
+from bbb_fast.models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeConvThreeFC
+
+PAIRS = [(BBBLeNet, LeNet), (BBBAlexNet, AlexNet), (BBB3Conv3FC, ThreeConvThreeFC)]
+BAYESIAN = [bayesian for bayesian, _ in PAIRS]
+POINT = [point for _, point in PAIRS]
+LAYER_TYPES = {"bbb": BBB, "lrt": BBB_LRT}
+NAMES = {"weight": ("W_mu", "W_rho"), "bias": ("bias_mu", "bias_rho")}
+
+# Written out from the description of the architectures: weights of 7 classes and 3 channels.
+WEIGHTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "LeNet": {
+        "conv1": (6, 3, 5, 5),
+        "conv2": (16, 6, 5, 5),
+        "fc1": (120, 400),
+        "fc2": (84, 120),
+        "fc3": (7, 84),
+    },
+    "AlexNet": {
+        "conv1": (64, 3, 11, 11),
+        "conv2": (192, 64, 5, 5),
+        "conv3": (384, 192, 3, 3),
+        "conv4": (256, 384, 3, 3),
+        "conv5": (128, 256, 3, 3),
+        "classifier": (7, 128),
+    },
+    "ThreeConvThreeFC": {
+        "conv1": (32, 3, 5, 5),
+        "conv2": (64, 32, 5, 5),
+        "conv3": (128, 64, 5, 5),
+        "fc1": (1000, 512),
+        "fc2": (1000, 1000),
+        "fc3": (7, 1000),
+    },
+}
+
+
+def shapes(bayesian: type[nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The layers of a Bayesian model's twin."""
+    return WEIGHTS[dict(PAIRS)[bayesian].__name__]
+
+
+def written_out(kind: str, p: dict[str, Tensor], x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """The forward of each architecture, from its description alone."""
+
+    def conv(name: str, x: Tensor, **options: int) -> Tensor:
+        return act(F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], **options))
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    pool = F.max_pool2d
+    if kind == "LeNet":
+        x = pool(conv("conv2", pool(conv("conv1", x), 2)), 2).flatten(1)
+        return linear("fc3", act(linear("fc2", act(linear("fc1", x)))))
+    if kind == "AlexNet":
+        x = pool(conv("conv1", x, stride=4, padding=5), 2)
+        x = pool(conv("conv2", x, padding=2), 2)
+        x = conv("conv4", conv("conv3", x, padding=1), padding=1)
+        return linear("classifier", pool(conv("conv5", x, padding=1), 2).flatten(1))
+    x = pool(conv("conv1", x, padding=2), 3, 2)
+    x = pool(conv("conv2", x, padding=2), 3, 2)
+    x = pool(conv("conv3", x, padding=1), 3, 2).flatten(1)
+    return linear("fc3", act(linear("fc2", act(linear("fc1", x)))))
+
+
+def foreign_state(bayesian: type[nn.Module]) -> dict[str, Tensor]:
+    """A state_dict as PyTorch-BayesianCNN writes it."""
+    state = {}
+    for layer, shape in shapes(bayesian).items():
+        fan_in = math.prod(shape[1:])
+        state[f"{layer}.W_mu"] = torch.randn(shape) / math.sqrt(fan_in)
+        state[f"{layer}.W_rho"] = torch.randn(shape) * 0.1 - 5
+        state[f"{layer}.bias_mu"] = torch.randn(shape[0]) * 0.1
+        state[f"{layer}.bias_rho"] = torch.randn(shape[0]) * 0.1 - 5
+    return state
+
+
+def exact_kl(model: nn.Module) -> float:
+    total = 0.0
+    for layer in model.modules():
+        if isinstance(layer, BayesianLayer):
+            for mu, rho in layer.posterior():
+                q = torch.distributions.Normal(mu.detach().double(), F.softplus(rho.detach().double()))
+                p = torch.distributions.Normal(
+                    torch.tensor(layer.prior_mu).double(), torch.tensor(layer.prior_sigma).double()
+                )
+                total += torch.distributions.kl_divergence(q, p).sum().item()
+    return total
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+class TestArchitecture:
+    @pytest.mark.parametrize("model_type", BAYESIAN)
+    @pytest.mark.parametrize("layer_type", LAYER_TYPES)
+    def test_bayesian_parameters(self, model_type: type[nn.Module], layer_type: str) -> None:
+        model = model_type(7, 3, layer_type=layer_type)
+        expected: dict[str, tuple[int, ...]] = {}
+        for layer, shape in shapes(model_type).items():
+            expected |= {f"{layer}.W_mu": shape, f"{layer}.W_rho": shape}
+            expected |= {f"{layer}.bias_mu": shape[:1], f"{layer}.bias_rho": shape[:1]}
+        assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
+        assert list(model.state_dict()) == list(expected)
+        for layer in shapes(model_type):
+            kind = "BBBConv2d" if layer.startswith("conv") else "BBBLinear"
+            assert type(getattr(model, layer)) is getattr(LAYER_TYPES[layer_type], kind)
+
+    @pytest.mark.parametrize("model_type", POINT)
+    def test_point_parameters(self, model_type: type[nn.Module]) -> None:
+        expected: dict[str, tuple[int, ...]] = {}
+        for layer, shape in WEIGHTS[model_type.__name__].items():
+            expected |= {f"{layer}.weight": shape, f"{layer}.bias": shape[:1]}
+        model = model_type(7, 3)
+        assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
+
+    @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[1].__name__)
+    @pytest.mark.parametrize("activation", ["softplus", "relu"])
+    def test_computes_the_described_function(
+        self, pair: tuple[type[nn.Module], type[nn.Module]], activation: str
+    ) -> None:
+        """Twin and posterior mean against the forward written out by hand."""
+        bayesian = pair[0](7, 3, activation_type=activation)
+        bayesian.load_state_dict(foreign_state(pair[0]))
+        point = pair[1](7, 3, activation_type=activation)
+        point.load_state_dict(bayesian.state_dict())
+        x = torch.randn(2, 3, 32, 32)
+        act = {"softplus": F.softplus, "relu": F.relu}[activation]
+        with torch.no_grad():
+            expected = written_out(pair[1].__name__, dict(point.named_parameters()), x, act)
+            torch.testing.assert_close(point(x), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(bayesian(x, sample=False)[0], expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("model_type", BAYESIAN)
+    @pytest.mark.parametrize("layer_type", LAYER_TYPES)
+    @pytest.mark.parametrize("inputs", [1, 3])
+    def test_forward(
+        self, backend: str, model_type: type[nn.Module], layer_type: str, inputs: int
+    ) -> None:
+        model = model_type(4, inputs, layer_type=layer_type)
+        x = torch.randn(2, inputs, 32, 32)
+        y, kl = model(x)
+        assert y.shape == (2, 4) and y.isfinite().all() and kl.shape == ()
+        assert not torch.equal(model.eval()(x)[0], y)
+        if model_type is BBBLeNet:
+            (F.cross_entropy(y, torch.tensor([0, 3])) + kl / 100).backward()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+            assert all(p.grad.any() for p in model.parameters())
+
+    @pytest.mark.parametrize("model_type", POINT)
+    def test_point_forward(self, model_type: type[nn.Module]) -> None:
+        model = model_type(4, 1)
+        y = model(torch.randn(2, 1, 32, 32))
+        assert isinstance(y, Tensor) and y.shape == (2, 4)
+        y.square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+    @pytest.mark.parametrize("model_type", BAYESIAN + POINT)
+    def test_no_layer_is_shared(self, model_type: type[nn.Module]) -> None:
+        """Every activation and pool is an instance of its own, one name each."""
+        model = model_type(4, 1, activation_type="relu")
+        children = list(model._modules.values())
+        assert len(set(map(id, children))) == len(children)
+        layers = sum(1 for child in children if list(child.parameters()))
+        assert sum(isinstance(child, nn.ReLU) for child in children) == layers - 1
+        assert not any(isinstance(child, nn.Softplus) for child in children)
+
+    @pytest.mark.parametrize("model_type", BAYESIAN + POINT)
+    def test_empty_batch(self, backend: str, model_type: type[nn.Module]) -> None:
+        y = model_type(4, 1)(torch.randn(0, 1, 32, 32))
+        assert (y[0] if isinstance(y, tuple) else y).shape == (0, 4)
+
+    @pytest.mark.parametrize("model_type", BAYESIAN + POINT)
+    @pytest.mark.parametrize("size", [28, 64])
+    def test_other_image_sizes(self, model_type: type[nn.Module], size: int) -> None:
+        """An error; never another number of rows than images."""
+        if model_type in (BBBAlexNet, AlexNet) and size == 28:
+            pytest.skip("a 28 x 28 image gives AlexNet's last pool an empty map")
+        with pytest.raises(ValueError, match="FlattenLayer: a row of the input must have"):
+            model_type(4, 1)(torch.randn(4, 1, size, size))
+
+    def test_exported_names(self) -> None:
+        assert set(models.__all__) == {m.__name__ for m in BAYESIAN + POINT}
+
+
+class TestStateDict:
+    @pytest.mark.parametrize("layer_type", LAYER_TYPES)
+    @pytest.mark.parametrize("model_type", BAYESIAN)
+    def test_foreign_state_loads(self, model_type: type[nn.Module], layer_type: str) -> None:
+        state = foreign_state(model_type)
+        model = model_type(7, 3, layer_type=layer_type)
+        result = model.load_state_dict(state, strict=True)
+        assert not result.missing_keys and not result.unexpected_keys
+        assert all(torch.equal(p, state[name]) for name, p in model.named_parameters())
+
+    @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[1].__name__)
+    def test_means_load_into_the_twin(self, pair: tuple[type[nn.Module], type[nn.Module]]) -> None:
+        state = foreign_state(pair[0])
+        kept = dict(state)
+        point = pair[1](7, 3)
+        point.load_state_dict(state, strict=True)
+        for name, p in point.named_parameters():
+            layer, _, kind = name.rpartition(".")
+            assert torch.equal(p, state[f"{layer}.{NAMES[kind][0]}"])
+        assert state.keys() == kept.keys()  # the caller's dict is left alone
+
+    @pytest.mark.parametrize("model_type", POINT)
+    def test_the_twin_loads_its_own(self, model_type: type[nn.Module]) -> None:
+        model, other = model_type(7, 3), model_type(7, 3)
+        other.load_state_dict(model.state_dict())
+        x = torch.randn(2, 3, 32, 32)
+        assert torch.equal(model(x), other(x))
+        copied = copy.deepcopy(model)
+        copied.load_state_dict(other.state_dict())
+        assert torch.equal(model(x), copied(x))
+
+    def test_strictness_is_kept(self) -> None:
+        state = foreign_state(BBBLeNet)
+        state["fc4.W_mu"] = torch.zeros(3)
+        for model in (LeNet(7, 3), BBBLeNet(7, 3)):
+            with pytest.raises(RuntimeError, match="fc4"):
+                model.load_state_dict(state)
+        state = foreign_state(BBBLeNet)
+        del state["fc2.W_mu"]
+        with pytest.raises(RuntimeError, match=r"fc2\.weight"):
+            LeNet(7, 3).load_state_dict(state)
+        with pytest.raises(RuntimeError, match=r"fc2\.W_mu"):
+            BBBLeNet(7, 3).load_state_dict(state)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            LeNet(9, 3).load_state_dict(foreign_state(BBBLeNet))
+
+    def test_a_twin_inside_another_module(self) -> None:
+        state = foreign_state(BBBLeNet)
+        model = nn.Sequential(LeNet(7, 3), nn.Linear(7, 2))
+        outer = {f"0.{name}": value for name, value in state.items()}
+        outer |= {"1.weight": torch.ones(2, 7), "1.bias": torch.zeros(2)}
+        model.load_state_dict(outer, strict=True)
+        assert torch.equal(model[0].conv1.weight, state["conv1.W_mu"])
+        assert torch.equal(model[1].weight, outer["1.weight"])
+
+    def test_a_twin_with_buffers(self) -> None:
+        class Normalized(LeNet):
+            def __init__(self) -> None:
+                super().__init__(7, 3)
+                self.norm = nn.BatchNorm1d(7)
+
+        model = Normalized()
+        model.load_state_dict(model.state_dict())
+        result = model.load_state_dict(foreign_state(BBBLeNet), strict=False)
+        assert all(name.startswith("norm.") for name in result.missing_keys)
+        assert not result.unexpected_keys
+
+
+class TestOptions:
+    def test_defaults(self) -> None:
+        model = BBBLeNet(10, 3)
+        assert (model.layer_type, model.activation_type) == ("lrt", "softplus")
+        assert type(model.conv1) is BBB_LRT.BBBConv2d
+        assert sum(isinstance(m, nn.Softplus) for m in model.modules()) == 4
+        assert (model.num_classes, model.conv1.prior_sigma) == (10, 0.1)
+
+    def test_positional_arguments(self) -> None:
+        model = BBBLeNet(10, 1, {"prior_sigma": 0.5}, "bbb", "relu")
+        assert (model.layer_type, model.activation_type) == ("bbb", "relu")
+
+    @pytest.mark.parametrize("model_type", BAYESIAN)
+    def test_priors_reach_every_layer(self, model_type: type[nn.Module]) -> None:
+        priors = {"prior_mu": 0.5, "prior_sigma": 0.25, "posterior_rho_initial": (-7, 0)}
+        layers = [m for m in model_type(4, 1, priors).modules() if isinstance(m, BayesianLayer)]
+        assert len(layers) == len(shapes(model_type))
+        assert {(layer.prior_mu, layer.prior_sigma) for layer in layers} == {(0.5, 0.25)}
+        assert all((rho == -7).all() for layer in layers for _, rho in layer.posterior())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"layer_type": "flip"}, "unknown layer_type 'flip'; allowed: bbb, lrt"),
+            ({"layer_type": None}, "unknown layer_type None"),
+            ({"layer_type": ["lrt"]}, "unknown layer_type"),
+            ({"activation_type": "tanh"}, "unknown activation_type 'tanh'; allowed: softplus, relu"),
+            ({"priors": {"sigma": 1}}, "unknown prior keys"),
+        ],
+    )
+    @pytest.mark.parametrize("model_type", BAYESIAN)
+    def test_errors(self, model_type: type[nn.Module], options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError) as caught:
+            model_type(4, 1, **options)
+        assert message in str(caught.value)
+
+    @pytest.mark.parametrize("model_type", POINT)
+    def test_point_errors(self, model_type: type[nn.Module]) -> None:
+        with pytest.raises(ValueError, match="unknown activation_type 'tanh'; allowed: softplus, relu"):
+            model_type(4, 1, activation_type="tanh")
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+@pytest.mark.parametrize("model_type", BAYESIAN)
+def test_kl(backend: str, model_type: type[nn.Module], layer_type: str) -> None:
+    """Forward's KL, kl_loss and the layers' sum against torch.distributions, in float64."""
+    model = model_type(7, 3, {"prior_mu": 0.1, "prior_sigma": 0.3}, layer_type)
+    exact = exact_kl(model)
+    assert kl_loss(model).item() == pytest.approx(exact, rel=1e-6)
+    summed = sum(m.kl_loss().item() for m in model.modules() if isinstance(m, BayesianLayer))
+    assert summed == pytest.approx(exact, rel=1e-6)
+    assert model(torch.randn(1, 3, 32, 32))[1].item() == pytest.approx(exact, rel=1e-6)
