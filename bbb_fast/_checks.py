@@ -41,9 +41,7 @@ def posterior(op: str, name: str, mu: Tensor, rho: Tensor, device: torch.device)
     """One tensor's mean and rho."""
     floating(op, f"{name}mu", mu)
     if rho.dtype != mu.dtype:
-        raise TypeError(
-            f"{op}: {name}mu and {name}rho must have one dtype, got {mu.dtype} and {rho.dtype}"
-        )
+        raise TypeError(f"{op}: {name}mu and {name}rho must have one dtype, got {mu.dtype} and {rho.dtype}")
     if rho.shape != mu.shape:
         raise ValueError(
             f"{op}: {name}mu and {name}rho must have one shape, got {_shape(mu)} and {_shape(rho)}"
@@ -111,9 +109,7 @@ def lrt(
     if bias_mu is not None and bias_rho is not None:
         posterior(op, "bias_", bias_mu, bias_rho, input.device)
         if bias_mu.dtype != W_mu.dtype:
-            raise TypeError(
-                f"{op}: all parameters must have one dtype, got {W_mu.dtype} and {bias_mu.dtype}"
-            )
+            raise TypeError(f"{op}: all parameters must have one dtype, got {W_mu.dtype} and {bias_mu.dtype}")
         if list(bias_mu.shape) != [out_features]:
             raise ValueError(f"{op}: bias_mu must have shape [{out_features}], got {_shape(bias_mu)}")
     optional_dtype(op, "variance_dtype", variance_dtype)
@@ -145,9 +141,7 @@ def conv(
     if spatial not in (1, 2, 3):
         raise ValueError(f"{op}: W_mu must have 3, 4 or 5 dimensions, got {_shape(W_mu)}")
     if input.dim() != W_mu.dim():
-        raise ValueError(
-            f"{op}: input must have {W_mu.dim()} dimensions like W_mu, got {_shape(input)}"
-        )
+        raise ValueError(f"{op}: input must have {W_mu.dim()} dimensions like W_mu, got {_shape(input)}")
     for name, value, least in (
         ("stride", stride, 1),
         ("padding", padding, 0),

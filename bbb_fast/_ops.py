@@ -85,9 +85,7 @@ def _lrt_linear(
     variance_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     shape = (*input.shape[:-1], W_mu.shape[0])
-    return input.new_empty(shape), input.new_empty(
-        shape, dtype=variance_dtype_for(input, variance_dtype)
-    )
+    return input.new_empty(shape), input.new_empty(shape, dtype=variance_dtype_for(input, variance_dtype))
 
 
 def _gradients(
@@ -101,9 +99,7 @@ def _gradients(
     bias = W_mu.new_empty((features,)) if has_bias else None
     like = (input, W_mu, W_rho, bias, bias)
     return [
-        _contiguous_like(t)
-        for t, wanted in zip(like, output_mask, strict=True)
-        if wanted and t is not None
+        _contiguous_like(t) for t, wanted in zip(like, output_mask, strict=True) if wanted and t is not None
     ]
 
 
@@ -194,8 +190,7 @@ def _vmap_rule(name: str) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         slices = [
-            op(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
+            op(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
         ]
 
         def stack(*parts: Any) -> Any:

@@ -168,9 +168,7 @@ class ImageSet:
         index = index.to(torch.int64)  # uint8 would be taken for a mask
         outside = index[(index < 0) | (index >= len(self))]
         if len(outside):
-            raise DataError(
-                f"{self.name}: index {int(outside[0])} is out of range for {len(self)} images"
-            )
+            raise DataError(f"{self.name}: index {int(outside[0])} is out of range for {len(self)} images")
         return ImageSet(self.images[index], self.labels[index], self.classes, self.name)
 
 
@@ -250,9 +248,7 @@ def _load_digits(split: str) -> ImageSet:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(
-            f"digits needs scikit-learn ({error}): pip install bbb_fast[experiments]"
-        ) from error
+        raise DataError(f"digits needs scikit-learn ({error}): pip install bbb_fast[experiments]") from error
     bunch = load_digits()
     target = np.asarray(bunch.target, np.int64)
     # A stratified split: shuffled, grouped by class, every fifth to the test set. RandomState's
@@ -673,9 +669,7 @@ def from_torchvision(dataset: Any, name: str | None = None) -> ImageSet:
                 )
             parts.append(_to_images(image[None], isinstance(image, Tensor), where))
             if parts[-1].shape != parts[0].shape:
-                raise DataError(
-                    f"{where} has {parts[-1].shape[1]} channels, but item 0 {parts[0].shape[1]}"
-                )
+                raise DataError(f"{where} has {parts[-1].shape[1]} channels, but item 0 {parts[0].shape[1]}")
         images, labels = torch.cat(parts), torch.tensor(numbers, dtype=torch.int64)
     classes = getattr(dataset, "classes", None)
     if not isinstance(classes, list | tuple) or not classes:
@@ -798,8 +792,7 @@ def normalize(images_uint8: Tensor, mean: Sequence[float], std: Sequence[float])
     channels = images_uint8.shape[1]
     if len(mean) != channels or len(std) != channels:
         raise DataError(
-            f"images of {channels} channels need as many means and stds, "
-            f"not {len(mean)} and {len(std)}"
+            f"images of {channels} channels need as many means and stds, " f"not {len(mean)} and {len(std)}"
         )
     if not all(math.isfinite(m) for m in mean) or not all(0 < s < math.inf for s in std):
         raise DataError(f"means must be finite and stds > 0, not {list(mean)} and {list(std)}")

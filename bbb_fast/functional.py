@@ -115,9 +115,7 @@ def kl_divergence(
     rhos = [rho] if isinstance(rho, Tensor) else list(rho)
     count = len(mus)
     prior_mus = list(prior_mu) if isinstance(prior_mu, Sequence) else [float(prior_mu)] * count
-    prior_sigmas = (
-        list(prior_sigma) if isinstance(prior_sigma, Sequence) else [float(prior_sigma)] * count
-    )
+    prior_sigmas = list(prior_sigma) if isinstance(prior_sigma, Sequence) else [float(prior_sigma)] * count
     if mus and use_native(mus[0].device):
         return _native.kl_divergence(mus, rhos, prior_mus, prior_sigmas)
     _checks.posteriors("kl_divergence", mus, rhos)
@@ -224,17 +222,11 @@ def _lrt_conv(
     input, pads = _explicit_padding(op, input, W_mu, strides, padding, dilations)
     geometry = (strides, pads, dilations, False, (0,) * spatial, groups)
     if use_native(input.device):
-        output = _native.lrt_conv(
-            input, W_mu, W_rho, bias_mu, bias_rho, rng, *geometry, variance_dtype
-        )[0]
+        output = _native.lrt_conv(input, W_mu, W_rho, bias_mu, bias_rho, rng, *geometry, variance_dtype)[0]
     else:
         _checks.conv("lrt_conv", input, W_mu, *geometry)
-        _checks.lrt(
-            "lrt_conv", input, W_mu, W_rho, bias_mu, bias_rho, rng, W_mu.shape[0], variance_dtype
-        )
-        output = reference.lrt_conv(
-            input, W_mu, W_rho, bias_mu, bias_rho, rng, *geometry, variance_dtype
-        )
+        _checks.lrt("lrt_conv", input, W_mu, W_rho, bias_mu, bias_rho, rng, W_mu.shape[0], variance_dtype)
+        output = reference.lrt_conv(input, W_mu, W_rho, bias_mu, bias_rho, rng, *geometry, variance_dtype)
     return output.squeeze(0) if unbatched else output
 
 

@@ -70,9 +70,7 @@ class ELBO(nn.Module):
             raise ValueError(f"ELBO: train_size must be an int >= 1, got {train_size!r}")
         self.train_size = train_size
 
-    def forward(
-        self, input: Tensor, target: Tensor, kl: Tensor | float, beta: float | Tensor
-    ) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, kl: Tensor | float, beta: float | Tensor) -> Tensor:
         return F.nll_loss(input, target, reduction="mean") * self.train_size + beta * kl
 
 
@@ -103,9 +101,7 @@ def get_beta(
         if epoch is None or num_epochs is None:
             raise ValueError("beta 'Soenderby' needs epoch and num_epochs")
         return min(epoch / max(num_epochs // 4, 1), 1.0)
-    raise ValueError(
-        f"unknown beta {beta_type!r}; allowed: a number, {', '.join(map(repr, SCHEDULES))}"
-    )
+    raise ValueError(f"unknown beta {beta_type!r}; allowed: a number, {', '.join(map(repr, SCHEDULES))}")
 
 
 def kl_weight(batch_idx: int, m: int, beta_type: float | str, epoch: int, num_epochs: int) -> float:

@@ -89,8 +89,7 @@ def normal(size: Sequence[int], rng: Tensor, *, dtype: torch.dtype = torch.float
     if not torch.compiler.is_compiling():
         edges = [*range(0, blocks, _CHUNK), blocks]
     parts = [
-        _normal_blocks(torch.arange(start, stop, device=rng.device), rng)
-        for start, stop in pairwise(edges)
+        _normal_blocks(torch.arange(start, stop, device=rng.device), rng) for start, stop in pairwise(edges)
     ] or [torch.empty(0, 4, device=rng.device)]
     noise = torch.cat(parts) if len(parts) > 1 else parts[0]
     return noise.reshape(-1)[:count].reshape(tuple(size)).to(dtype)

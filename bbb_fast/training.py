@@ -487,9 +487,7 @@ class _Run:
         stats = torch.zeros(self.steps, 4, dtype=torch.float64, device=self.device)
         sizes = torch.zeros(self.steps, 1, dtype=torch.float64)
         weights = [
-            kl_weight(step, self.steps, config.beta, self.epoch, config.epochs)
-            if self.bayesian
-            else 0.0
+            kl_weight(step, self.steps, config.beta, self.epoch, config.epochs) if self.bayesian else 0.0
             for step in range(self.steps)
         ]
         with _bar(progress, total, f"epoch {self.epoch + 1}/{config.epochs}") as bar:

@@ -161,9 +161,7 @@ def load_pair(
     """
     allowed = (*DATASETS, *DERIVED)
     if outside not in allowed:
-        raise ValueError(
-            f"unknown out-of-distribution set {outside!r}: allowed are {', '.join(allowed)}"
-        )
+        raise ValueError(f"unknown out-of-distribution set {outside!r}: allowed are {', '.join(allowed)}")
     if outside == inside:
         raise ValueError(f"{inside} cannot be out of distribution of itself: choose another set")
     known = load(inside, "test", data_dir, download=download)
@@ -279,9 +277,7 @@ def compare(
         )
         for images in (inside, outside)
     )  # fmt: skip
-    detection = {
-        score: metrics.ood_report(getattr(known, score), getattr(other, score)) for score in SCORES
-    }
+    detection = {score: metrics.ood_report(getattr(known, score), getattr(other, score)) for score in SCORES}
     quality = metrics.classification_report(known.probs, inside.labels)
     return Comparison(known, other, tuple(loaded.classes), quality, detection, bayesian, tuple(notes))
 

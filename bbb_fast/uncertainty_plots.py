@@ -89,9 +89,7 @@ def _image_row(
     truth: bool,
 ) -> None:
     """The first images of ``order``; with ``truth`` their labels mean something and are shown."""
-    part.suptitle(
-        title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=_IN if truth else _OUT
-    )
+    part.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=_IN if truth else _OUT)
     chosen = order[:_COLUMNS].tolist()
     for axis in part.subplots(1, _COLUMNS):
         if not chosen:
@@ -133,9 +131,7 @@ def _histogram(axis: Axes, result: Comparison, score: str, title: str) -> None:
     axis.set_ylabel("% of the set")
     axis.legend(loc="upper right", fontsize=9)
     if top == 0:
-        axis.text(
-            0.5, 0.5, "0 for every image:\nall draws are equal", transform=axis.transAxes, ha="center"
-        )
+        axis.text(0.5, 0.5, "0 for every image:\nall draws are equal", transform=axis.transAxes, ha="center")
 
 
 def _roc(axis: Axes, result: Comparison) -> None:
@@ -144,9 +140,7 @@ def _roc(axis: Axes, result: Comparison) -> None:
         label = f"{name}: {result.detection[score]['auroc']:.3f}"
         axis.plot(false, true, color=color, linestyle=style, linewidth=1.6, label=label)
     axis.plot([0, 1], [0, 1], color="0.75", linewidth=1, zorder=0)
-    axis.set_title(
-        f"Telling {result.outside.images.name} from {result.inside.images.name}", fontsize=11
-    )
+    axis.set_title(f"Telling {result.outside.images.name} from {result.inside.images.name}", fontsize=11)
     axis.set_xlabel(f"{result.inside.images.name} called never seen (FPR)")
     axis.set_ylabel(f"{result.outside.images.name} noticed (TPR)")
     axis.legend(loc="lower right", fontsize=8, title="AUROC", title_fontsize=9)

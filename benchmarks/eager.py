@@ -35,9 +35,7 @@ def sample_and_kl(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
 class EagerLayer(nn.Module):
     """Weight-space (``bbb``) or local-reparameterization (``lrt``) layer around any linear map."""
 
-    def __init__(
-        self, weight_shape: tuple[int, ...], apply: Callable[..., Tensor], estimator: str
-    ) -> None:
+    def __init__(self, weight_shape: tuple[int, ...], apply: Callable[..., Tensor], estimator: str) -> None:
         super().__init__()
         self.W_mu = nn.Parameter(torch.empty(weight_shape).normal_(0, 0.1))
         self.W_rho = nn.Parameter(torch.empty(weight_shape).normal_(-3, 0.1))

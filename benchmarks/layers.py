@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from bbb_fast import functional
 
 
-def _step(
-    layer: nn.Module, x: Tensor, g: Tensor, times: dict[str, list[float]], warm: list[int]
-) -> float:
+def _step(layer: nn.Module, x: Tensor, g: Tensor, times: dict[str, list[float]], warm: list[int]) -> float:
     for p in layer.parameters():
         p.grad = None
     start = time.perf_counter()
@@ -103,11 +101,7 @@ def print_case(result: dict[str, Any]) -> None:
     print(f"  {'':10} {'forward':>10} {'backward':>10} {'step':>10} {'step / nn':>10}")
     for name, row in result["contenders"].items():
         numbers = [row[part]["median_us"] / 1e3 for part in ("forward", "backward", "step")]
-        print(
-            f"  {name:10} "
-            + " ".join(f"{n:7.2f} ms" for n in numbers)
-            + f" {row['step_over_nn']:10.2f}"
-        )
+        print(f"  {name:10} " + " ".join(f"{n:7.2f} ms" for n in numbers) + f" {row['step_over_nn']:10.2f}")
 
 
 def main() -> None:
@@ -115,9 +109,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--rounds", type=int, default=30, help="measured rounds a case (default 30)")
     parser.add_argument("--case", default="", help="only the cases whose name contains this")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file (default results/layers-THREADSthreads.json)"
-    )
+    parser.add_argument("--out", type=Path, help="JSON file (default results/layers-THREADSthreads.json)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     where = provenance()
@@ -130,9 +122,7 @@ def main() -> None:
             row = run_sampling(count, max(args.rounds, 30))
             result["sampling"].append(row)
             ours, theirs = (row["contenders"][n]["median_us"] / 1e3 for n in ("ours", "eager"))
-            print(
-                f"{row['case']}: {ours:.3f} ms, eager {theirs:.3f} ms, {row['eager_over_ours']:.1f} times"
-            )
+            print(f"{row['case']}: {ours:.3f} ms, eager {theirs:.3f} ms, {row['eager_over_ours']:.1f} times")
     for case in CASES:
         if args.case in case.name:
             result["layers"].append(run_case(case, args.rounds))

@@ -38,16 +38,12 @@ def grads(
     """Outputs of ``function`` and the gradients of its leaves for the given output gradients."""
     used = [leaf for leaf in leaves if leaf is not None]
     outputs = flat(function())
-    pairs = [
-        (o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad
-    ]
+    pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
     result = torch.autograd.grad([o for o, _ in pairs], used, [g for _, g in pairs], allow_unused=True)
     return [o.detach() for o in outputs], list(result)
 
 
-def leaf(
-    *shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0, std: float = 1.0
-) -> Tensor:
+def leaf(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """A random leaf tensor that wants a gradient."""
     return (torch.randn(shape) * std + mean).to(dtype).requires_grad_()
 

@@ -139,9 +139,7 @@ class TestLoading:
         assert "pip install" in reason
 
     @pytest.mark.parametrize("suffix", ["", "+cpu", "+cu130"])
-    def test_a_patch_release_is_no_other_torch(
-        self, monkeypatch: pytest.MonkeyPatch, suffix: str
-    ) -> None:
+    def test_a_patch_release_is_no_other_torch(self, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
         major, minor, *_ = torch.__version__.split("+")[0].split(".")
         self.record(monkeypatch, native=True, reason=None, torch=f"{major}.{minor}.99{suffix}")
         monkeypatch.setattr(importlib, "import_module", lambda name: name)

@@ -176,9 +176,7 @@ class TestBuildModel:
     @pytest.mark.parametrize("name", checkpoint.MODELS)
     @pytest.mark.parametrize("layer_type", checkpoint.MODEL_LAYER_TYPES)
     def test_every_model(self, name: str, layer_type: str) -> None:
-        model = checkpoint.build_model(
-            model_config(model=name, layer_type=layer_type, inputs=3, outputs=7)
-        )
+        model = checkpoint.build_model(model_config(model=name, layer_type=layer_type, inputs=3, outputs=7))
         result = model(torch.zeros(2, 3, 32, 32))
         output = result if layer_type == "none" else result[0]
         assert output.shape == (2, 7)

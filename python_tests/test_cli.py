@@ -93,9 +93,7 @@ class TestTrain:
             for name, key in (("accuracy",) * 2, ("NLL", "nll"), ("Brier", "brier"), ("ECE", "ece"))
         ]
 
-    def test_every_option_reaches_the_run(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_every_option_reaches_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("sklearn")
         calls: list[tuple[Any, ...]] = []
 

@@ -223,9 +223,7 @@ for _op in LRT:
 
 case("lrt_linear", ValueError, "the last dimension of input must be in_features = 4", input=zeros(5, 3))
 case("lrt_linear", ValueError, "the last dimension of input must be in_features = 4", input=zeros())
-case(
-    "lrt_linear", ValueError, "W_mu must be [out_features, in_features]", W_mu=zeros(4), W_rho=zeros(4)
-)
+case("lrt_linear", ValueError, "W_mu must be [out_features, in_features]", W_mu=zeros(4), W_rho=zeros(4))
 case(
     "lrt_linear",
     ValueError,
@@ -259,12 +257,7 @@ for _op in CONVS:
     case(_op, ValueError, "the kernel reaches over 3 elements", input=zeros(2, 4, *(0,) * _spatial))
 
 ELSEWHERE = [
-    *[
-        (op, {name: valid(op)[name].to("meta")}, name)
-        for op in LRT
-        for name in valid(op)
-        if name != "input"
-    ],
+    *[(op, {name: valid(op)[name].to("meta")}, name) for op in LRT for name in valid(op) if name != "input"],
     *[(op, {"rng": rng(device="meta")}, "rng") for op in SAMPLERS],
     ("sample_weight", {"rho": zeros(3, 2, device="meta")}, "rho"),
     ("sample_weights", {"rho": [zeros(3, 2, device="meta")]}, "rho"),

@@ -100,9 +100,7 @@ class TestPredict:
         assert ((covariance - expected) / spread).abs().max() < 4.5
 
     @pytest.mark.parametrize("batch_size", [1, 2, 4, 6, 100])
-    def test_batch_size_changes_nothing(
-        self, backend: str, estimator: ModuleType, batch_size: int
-    ) -> None:
+    def test_batch_size_changes_nothing(self, backend: str, estimator: ModuleType, batch_size: int) -> None:
         model, x = Net(estimator), images()
         whole = predict(model, x, 3, seed=1)
         torch.testing.assert_close(predict(model, x, 3, seed=1, batch_size=batch_size), whole)
@@ -343,9 +341,7 @@ class TestFixedNoise:
         assert not torch.isclose(*free).any()
         assert not torch.isclose(model(x)[0], model(x)[0]).any()
 
-    def test_copies_and_conversions_are_the_same_function(
-        self, backend: str, estimator: ModuleType
-    ) -> None:
+    def test_copies_and_conversions_are_the_same_function(self, backend: str, estimator: ModuleType) -> None:
         model, x = Net(estimator), images()
         first = predict(model, x, 2, seed=9)
         assert torch.equal(predict(copy.deepcopy(model), x, 2, seed=9), first)

@@ -23,9 +23,7 @@ def exact(mu: Tensor, rho: Tensor, prior_mu: float = 0.0, prior_sigma: float = 0
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prior", [(0.0, 0.1), (0.3, 1.7), (-2.0, 0.013)])
-def test_equals_torch_distributions(
-    backend: str, shape: tuple[int, ...], prior: tuple[float, float]
-) -> None:
+def test_equals_torch_distributions(backend: str, shape: tuple[int, ...], prior: tuple[float, float]) -> None:
     mu, rho = posterior(*shape)
     kl = functional.kl_divergence(mu, rho, *prior)
     assert kl.dtype == torch.float32 and kl.shape == ()
@@ -106,9 +104,7 @@ def test_is_deterministic_for_any_threads(isa: str, threads: None) -> None:
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        outputs, gradients = grads(
-            lambda: functional.kl_divergence(mu, rho), [mu, rho], [torch.tensor(1.0)]
-        )
+        outputs, gradients = grads(lambda: functional.kl_divergence(mu, rho), [mu, rho], [torch.tensor(1.0)])
         results.append(outputs + gradients)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -121,9 +117,7 @@ def test_gradcheck(backend: str) -> None:
 
 def test_opcheck(native: None) -> None:
     (m0, r0), (m1, r1) = posterior(4, 3), posterior(4)
-    torch.library.opcheck(
-        torch.ops.bbb_fast.kl_divergence, ([m0, m1], [r0, r1], [0.0, 0.1], [0.1, 0.2])
-    )
+    torch.library.opcheck(torch.ops.bbb_fast.kl_divergence, ([m0, m1], [r0, r1], [0.0, 0.1], [0.1, 0.2]))
     detached = [[t.detach() for t in ts] for ts in ([m0, m1], [r0, r1])]
     torch.library.opcheck(
         torch.ops.bbb_fast.kl_divergence_backward,

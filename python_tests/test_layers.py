@@ -144,9 +144,7 @@ class TestConstruction:
         }
         for signature in (linear, conv):
             keyword = [n for n, p in signature.items() if p.kind is p.KEYWORD_ONLY]
-            assert keyword == [
-                n for n in ("groups", "padding_mode", "device", "dtype") if n in signature
-            ]
+            assert keyword == [n for n in ("groups", "padding_mode", "device", "dtype") if n in signature]
 
     def test_aliases(self) -> None:
         assert layers.BBB_Linear is BBB.BBBLinear and layers.BBB_LRT_Linear is BBB_LRT.BBBLinear
@@ -334,9 +332,7 @@ class TestDistribution:
         assert abs(standard.square().mean() - 1) < 4 * math.sqrt(2 / (draws * out))
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_bbb_shares_a_draw_and_lrt_does_not(
-        self, backend: str, estimator: ModuleType, kind: str
-    ) -> None:
+    def test_bbb_shares_a_draw_and_lrt_does_not(self, backend: str, estimator: ModuleType, kind: str) -> None:
         layer = make(estimator, kind)
         y = layer(example(kind)[:1].expand(5, *ARGUMENTS[kind][1][1:]))
         same = torch.stack([torch.isclose(y[0], row) for row in y[1:]])
@@ -359,9 +355,7 @@ class TestDistribution:
         assert torch.equal(first, with_weights(twin(kind), layer.W_mu, layer.bias_mu, x))
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_train_and_eval_both_sample(
-        self, backend: str, estimator: ModuleType, training: bool
-    ) -> None:
+    def test_train_and_eval_both_sample(self, backend: str, estimator: ModuleType, training: bool) -> None:
         layer, x = make(estimator, "Linear").train(training), example("Linear")
         assert not torch.isclose(layer(x), layer(x)).any()
         assert not torch.isclose(layer(x), layer(x, sample=False)).any()
@@ -442,9 +436,7 @@ def test_equals_the_formulas_over_torch_nn(
     if estimator is BBB:
         steps = torch.tensor([[0, 0], [0, 1]])
         drawn = [
-            None
-            if mu is None
-            else mu + F.softplus(rho) * functional.normal(mu.shape, rng + step).double()
+            None if mu is None else mu + F.softplus(rho) * functional.normal(mu.shape, rng + step).double()
             for (mu, rho), step in zip((W, b), steps, strict=True)
         ]
         expected = with_weights(point, *drawn, x)
@@ -676,9 +668,7 @@ class TestKl:
 class TestGradients:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("bias", [True, False])
-    def test_reach_every_parameter(
-        self, backend: str, estimator: ModuleType, kind: str, bias: bool
-    ) -> None:
+    def test_reach_every_parameter(self, backend: str, estimator: ModuleType, kind: str, bias: bool) -> None:
         layer, x = make(estimator, kind, bias=bias), example(kind).requires_grad_()
         layer(x).square().sum().backward()
         for p in (x, *layer.parameters()):
@@ -714,9 +704,7 @@ class TestGradients:
         assert all(map(torch.equal, first, torch.autograd.grad(y, parameters)))
 
     @pytest.mark.parametrize("reentrant", [True, False])
-    def test_activation_checkpointing(
-        self, backend: str, estimator: ModuleType, reentrant: bool
-    ) -> None:
+    def test_activation_checkpointing(self, backend: str, estimator: ModuleType, reentrant: bool) -> None:
         model = nn.Sequential(
             make(estimator, "Conv2d"), nn.Softplus(), nn.Flatten(), make(estimator, "Linear", 150, 3)
         )

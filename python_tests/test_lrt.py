@@ -30,16 +30,30 @@ def compare(
 
 
 def linear_case(
-    batch: tuple[int, ...], i: int, o: int, bias: bool = True, dtype: torch.dtype = torch.float32,
+    batch: tuple[int, ...],
+    i: int,
+    o: int,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
     parameter_dtype: torch.dtype | None = None,
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     parameter_dtype = parameter_dtype or dtype
     W = posterior(o, i, dtype=parameter_dtype)
     b = posterior(o, dtype=parameter_dtype) if bias else (None, None)
     return [leaf(*batch, i, dtype=dtype), *W, *b]
 
 
-LINEAR = [((5,), 7, 3), ((1,), 1, 1), ((0,), 4, 3), ((4, 3), 5, 2), ((), 6, 5), ((65,), 33, 17), ((3,), 0, 2), ((3,), 2, 0), ((2, 0, 3), 4, 5)]  # fmt: skip
+LINEAR = [
+    ((5,), 7, 3),
+    ((1,), 1, 1),
+    ((0,), 4, 3),
+    ((4, 3), 5, 2),
+    ((), 6, 5),
+    ((65,), 33, 17),
+    ((3,), 0, 2),
+    ((3,), 2, 0),
+    ((2, 0, 3), 4, 5),
+]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -95,9 +109,7 @@ def test_linear_strided_inputs(native: None) -> None:
         lambda: x.view(10, 4, 6).transpose(0, 1),
         lambda: x[:, :6].expand(3, 10, 6),
     ):
-        compare(
-            lambda v=view: functional.lrt_linear(v(), *case[1:], rng()), [x, *case[1:]], torch.float32
-        )
+        compare(lambda v=view: functional.lrt_linear(v(), *case[1:], rng()), [x, *case[1:]], torch.float32)
     W = posterior(6, 7)
     compare(
         lambda: functional.lrt_linear(x[:, :6], W[0].t(), W[1].t(), *case[3:], rng()),
@@ -107,9 +119,16 @@ def test_linear_strided_inputs(native: None) -> None:
 
 
 def conv_case(
-    spatial: int, n: int, i: int, o: int, kernel: tuple[int, ...], size: tuple[int, ...], groups: int = 1,
-    bias: bool = True, dtype: torch.dtype = torch.float32,
-) -> list[Tensor | None]:  # fmt: skip
+    spatial: int,
+    n: int,
+    i: int,
+    o: int,
+    kernel: tuple[int, ...],
+    size: tuple[int, ...],
+    groups: int = 1,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor | None]:
     W = posterior(o, i // groups, *kernel, dtype=dtype)
     b = posterior(o, dtype=dtype) if bias else (None, None)
     return [leaf(n, i, *size, dtype=dtype), *W, *b]
@@ -175,9 +194,7 @@ def test_conv_noise_follows_the_memory_format(backend: str) -> None:
     """Index order: the output's memory order, whichever format that is."""
     x, W_mu, W_rho, b_mu, b_rho = conv_case(2, 2, 3, 5, (3, 3), (8, 7))
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        y = functional.lrt_conv2d(
-            x.contiguous(memory_format=memory_format), W_mu, W_rho, b_mu, b_rho, rng()
-        )
+        y = functional.lrt_conv2d(x.contiguous(memory_format=memory_format), W_mu, W_rho, b_mu, b_rho, rng())
         sigma = torch.nn.functional.softplus
         v = torch.conv2d(x**2, sigma(W_rho) ** 2, sigma(b_rho) ** 2)
         noise = functional.normal(y.numel(), rng())
@@ -185,9 +202,7 @@ def test_conv_noise_follows_the_memory_format(backend: str) -> None:
             eps = noise.view(2, 6, 5, 5).permute(0, 3, 1, 2)
         else:
             eps = noise.view(2, 5, 6, 5)
-        torch.testing.assert_close(
-            y, torch.conv2d(x, W_mu, b_mu) + v.sqrt() * eps, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(y, torch.conv2d(x, W_mu, b_mu) + v.sqrt() * eps, rtol=1e-4, atol=1e-5)
 
 
 def test_conv_unbatched(backend: str) -> None:
@@ -302,9 +317,7 @@ def test_opcheck(native: None) -> None:
     torch.library.opcheck(ops.lrt_linear, (*linear_case((4, 2), 6, 3), rng(), None))
     torch.library.opcheck(ops.lrt_linear, (*linear_case((4,), 6, 3, bias=False), rng(), torch.bfloat16))
     geometry = ([2, 1], [1, 0], [1, 1], False, [0, 0], 1)
-    torch.library.opcheck(
-        ops.lrt_conv, (*conv_case(2, 2, 3, 4, (3, 3), (6, 6)), rng(), *geometry, None)
-    )
+    torch.library.opcheck(ops.lrt_conv, (*conv_case(2, 2, 3, 4, (3, 3), (6, 6)), rng(), *geometry, None))
     torch.library.opcheck(ops.variance, (torch.randn(9), torch.bfloat16))
     torch.library.opcheck(ops.variance_backward, (torch.randn(9), torch.randn(9)))
     torch.library.opcheck(ops.lrt_sample_, (torch.randn(4, 3), torch.rand(4, 3), rng()))
@@ -324,9 +337,23 @@ def test_opcheck_backward(native: None, mask: list[bool]) -> None:
     x, W_mu, W_rho, _, b_rho = (t.detach() for t in conv_case(2, 2, 3, 4, (3, 3), (6, 6)))
     torch.library.opcheck(
         ops.lrt_conv_backward,
-        (torch.randn(2, 4, 4, 4), x, W_mu, W_rho, b_rho, torch.rand(2, 4, 4, 4), rng(),
-         [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask),
-    )  # fmt: skip
+        (
+            torch.randn(2, 4, 4, 4),
+            x,
+            W_mu,
+            W_rho,
+            b_rho,
+            torch.rand(2, 4, 4, 4),
+            rng(),
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            mask,
+        ),
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

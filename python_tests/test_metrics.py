@@ -316,9 +316,7 @@ def test_a_value_just_above_one_does_not_make_a_variance_negative():
 
 def test_to_probs_by_hand():
     outputs = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
-    torch.testing.assert_close(
-        metrics.to_probs(outputs), f64([0.25, 0.75], [0.5, 0.5]), rtol=1e-7, atol=0
-    )
+    torch.testing.assert_close(metrics.to_probs(outputs), f64([0.25, 0.75], [0.5, 0.5]), rtol=1e-7, atol=0)
     # softplus(0) = ln 2 and softplus(ln 3) = ln 4 = 2 ln 2.
     torch.testing.assert_close(
         metrics.to_probs(outputs, "normalized"), f64([1 / 3, 2 / 3], [0.5, 0.5]), rtol=1e-7, atol=0

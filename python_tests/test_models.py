@@ -153,9 +153,7 @@ class TestArchitecture:
     @pytest.mark.parametrize("model_type", BAYESIAN)
     @pytest.mark.parametrize("layer_type", LAYER_TYPES)
     @pytest.mark.parametrize("inputs", [1, 3])
-    def test_forward(
-        self, backend: str, model_type: type[nn.Module], layer_type: str, inputs: int
-    ) -> None:
+    def test_forward(self, backend: str, model_type: type[nn.Module], layer_type: str, inputs: int) -> None:
         model = model_type(4, inputs, layer_type=layer_type)
         x = torch.randn(2, inputs, 32, 32)
         y, kl = model(x)

@@ -161,15 +161,11 @@ def test_shape_is_row_major(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_round_the_same_noise(backend: str, dtype: torch.dtype) -> None:
-    assert torch.equal(
-        functional.normal(1000, rng(), dtype=dtype), functional.normal(1000, rng()).to(dtype)
-    )
+    assert torch.equal(functional.normal(1000, rng(), dtype=dtype), functional.normal(1000, rng()).to(dtype))
 
 
 def test_seed_and_stream_matter(backend: str) -> None:
-    draws = [
-        functional.normal(1000, rng(*pair)) for pair in ((0, 0), (1, 0), (0, 1), (2**32, 0), (0, 2**32))
-    ]
+    draws = [functional.normal(1000, rng(*pair)) for pair in ((0, 0), (1, 0), (0, 1), (2**32, 0), (0, 2**32))]
     for i, a in enumerate(draws):
         for b in draws[:i]:
             assert abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 0.15

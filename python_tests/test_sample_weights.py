@@ -24,9 +24,7 @@ def both(leaves: list[Tensor], run: Any, grad_outputs: list[Tensor | None], dtyp
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_reference(isa: str, shape: tuple[int, ...]) -> None:
     mu, rho = posterior(*shape)
-    both(
-        [mu, rho], lambda: functional.sample_weight(mu, rho, rng()), [torch.randn(shape)], torch.float32
-    )
+    both([mu, rho], lambda: functional.sample_weight(mu, rho, rng()), [torch.randn(shape)], torch.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -99,9 +97,7 @@ def test_gradient_of_one_output_alone(backend: str, used: str) -> None:
 def test_strided_parameters(backend: str) -> None:
     mu, rho = posterior(12, 10)
     w = functional.sample_weight(mu.t(), rho.t(), rng())
-    assert_same(
-        w, functional.sample_weight(mu.t().contiguous(), rho.t().contiguous(), rng()), torch.float32
-    )
+    assert_same(w, functional.sample_weight(mu.t().contiguous(), rho.t().contiguous(), rng()), torch.float32)
     w.square().sum().backward()
     assert mu.grad is not None and mu.grad.shape == (12, 10)
     channels_last = leaf(4, 3, 5, 5).detach().to(memory_format=torch.channels_last)
@@ -196,6 +192,4 @@ def test_vmap_over_rng(backend: str) -> None:
     mu, rho = posterior(6, 5)
     rngs = torch.stack([rng(stream=k) for k in range(3)])
     mapped = torch.func.vmap(lambda r: functional.sample_weight(mu, rho, r))(rngs)
-    assert_same(
-        mapped, torch.stack([functional.sample_weight(mu, rho, r) for r in rngs]), torch.float32
-    )
+    assert_same(mapped, torch.stack([functional.sample_weight(mu, rho, r) for r in rngs]), torch.float32)

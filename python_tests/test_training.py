@@ -25,9 +25,7 @@ from bbb_fast.training import TrainConfig, TrainingError, fit
 
 Sets = tuple[ImageSet, ImageSet, ImageSet]
 
-QUICK = TrainConfig(
-    activation="relu", epochs=3, batch_size=64, valid_samples=2, test_samples=3, threads=1
-)
+QUICK = TrainConfig(activation="relu", epochs=3, batch_size=64, valid_samples=2, test_samples=3, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +164,7 @@ class TestObjective:
             torch.set_rng_state(noise)
             stats = run._step(x, sets[0].labels, 0.3)
         # float32 sums in another order
-        torch.testing.assert_close(
-            [p.grad for p in run.model.parameters()], expected, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close([p.grad for p in run.model.parameters()], expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
             stats[:3], torch.stack([loss, nll, kl]).detach().double(), rtol=1e-5, atol=0
         )
@@ -282,9 +278,7 @@ class TestResume:
         fit(QUICK, *sets, tmp_path, resume=True, progress=False)
         assert_same_run(finished[0], tmp_path)
 
-    def test_more_epochs(
-        self, finished: tuple[Path, dict[str, Any]], sets: Sets, tmp_path: Path
-    ) -> None:
+    def test_more_epochs(self, finished: tuple[Path, dict[str, Any]], sets: Sets, tmp_path: Path) -> None:
         fit(replace(QUICK, epochs=1), *sets, tmp_path, progress=False)
         fit(QUICK, *sets, tmp_path, resume=True, progress=False)
         assert_same_run(finished[0], tmp_path)
@@ -311,9 +305,7 @@ class TestResume:
             ({"epochs": 2}, "--epochs is 2 now, but was 3 at the start and has completed 3"),
         ],
     )
-    def test_other_options(
-        self, copied: Path, sets: Sets, changes: dict[str, Any], message: str
-    ) -> None:
+    def test_other_options(self, copied: Path, sets: Sets, changes: dict[str, Any], message: str) -> None:
         before = contents(copied)
         with pytest.raises(ValueError, match=rf"cannot resume .*last\.pt: {message}"):
             fit(replace(QUICK, **changes), *sets, copied, resume=True, progress=False)
@@ -480,9 +472,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
 
 class TestFailures:
-    def test_disk_full_from_the_start(
-        self, copied: Path, sets: Sets, full_disk: dict[str, int]
-    ) -> None:
+    def test_disk_full_from_the_start(self, copied: Path, sets: Sets, full_disk: dict[str, int]) -> None:
         before = contents(copied)
         with pytest.raises(OSError, match="No space left"):
             fit(QUICK, *sets, copied, progress=False, overwrite=True)

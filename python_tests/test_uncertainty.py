@@ -91,9 +91,7 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_drawing")
-@pytest.mark.parametrize(
-    ("layer_type", "out"), [("lrt", "noise"), ("bbb", "rotated"), ("lrt", "inverted")]
-)
+@pytest.mark.parametrize(("layer_type", "out"), [("lrt", "noise"), ("bbb", "rotated"), ("lrt", "inverted")])
 def test_command_writes_its_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], layer_type: str, out: str
 ) -> None:
@@ -143,9 +141,7 @@ def test_default_folder_is_the_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_point_estimate_has_no_epistemic_part(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_point_estimate_has_no_epistemic_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path, "none")
     assert cli.main(command(path)) == 0
     document = strict_json(tmp_path / "uncertainty.json")
@@ -173,9 +169,7 @@ def test_draws_are_independent_functions(loaded: LoadedModel, images: ImageSet) 
 
 def test_parts_add_up(loaded: LoadedModel, images: ImageSet) -> None:
     judged = look(loaded, images)
-    torch.testing.assert_close(
-        judged.expected_entropy + judged.mutual_information, judged.predictive_entropy
-    )
+    torch.testing.assert_close(judged.expected_entropy + judged.mutual_information, judged.predictive_entropy)
     torch.testing.assert_close(
         judged.epistemic_softmax + judged.aleatoric_softmax,
         (judged.probs - judged.probs.square()).sum(-1),
@@ -196,8 +190,7 @@ def test_seed_decides(loaded: LoadedModel, images: ImageSet) -> None:
     torch.manual_seed(123)  # the global generator must not matter
     again, other = look(loaded, images), look(loaded, images, seed=4)
     assert all(
-        np.array_equal(a, b)
-        for a, b in zip(*(j.arrays().values() for j in (first, again)), strict=True)
+        np.array_equal(a, b) for a, b in zip(*(j.arrays().values() for j in (first, again)), strict=True)
     )
     assert not torch.equal(first.probs, other.probs)
 
@@ -294,9 +287,7 @@ def test_pick(images: ImageSet) -> None:
 
 
 def test_indices_lead_back_to_the_images(tmp_path: Path) -> None:
-    known, other, known_index, other_index = uncertainty.load_pair(
-        "digits", "inverted", limit=9, seed=2
-    )
+    known, other, known_index, other_index = uncertainty.load_pair("digits", "inverted", limit=9, seed=2)
     whole, *_ = uncertainty.load_pair("digits", "noise")
     assert torch.equal(whole.images[known_index], known.images)
     assert torch.equal(255 - whole.images[other_index], other.images)

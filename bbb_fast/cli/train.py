@@ -64,9 +64,7 @@ def add_parser(subparsers: Any) -> None:
         default=default.layer_type,
         help="estimator of the Bayesian layers; none: the point-estimate twin",
     )
-    model.add_argument(
-        "--activation", choices=ACTIVATIONS, default=default.activation, help="between layers"
-    )
+    model.add_argument("--activation", choices=ACTIVATIONS, default=default.activation, help="between layers")
     model.add_argument("--prior-mu", type=float, default=default.prior_mu, help="mean of the prior")
     model.add_argument(
         "--prior-sigma", type=float, default=default.prior_sigma, help="standard deviation of the prior"
@@ -134,19 +132,14 @@ def run(args: argparse.Namespace) -> int:
     pairs = {key: tuple(value) for key, value in options.items() if isinstance(value, list)}
     config = TrainConfig(**{**options, **pairs})
     config.validate()  # before any download
-    out = args.out or Path(
-        f"runs/{config.dataset}-{config.model}-{config.layer_type}-seed{config.seed}"
-    )
+    out = args.out or Path(f"runs/{config.dataset}-{config.model}-{config.layer_type}-seed{config.seed}")
     whole, test = (
-        data.load(config.dataset, split, args.data_dir, download=args.download)
-        for split in ("train", "test")
+        data.load(config.dataset, split, args.data_dir, download=args.download) for split in ("train", "test")
     )
     valid_size = len(whole) // 10 if config.valid_size is None else config.valid_size
     train, valid = data.split_validation(whole, valid_size, config.seed, config.train_size)
     try:
-        metrics = fit(
-            config, train, valid, test, out, args.resume, not args.quiet, overwrite=args.overwrite
-        )
+        metrics = fit(config, train, valid, test, out, args.resume, not args.quiet, overwrite=args.overwrite)
     except KeyboardInterrupt:
         if not (out / LAST).exists():
             raise

@@ -175,9 +175,7 @@ class LinearBase(BayesianLayer):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{type(self).__name__}: {name} must be an int >= 0, got {value!r}")
-        super().__init__(
-            (out_features, in_features), out_features if bias else None, priors, device, dtype
-        )
+        super().__init__((out_features, in_features), out_features if bias else None, priors, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
 
@@ -282,9 +280,7 @@ class ConvBase(BayesianLayer):
 
     def _apply_weights(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)
-        return _CONV[self.spatial](
-            input, weight, bias, self.stride, padding, self.dilation, self.groups
-        )
+        return _CONV[self.spatial](input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         text = (
