@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from . import _checks
 from .reference import accumulate_dtype, conv_memory_format, variance_dtype_for
 
 OptionalTensor = Tensor | None
@@ -204,9 +207,33 @@ def _vmap_rule(name: str) -> Callable[..., Any]:
     return rule
 
 
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Checks the device of every tensor first, as a kernel would.
+
+    The dispatcher sends a call with any meta tensor here, whatever the others are: without the check a
+    mixed-up call would return tensors without numbers.
+    """
+    parameters = list(inspect.signature(fake).parameters)
+
+    @functools.wraps(fake)
+    def checked(*args: Any, **options: Any) -> Any:
+        named = [*zip(parameters, args, strict=False), *options.items()]
+        tensors = [
+            (label, t)
+            for label, value in named
+            for t in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(t, Tensor)
+        ]
+        for label, t in tensors:
+            _checks.same_device(name, label, t, tensors[0][1].device)
+        return fake(*args, **options)
+
+    return checked
+
+
 def register() -> None:
     """Called once, when the extension is loaded."""
     for name, fake in FAKES.items():
-        torch.library.register_fake(f"bbb_fast::{name}", fake)
+        torch.library.register_fake(f"bbb_fast::{name}", _on_one_device(name, fake))
     for name in _VMAPPED:
         torch.library.register_vmap(f"bbb_fast::{name}", _vmap_rule(name))

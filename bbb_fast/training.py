@@ -34,7 +34,7 @@ from .losses import SCHEDULES, kl_weight
 from .metrics import classification_report
 from .models.build import ACTIVATIONS, choose
 
-__all__ = ["LR_SCHEDULES", "TrainConfig", "TrainingError", "fit", "predict_probs"]
+__all__ = ["LR_SCHEDULES", "TrainConfig", "TrainingError", "fit", "parse_device", "predict_probs"]
 
 LR_SCHEDULES = ("constant", "cosine", "plateau")
 
@@ -131,7 +131,7 @@ class TrainConfig:
                 f"weight_decay = {self.weight_decay} needs layer_type 'none': the KL takes its place "
                 "in a Bayesian model"
             )
-        _device(self.device)
+        parse_device(self.device)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, pairs as lists: what checkpoints and JSON hold."""
@@ -152,7 +152,7 @@ def _check_int(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
 
 
-def _device(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name) if isinstance(name, str) else None
     except RuntimeError:
@@ -361,7 +361,7 @@ def _describe_data(train: ImageSet, valid: ImageSet) -> dict[str, list[int]]:
 @contextmanager
 def _surroundings(config: TrainConfig) -> Iterator[None]:
     """Threads, cuDNN's choice of algorithms and the random state, put back afterwards."""
-    device = _device(config.device)
+    device = parse_device(config.device)
     threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
     assert config.threads is not None
     torch.set_num_threads(config.threads)
@@ -379,7 +379,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, train: ImageSet, valid: ImageSet) -> None:
         self.config = config
-        self.device = _device(config.device)
+        self.device = parse_device(config.device)
         self.bayesian = config.layer_type != "none"
         self.classes = list(train.classes)
         self.mean, self.std = channel_stats(train.images)

@@ -114,7 +114,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     where = provenance()
     print(
-        f"{where['cpu']}, {where['instruction_set']} kernels, torch {where['torch']}, {args.threads} thread(s)"
+        f"{where['cpu']}, {where['instruction_set']} kernels, torch {where['torch']}, {args.threads} threads"
     )
     result: dict[str, Any] = {"provenance": where, "sampling": [], "layers": []}
     if args.case in "sampling":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,11 @@ import bbb_fast
 from bbb_fast import _backend
 
 NATIVE = _backend.native_available()
+
+# One thread, here and in the processes tests start: on a small busy machine a second one waits more than
+# it works. Tests of threads set their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 def _instruction_sets() -> list[str]:

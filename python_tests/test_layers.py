@@ -164,6 +164,14 @@ class TestConstruction:
         materialized.reset_parameters()
         assert all(p.isfinite().all() for p in materialized.parameters())
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_meta_device(self, backend: str, estimator: ModuleType, kind: str) -> None:
+        """Shapes without numbers, as tools that only count want them."""
+        layer = make(estimator, kind, device="meta")
+        y = layer(example(kind, device="meta"))
+        assert y.device.type == "meta" and y.shape == twin(kind)(example(kind)).shape
+        assert layer.kl_loss().device.type == "meta"
+
     @pytest.mark.parametrize(
         ("kind", "options", "text"),
         [

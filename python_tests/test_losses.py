@@ -122,8 +122,23 @@ class TestKlLoss:
 
         for model in (Model(), Wrapper()):
             assert torch.equal(model.kl_loss(), model.fc.kl_loss())
-        outer = nn.Sequential(Wrapper())
-        assert torch.equal(kl_loss(outer), outer[0].fc.kl_loss())
+            assert torch.equal(kl_loss(nn.Sequential(model)), model.fc.kl_loss())
+            twice = nn.ModuleList([model, nn.Sequential(model, nn.ReLU())])
+            assert torch.equal(kl_loss(twice), model.fc.kl_loss())
+
+    def test_a_module_speaks_for_what_is_below_it(self, backend: str) -> None:
+        class Half(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = nn.Sequential(BBB.BBBLinear(4, 4), nn.Sequential(BBB.BBBLinear(4, 4)))
+
+            def kl_loss(self) -> Tensor:
+                return kl_loss(self) / 2
+
+        part, rest = Half(), BBB_LRT.BBBLinear(4, 4)
+        expected = exact_kl(part.body[0], part.body[1][0]) / 2 + exact_kl(rest)
+        kl = kl_loss(nn.Sequential(part, rest)).double()
+        torch.testing.assert_close(kl, expected, rtol=1e-6, atol=0)
 
     def test_is_public(self) -> None:
         assert bbb_fast.kl_loss is kl_loss and bbb_fast.ELBO is ELBO and bbb_fast.get_beta is get_beta

@@ -9,7 +9,7 @@ import torch
 
 from .. import checkpoint, uncertainty
 from ..data import DATASETS
-from ..training import _device
+from ..training import parse_device
 from ..uncertainty import DERIVED, SCORES, Comparison
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    device = _device(args.device)
+    device = parse_device(args.device)
     loaded = checkpoint.load_model(args.checkpoint)
     folder = Path(args.out).expanduser() if args.out else Path(args.checkpoint).parent
     # Before the work: a folder that cannot be made should not cost an hour first.

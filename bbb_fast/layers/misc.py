@@ -29,14 +29,15 @@ class ModuleWrapper(nn.Module):
 
     def forward(self, x: Tensor, sample: bool = True) -> tuple[Tensor, Tensor]:
         """Returns (output, kl); ``sample=False`` uses the posterior means of the direct children."""
-        return self._run(x, sample), kl_loss(self)
+        return self.run(x, sample), kl_loss(self)
 
-    def _run(self, x: Tensor, sample: bool) -> Tensor:
+    def run(self, x: Tensor, sample: bool = True) -> Tensor:
+        """The output alone, without the KL."""
         # Not self.children(): that drops the second of two names for one module.
         for module in self._modules.values():
             if isinstance(module, ModuleWrapper):
                 x = (
-                    module._run(x, sample)
+                    module.run(x, sample)
                     if type(module).forward is ModuleWrapper.forward
                     else module(x, sample)[0]
                 )
