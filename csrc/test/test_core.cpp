@@ -15,7 +15,7 @@ namespace {
 
 int failures = 0;
 
-#define EXPECT(condition)                                                  \
+#define EXPECT(condition)                                                 \
   do {                                                                    \
     if (!(condition)) {                                                   \
       std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
