@@ -126,6 +126,8 @@ def kl_divergence(
 def _autocast(input: Tensor) -> Tensor:
     """Under autocast the products run in its dtype; the parameters stay as they are."""
     kind = input.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return input
     if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
         return input.to(torch.get_autocast_dtype(kind))
     return input

@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2)
 # KL weight by estimator.
 BETA = {"lrt": 0.1, "bbb": 0.1}
 RECIPE = (
-    "--model lenet --epochs 15 --batch-size 256 --lr 2e-3 --lr-schedule cosine "
+    "--model lenet --activation relu --epochs 15 --batch-size 128 --lr 2e-3 --lr-schedule cosine "
     "--posterior-rho-initial -5 0.1 --valid-size 2000"
 ).split()
 
