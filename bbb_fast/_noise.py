@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -19,6 +21,7 @@ class _State(threading.local):
         # On the instance, not the class: torch.compile recompiles for a change of the former only.
         self.pinned: fixed_noise | None = None
         self.outer: list[fixed_noise | None] = []
+        self.means = False
 
 
 _state = _State()
@@ -45,6 +48,22 @@ def _rank() -> int:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
     return 0
+
+
+@contextmanager
+def posterior_means() -> Iterator[None]:
+    """Inside, every Bayesian layer uses its posterior means and draws nothing."""
+    before = _state.means
+    _state.means = True
+    try:
+        yield
+    finally:
+        _state.means = before
+
+
+def means_wanted() -> bool:
+    """Whether a :func:`posterior_means` context is open in this thread."""
+    return _state.means
 
 
 def layer_rng(layer: nn.Module, device: torch.device) -> tuple[Tensor, bool]:

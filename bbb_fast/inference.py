@@ -6,15 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ._noise import _INT64_MAX, fixed_noise
-from .layers.misc import ModuleWrapper
 
 __all__ = ["predict"]
 
 
-def _output(model: nn.Module, x: Tensor) -> Tensor:
-    if type(model).forward is ModuleWrapper.forward:
-        return model.run(x)  # no KL: nobody asked for it
-    result = model(x)
+def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -49,7 +45,7 @@ def predict(
         draws = []
         for k in range(samples):
             with fixed_noise(seed, sample=k):
-                parts = [_output(model, part) for part in x.split(batch_size or max(len(x), 1))]
+                parts = [_output(model(part)) for part in x.split(batch_size or max(len(x), 1))]
             draws.append(torch.cat(parts) if len(parts) > 1 else parts[0])
         return torch.stack(draws)
     finally:

@@ -21,7 +21,7 @@ def kl_loss(model: nn.Module) -> Tensor:
     """KL(q || p) of a model, summed over every Bayesian layer in it, each counted once.
 
     One call for all layers. A module of another kind with a ``kl_loss()`` of its own speaks for itself and
-    everything below it. A model without any gives 0.
+    everything below it (the model's own is not asked, as it may be the caller). A model without any gives 0.
     """
     # One call for each device and dtype (almost always one): mu, rho, prior_mu, prior_sigma.
     groups: dict[tuple[torch.device, torch.dtype], tuple[list, list, list, list]] = {}

@@ -971,3 +971,26 @@ class TestFlattenLayer:
         """An error, not other rows made of parts of several images."""
         with pytest.raises(ValueError, match="must have 30 elements"):
             FlattenLayer(30)(torch.zeros(shape))
+
+
+def test_sample_false_reaches_every_layer_of_a_model(backend: str) -> None:
+    """Also those inside a plain container."""
+
+    class Net(ModuleWrapper):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(BBB.BBBLinear(3, 4), nn.ReLU(), BBB_LRT.BBBLinear(4, 2))
+
+    net, x = Net(), torch.randn(5, 3)
+    assert torch.equal(net(x, sample=False)[0], net(x, sample=False)[0])
+    assert not torch.equal(net(x)[0], net(x)[0])
+
+
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("sample", [True, False])
+def test_float32_parameters_follow_a_narrow_input(backend: str, layers: Any, sample: bool) -> None:
+    layer, x = layers.BBBLinear(3, 4), torch.randn(5, 3)
+    y = layer(x.bfloat16(), sample=sample)
+    assert y.dtype == torch.bfloat16
+    with bbb_fast.fixed_noise(1):
+        assert layer(x.bfloat16()).dtype == torch.bfloat16

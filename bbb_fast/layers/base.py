@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .._noise import layer_rng
+from .._noise import layer_rng, means_wanted
 from ..reference import conv_memory_format
 
 DEFAULT_PRIORS: dict[str, Any] = {
@@ -126,9 +126,15 @@ class BayesianLayer(nn.Module):
     def _sample_forward(self, input: Tensor, rng: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _weight_dtype(self, input: Tensor) -> torch.dtype:
+        """Float32 parameters follow a narrower input; any other pair of types torch.nn will judge."""
+        own = self.W_mu.dtype
+        narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+        return input.dtype if narrow else own
+
     def _sample_weight_space(self, input: Tensor, rng: Tensor) -> Tensor:
         mu, rho = zip(*self.posterior(), strict=True)
-        weights, _ = functional.sample_weights(mu, rho, rng)
+        weights, _ = functional.sample_weights(mu, rho, rng, dtype=self._weight_dtype(input))
         return self._apply_weights(input, weights[0], weights[1] if len(weights) > 1 else None)
 
     def forward(self, input: Tensor, sample: bool = True) -> Tensor:
@@ -136,8 +142,10 @@ class BayesianLayer(nn.Module):
 
         ``sample=False`` uses the posterior means instead and draws nothing.
         """
-        if not sample:
-            return self._apply_weights(input, self.W_mu, self.bias_mu)
+        if not sample or means_wanted():
+            dtype = self._weight_dtype(input)
+            bias = None if self.bias_mu is None else self.bias_mu.to(dtype)
+            return self._apply_weights(input, self.W_mu.to(dtype), bias)
         rng, pinned = layer_rng(self, input.device)
         if pinned:
             return self._sample_weight_space(input, rng)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._noise import posterior_means
 from ..losses import kl_loss
 from .base import BayesianLayer
 
@@ -28,21 +29,18 @@ class ModuleWrapper(nn.Module):
                 setattr(module, name, value)
 
     def forward(self, x: Tensor, sample: bool = True) -> tuple[Tensor, Tensor]:
-        """Returns (output, kl); ``sample=False`` uses the posterior means of the direct children."""
-        return self.run(x, sample), kl_loss(self)
+        """Returns (output, kl); ``sample=False`` uses the posterior means of every layer below."""
+        if sample:
+            return self._run(x), kl_loss(self)
+        with posterior_means():
+            return self._run(x), kl_loss(self)
 
-    def run(self, x: Tensor, sample: bool = True) -> Tensor:
-        """The output alone, without the KL."""
+    def _run(self, x: Tensor) -> Tensor:
         # Not self.children(): that drops the second of two names for one module.
         for module in self._modules.values():
             if isinstance(module, ModuleWrapper):
-                x = (
-                    module.run(x, sample)
-                    if type(module).forward is ModuleWrapper.forward
-                    else module(x, sample)[0]
-                )
-            elif isinstance(module, BayesianLayer):
-                x = module(x, sample)
+                plain = type(module).forward is ModuleWrapper.forward
+                x = module._run(x) if plain else module(x)[0]
             elif module is not None:
                 x = module(x)
         return x
