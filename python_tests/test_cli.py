@@ -30,12 +30,21 @@ def start(*args: str | Path, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "bbb_fast", *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": path}, **options,
+        env={**os.environ, "PYTHONPATH": path}, preexec_fn=heed_ctrl_c, **options,
     )  # fmt: skip
 
 
+def heed_ctrl_c() -> None:
+    """A shell's background jobs, and so this test run if it is one, inherit an ignored SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return process.returncode, out, err
 
 
