@@ -522,7 +522,7 @@ class _Run:
             elif draw == 0:
                 output, kl = self.model(x)
             else:
-                output = self.model._run(x, True)  # the layers alone: one KL will do
+                output = self.model._run(x)  # the layers alone: one KL will do
             part = F.cross_entropy(output, y) / samples
             # Backward draw by draw: one draw's activations are in memory at a time.
             objective = part + weight / len(self.labels) * kl if self.bayesian and draw == 0 else part
