@@ -70,6 +70,14 @@ def _variance_backward(grad: Tensor, rho: Tensor) -> Tensor:
     return _contiguous_like(rho)
 
 
+def _square(input: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(input, dtype=dtype)
+
+
+def _square_backward(grad_input: Tensor, input: Tensor, grad: Tensor) -> None:
+    return None
+
+
 def _lrt_sample(m: Tensor, v: Tensor, rng: Tensor) -> None:
     return None
 
@@ -171,6 +179,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "kl_divergence_backward": _kl_divergence_backward,
     "variance": _variance,
     "variance_backward": _variance_backward,
+    "square": _square,
+    "square_backward_": _square_backward,
     "lrt_sample_": _lrt_sample,
     "lrt_sample_backward": _lrt_sample_backward,
     "lrt_linear": _lrt_linear,

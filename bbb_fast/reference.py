@@ -120,6 +120,12 @@ def variance(rho: Tensor, dtype: torch.dtype) -> Tensor:
     return (sigma * sigma).to(dtype)
 
 
+def square(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """input^2 as ``dtype``, squared before it is rounded."""
+    x = input.to(torch.promote_types(input.dtype, dtype))
+    return (x * x).to(dtype)
+
+
 def sample_weights(
     mu: Sequence[Tensor],
     rho: Sequence[Tensor],
@@ -202,7 +208,7 @@ def lrt_linear(
     vdtype = variance_dtype_for(input, variance_dtype)
     m = F.linear(input, W_mu.to(input.dtype), _parameters_as(input.dtype, bias_mu))
     b_var = None if bias_rho is None else variance(bias_rho, vdtype)
-    v = F.linear(_square(input, vdtype), variance(W_rho, vdtype), b_var)
+    v = F.linear(square(input, vdtype), variance(W_rho, vdtype), b_var)
     return lrt_sample(m, v, rng, torch.contiguous_format)
 
 
@@ -226,13 +232,8 @@ def lrt_conv(
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     m = torch.convolution(input, W_mu.to(input.dtype), _parameters_as(input.dtype, bias_mu), *geometry)
     b_var = None if bias_rho is None else variance(bias_rho, vdtype)
-    v = torch.convolution(_square(input, vdtype), variance(W_rho, vdtype), b_var, *geometry)
+    v = torch.convolution(square(input, vdtype), variance(W_rho, vdtype), b_var, *geometry)
     return lrt_sample(m, v, rng, conv_memory_format(input, W_mu))
-
-
-def _square(input: Tensor, dtype: torch.dtype) -> Tensor:
-    x = input.to(torch.promote_types(input.dtype, dtype))
-    return (x * x).to(dtype)
 
 
 def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:

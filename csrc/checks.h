@@ -85,6 +85,40 @@ inline void check_priors(
   for (size_t i = 0; i < count; ++i) check_prior(op, prior_mu[i], prior_sigma[i]);
 }
 
+// Elementwise passes over two tensors run in memory order: both are dense with the same strides.
+inline void check_lrt_sample(
+    const char* op, const char* name, const at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
+  check_floating(op, name, m);
+  check_floating(op, "v", v);
+  TORCH_CHECK_VALUE(
+      m.sizes() == v.sizes(), op, ": ", name, " and v must have one shape, got ", m.sizes(), " and ",
+      v.sizes());
+  check_device(op, "v", v, m.device());
+  TORCH_CHECK_VALUE(
+      (m.strides() == v.strides() && m.is_non_overlapping_and_dense()) ||
+          (m.is_contiguous() && v.is_contiguous()),
+      op, ": ", name, " and v must be dense with the same strides, got ", m.strides(), " and ", v.strides());
+  check_rng(op, rng, m.device());
+}
+
+inline void check_square_backward(
+    const char* op, const at::Tensor& grad_input, const at::Tensor& input, const at::Tensor& grad) {
+  check_floating(op, "grad_input", grad_input);
+  check_floating(op, "grad", grad);
+  TORCH_CHECK_TYPE(
+      grad_input.scalar_type() == input.scalar_type(), op, ": grad_input and input must have one dtype, got ",
+      dtype_name(grad_input.scalar_type()), " and ", dtype_name(input.scalar_type()));
+  TORCH_CHECK_VALUE(
+      grad_input.sizes() == input.sizes() && grad.sizes() == input.sizes(), op,
+      ": grad_input, input and grad must have one shape, got ", grad_input.sizes(), ", ", input.sizes(),
+      " and ", grad.sizes());
+  TORCH_CHECK_VALUE(
+      grad_input.is_non_overlapping_and_dense(), op, ": grad_input must be dense, got strides ",
+      grad_input.strides());
+  check_device(op, "grad_input", grad_input, input.device());
+  check_device(op, "grad", grad, input.device());
+}
+
 // What lrt_linear and lrt_conv have in common.
 void check_lrt(
     const char* op,

@@ -139,8 +139,12 @@ BBB_INLINE void softplus_derivative(F rho, const Sigma<F>& s, F& derivative, F& 
 struct Prior {
   float mu;
   float inv_sigma;
-  float log_sigma;  // rounded; kl_total adds what the rounding lost
+  float log_sigma;  // rounded; kl_constant (kl_sum.h) adds what the rounding lost
 };
+
+inline Prior make_prior(const f64::Prior& p) {
+  return {static_cast<float>(p.mu), static_cast<float>(1.0 / p.sigma), static_cast<float>(std::log(p.sigma))};
+}
 
 template <class F>
 BBB_INLINE F kl_terms(F mu, F rho, const Sigma<F>& s, const Prior& prior) {

@@ -25,11 +25,16 @@ BBB_INLINE void softplus_derivative(double rho, const Sigma& s, double& derivati
   derivative = (rho < 0 ? s.t : 1.0) / (1.0 + s.t);
 }
 
+struct Prior {
+  double mu;
+  double sigma;
+};
+
 // (sigma / sigma_p)^2 + ((mu - mu_p) / sigma_p)^2 - 2 ln(sigma / sigma_p): twice a weight's KL, plus 1.
-BBB_INLINE double kl_terms(double mu, double rho, const Sigma& s, double prior_mu, double prior_sigma) {
-  const double r = s.value / prior_sigma;
-  const double d = (mu - prior_mu) / prior_sigma;
-  return r * r + d * d - 2.0 * ((rho < 0 ? rho : 0.0) + log(s.base) - log(prior_sigma));
+BBB_INLINE double kl_terms(double mu, double rho, const Sigma& s, const Prior& prior) {
+  const double r = s.value / prior.sigma;
+  const double d = (mu - prior.mu) / prior.sigma;
+  return r * r + d * d - 2.0 * ((rho < 0 ? rho : 0.0) + log(s.base) - log(prior.sigma));
 }
 
 BBB_INLINE void kl_derivative(
@@ -37,13 +42,12 @@ BBB_INLINE void kl_derivative(
     const Sigma& s,
     double derivative,
     double ratio,
-    double prior_mu,
-    double prior_sigma,
+    const Prior& prior,
     double grad,
     double& g_mu,
     double& g_rho) {
-  const double inv2 = 1.0 / (prior_sigma * prior_sigma);
-  g_mu = (mu - prior_mu) * inv2 * grad;
+  const double inv2 = 1.0 / (prior.sigma * prior.sigma);
+  g_mu = (mu - prior.mu) * inv2 * grad;
   g_rho = (s.value * inv2 * derivative - ratio) * grad;
 }
 

@@ -1,8 +1,6 @@
 #include "lrt.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/mul.h>
-#include <c10/core/ScalarType.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -41,21 +39,6 @@ void check_lrt(
   check_rng(op, rng, input.device());
 }
 
-void check_lrt_sample(
-    const char* op, const char* name, const at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
-  check_floating(op, name, m);
-  check_floating(op, "v", v);
-  TORCH_CHECK_VALUE(
-      m.sizes() == v.sizes(), op, ": ", name, " and v must have one shape, got ", m.sizes(), " and ",
-      v.sizes());
-  check_device(op, "v", v, m.device());
-  TORCH_CHECK_VALUE(
-      (m.strides() == v.strides() && m.is_non_overlapping_and_dense()) ||
-          (m.is_contiguous() && v.is_contiguous()),
-      op, ": ", name, " and v must be dense with the same strides, got ", m.strides(), " and ", v.strides());
-  check_rng(op, rng, m.device());
-}
-
 at::Tensor variance(const at::Tensor& rho, at::ScalarType dtype) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bbb_fast::variance", "")
@@ -90,8 +73,17 @@ at::ScalarType variance_dtype_for(const at::Tensor& input, std::optional<at::Sca
 }
 
 at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {
-  const at::Tensor x = input.to(c10::promoteTypes(input.scalar_type(), dtype));
-  return at::mul(x, x).to(dtype);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bbb_fast::square", "")
+                             .typed<at::Tensor(const at::Tensor&, at::ScalarType)>();
+  return op.call(input, dtype);
+}
+
+void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at::Tensor& grad) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bbb_fast::square_backward_", "")
+                             .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  op.call(grad_input, input, grad);
 }
 
 // Everything below is reached only from within an op that has its own backward. Differentiating through
@@ -99,7 +91,7 @@ at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {
 TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
   for (const char* name :
        {"normal", "sample_weights_backward", "kl_divergence_backward", "variance", "variance_backward",
-        "lrt_sample_", "lrt_sample_backward", "lrt_linear_backward", "lrt_conv_backward"}) {
+        "square", "square_backward_", "lrt_sample_", "lrt_sample_backward", "lrt_linear_backward", "lrt_conv_backward"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

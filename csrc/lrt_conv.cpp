@@ -145,7 +145,10 @@ std::vector<at::Tensor> lrt_conv_backward(
       output_padding, groups, {need_x, output_mask[2], output_mask[4]});
 
   std::vector<at::Tensor> grads;
-  if (need_x) grads.push_back(g_x.addcmul_(input, g_x2.to(dtype), 2));
+  if (need_x) {
+    square_backward_(g_x, input, g_x2);
+    grads.push_back(std::move(g_x));
+  }
   if (output_mask[1]) grads.push_back(g_mu.to(W_mu.scalar_type()));
   if (output_mask[2]) grads.push_back(variance_backward(g_var, W_rho));
   if (output_mask[3]) grads.push_back(g_b.to(W_mu.scalar_type()));

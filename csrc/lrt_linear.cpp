@@ -68,8 +68,7 @@ std::vector<at::Tensor> lrt_linear_backward(
   std::vector<at::Tensor> grads;
   if (output_mask[0]) {
     at::Tensor g_x = at::mm(g, W_mu.to(dtype));
-    const at::Tensor g_x2 = at::mm(g_v, variance(W_rho, vdtype));
-    g_x.addcmul_(x, g_x2.to(dtype), 2);
+    square_backward_(g_x, x, at::mm(g_v, variance(W_rho, vdtype)));
     grads.push_back(g_x.view(input.sizes()));
   }
   if (output_mask[1]) grads.push_back(at::mm(g.t(), x).to(W_mu.scalar_type()));

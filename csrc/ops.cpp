@@ -1,5 +1,6 @@
-// Every op's schema. A kernel is registered at the foot of its own file: csrc/cpu/<op>.cpp for the CPU;
-// the device-independent ones and autograd in csrc/<op>.cpp. Fake kernels: bbb_fast/_ops.py.
+// Every op's schema. A kernel is registered at the foot of its own file: csrc/cpu/<op>.cpp for the CPU,
+// csrc/cuda/<op>.cu for CUDA; the device-independent ones and autograd in csrc/<op>.cpp. Fake kernels:
+// bbb_fast/_ops.py.
 #include <torch/library.h>
 
 TORCH_LIBRARY(bbb_fast, m) {
@@ -20,6 +21,8 @@ TORCH_LIBRARY(bbb_fast, m) {
   // The elementwise passes beside the products of lrt_linear and lrt_conv.
   m.def("variance(Tensor rho, ScalarType dtype) -> Tensor");
   m.def("variance_backward(Tensor grad, Tensor rho) -> Tensor");
+  m.def("square(Tensor input, ScalarType dtype) -> Tensor");
+  m.def("square_backward_(Tensor(a!) grad_input, Tensor input, Tensor grad) -> ()");
   m.def("lrt_sample_(Tensor(a!) m, Tensor v, Tensor rng) -> ()");
   m.def("lrt_sample_backward(Tensor grad, Tensor v, Tensor rng) -> Tensor");
 

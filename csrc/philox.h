@@ -26,7 +26,9 @@ BBB_INLINE PhiloxKey philox_key(uint64_t seed) {
 // Replaces the counter (c0, c1, c2, c3) by the four output words, each in the low half of its lane.
 template <class Word>
 BBB_INLINE void philox4x32(Word& c0, Word& c1, Word& c2, Word& c3, const PhiloxKey& key) {
-#if defined(__CUDACC__) || defined(__GNUC__)
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#elif defined(__GNUC__) && !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {

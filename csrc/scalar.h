@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "gaussian_double.h"
 #include "macros.h"
 
 namespace bbb_fast::scalar {
@@ -49,5 +50,13 @@ BBB_INLINE uint64_t mul32(uint64_t a, uint32_t m) {
 
 #include "gaussian.h"
 #include "philox.h"
+
+// The four numbers of noise block `block`: elements 4 block ... 4 block + 3 of the tensor.
+BBB_INLINE void noise_block(const PhiloxKey& key, uint64_t block, uint64_t stream, float z[4]) {
+  uint64_t w[4] = {block, block >> 32, stream, stream >> 32};
+  philox4x32(w[0], w[1], w[2], w[3], key);
+  box_muller(static_cast<uint32_t>(w[0]), static_cast<uint32_t>(w[1]), z[0], z[1]);
+  box_muller(static_cast<uint32_t>(w[2]), static_cast<uint32_t>(w[3]), z[2], z[3]);
+}
 
 }  // namespace bbb_fast::scalar

@@ -6,20 +6,20 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "kl_sum.h"
+#include "../kl_sum.h"
 #include "span.h"
 
 namespace bbb_fast {
 
 struct KlArgs {
   Span mu, rho;
-  PriorNumbers prior;
+  f64::Prior prior;
   double* partial;  // one number a chunk
 };
 
 struct KlBackwardArgs {
   Span mu, rho, grad_mu, grad_rho;
-  PriorNumbers prior;
+  f64::Prior prior;
   double grad;
 };
 
@@ -43,10 +43,9 @@ at::Tensor kl_divergence_cpu(
     partial.resize(chunks);
     const KlArgs args{Span(m), Span(r), {prior_mu[k], prior_sigma[k]}, partial.data()};
     for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(kl_chunks, args, begin, end) });
-    kl += finish_kl(partial.data(), chunks, m.numel(), prior_sigma[k], m.scalar_type() != at::kDouble);
+    kl += finish_kl(partial, kl_constant(m, prior_sigma[k]));
   }
-  const auto dtype = mu[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return at::scalar_tensor(kl, mu[0].options().dtype(dtype));
+  return at::scalar_tensor(kl, mu[0].options().dtype(kl_dtype(mu[0])));
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> kl_divergence_backward_cpu(
@@ -95,7 +94,7 @@ inline void kl_chunks(const KlArgs& a, int64_t begin, int64_t end) {
       double total = 0.0;
       for (int64_t i = chunk * kChunk; i < stop; ++i) {
         const double rho = read_double(a.rho, i);
-        total += f64::kl_terms(read_double(a.mu, i), rho, f64::softplus(rho), a.prior.mu, a.prior.sigma);
+        total += f64::kl_terms(read_double(a.mu, i), rho, f64::softplus(rho), a.prior);
       }
       a.partial[chunk] = total;
       continue;
@@ -130,7 +129,7 @@ inline void kl_backward_chunks(const KlBackwardArgs& a, int64_t begin, int64_t e
       double derivative, ratio, g_mu, g_rho;
       f64::softplus_derivative(rho, s, derivative, ratio);
       f64::kl_derivative(
-          read_double(a.mu, i), s, derivative, ratio, a.prior.mu, a.prior.sigma, a.grad, g_mu, g_rho);
+          read_double(a.mu, i), s, derivative, ratio, a.prior, a.grad, g_mu, g_rho);
       write_double(a.grad_mu, i, g_mu);
       write_double(a.grad_rho, i, g_rho);
     }

@@ -1,9 +1,5 @@
 // The KL of one tile, shared by sample_weights.cpp and kl_divergence.cpp. Text without include guard.
 
-inline Prior make_prior(const PriorNumbers& p) {
-  return {static_cast<float>(p.mu), static_cast<float>(1.0 / p.sigma), static_cast<float>(std::log(p.sigma))};
-}
-
 // Sums kl_terms - 2 ln(base) over tiles, in double precision.
 struct KlSum {
   vdouble sum = vdouble{};

@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "../lrt.h"
 #include "span.h"
 
 namespace bbb_fast {

@@ -8,7 +8,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "kl_sum.h"
+#include "../kl_sum.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -16,7 +16,7 @@ namespace bbb_fast {
 struct SampleArgs {
   Span mu, rho, out;
   uint64_t seed, stream;
-  PriorNumbers prior;
+  f64::Prior prior;
   double* partial;  // one number a chunk; null without KL
 };
 
@@ -25,7 +25,7 @@ struct SampleBackwardArgs {
   Span grad_w;  // data is null where the weight got no gradient
   Span grad_mu, grad_rho;
   uint64_t seed, stream;
-  PriorNumbers prior;
+  f64::Prior prior;
   double grad_kl;  // 0 without KL
 };
 
@@ -70,12 +70,11 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_cpu(
         with_kl ? partial.data() : nullptr};
     for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(sample_chunks, args, begin, end) });
     if (with_kl) {
-      kl += finish_kl(partial.data(), chunks, m.numel(), prior_sigma, m.scalar_type() != at::kDouble);
+      kl += finish_kl(partial, kl_constant(m, prior_sigma));
     }
     weights.push_back(std::move(w));
   }
-  const auto kl_dtype = mu[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {std::move(weights), at::scalar_tensor(kl, mu[0].options().dtype(kl_dtype))};
+  return {std::move(weights), at::scalar_tensor(kl, mu[0].options().dtype(kl_dtype(mu[0])))};
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> sample_weights_backward_cpu(
@@ -185,7 +184,7 @@ inline void sample_chunks_double(const SampleArgs& a, int64_t begin, int64_t end
         const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
         const f64::Sigma s = f64::softplus(rho);
         write_double(a.out, j, mu + s.value * eps[j - i]);
-        if (a.partial != nullptr) kl += f64::kl_terms(mu, rho, s, a.prior.mu, a.prior.sigma);
+        if (a.partial != nullptr) kl += f64::kl_terms(mu, rho, s, a.prior);
       }
     }
     if (a.partial != nullptr) a.partial[chunk] = kl;
@@ -255,7 +254,7 @@ inline void sample_backward_double(const SampleBackwardArgs& a, int64_t begin, i
       const f64::Sigma s = f64::softplus(rho);
       double derivative, ratio, g_mu, g_rho;
       f64::softplus_derivative(rho, s, derivative, ratio);
-      f64::kl_derivative(mu, s, derivative, ratio, a.prior.mu, a.prior.sigma, a.grad_kl, g_mu, g_rho);
+      f64::kl_derivative(mu, s, derivative, ratio, a.prior, a.grad_kl, g_mu, g_rho);
       write_double(a.grad_mu, j, g_mu + g);
       write_double(a.grad_rho, j, g_rho + g * eps[j - i] * derivative);
     }

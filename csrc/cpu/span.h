@@ -37,6 +37,13 @@ inline int64_t chunk_count(int64_t numel) {
   return (numel + kChunk - 1) / kChunk;
 }
 
+// Adds a tensor's partial sums in order, so that the result never depends on the threads.
+inline double finish_kl(const std::vector<double>& partial, double constant) {
+  double total = constant;
+  for (double p : partial) total += p;
+  return 0.5 * total;
+}
+
 template <class Body>
 void for_each_chunk(int64_t numel, const Body& body) {
   at::parallel_for(0, chunk_count(numel), kGrain, [&](int64_t begin, int64_t end) { body(begin, end); });

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "../layout.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -29,7 +30,7 @@ at::Tensor variance_cpu(const at::Tensor& rho, at::ScalarType dtype) {
   check_floating("variance", "rho", rho);
   check_dtype_option("variance", "dtype", dtype);
   // Element by element, in memory order: a channels_last rho gives a channels_last variance.
-  const at::Tensor r = rho.is_non_overlapping_and_dense() ? rho : rho.contiguous();
+  const at::Tensor r = dense(rho);
   at::Tensor out = at::empty_like(r, r.options().dtype(dtype));
   const VarianceArgs args{Span(r), Span(out)};
   for_each_chunk(r.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(variance_chunks, args, begin, end) });

@@ -130,14 +130,9 @@ void vector_noise_equals_scalar_noise() {
       const at::Tensor z = normal(count, seed, stream);
       EXPECT(z.numel() == count);
       for (int64_t i = 0; i < count; ++i) {
-        uint64_t w[4] = {
-            static_cast<uint64_t>(i / 4), static_cast<uint64_t>(i / 4) >> 32, static_cast<uint64_t>(stream),
-            static_cast<uint64_t>(stream) >> 32};
-        s::philox4x32(w[0], w[1], w[2], w[3], key);
-        const int pair = (i % 4) / 2 * 2;
-        float n[2];
-        s::box_muller(static_cast<uint32_t>(w[pair]), static_cast<uint32_t>(w[pair + 1]), n[0], n[1]);
-        EXPECT(std::fabs(z.data_ptr<float>()[i] - n[i % 2]) < 2e-6);
+        float n[4];
+        s::noise_block(key, static_cast<uint64_t>(i / 4), static_cast<uint64_t>(stream), n);
+        EXPECT(std::fabs(z.data_ptr<float>()[i] - n[i % 4]) < 2e-6);
       }
     }
   }

@@ -1,0 +1,156 @@
+// The scheduler of blocks.h, and the ops by which tests steer it.
+#include "../cuda/platform.h"
+
+#include <torch/library.h>
+#include <ucontext.h>
+
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace bbb_fast::blocks {
+
+Index thread_index, block_index, grid_size;
+int64_t block_serial = 0;
+
+namespace {
+
+using cuda::kThreads;
+using cuda::kWarp;
+
+enum class State { ready, at_barrier, at_shuffle, finished };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  State state = State::finished;
+  int shuffles = 0;
+  // A lane may be one shuffle ahead of the one that reads its value.
+  uint64_t value[2] = {0, 0};
+};
+
+constexpr size_t kStack = 128 << 10;
+
+std::mutex one_launch_at_a_time;
+std::vector<Fiber> fibers;
+ucontext_t scheduler;
+const std::function<void()>* running = nullptr;
+std::string order = "forward";
+bool barriers = true;
+int64_t launch_count = 0;
+
+void enter_fiber() {
+  (*running)();
+  fibers[thread_index.x].state = State::finished;
+}
+
+void wait_as(State state) {
+  const unsigned self = thread_index.x;
+  fibers[self].state = state;
+  swapcontext(&fibers[self].context, &scheduler);
+}
+
+// Lets the threads [begin, end) go on if those that have not finished all wait in this state.
+bool release(int begin, int end, State state) {
+  bool waiting = false;
+  for (int t = begin; t < end; ++t) {
+    if (fibers[t].state == state) {
+      waiting = true;
+    } else if (fibers[t].state != State::finished) {
+      return false;
+    }
+  }
+  if (!waiting) return false;
+  for (int t = begin; t < end; ++t) {
+    if (fibers[t].state == state) fibers[t].state = State::ready;
+  }
+  return true;
+}
+
+void run_block(std::mt19937& random) {
+  std::vector<int> turn(kThreads);
+  std::iota(turn.begin(), turn.end(), 0);
+  if (order == "reverse") std::reverse(turn.begin(), turn.end());
+  for (Fiber& fiber : fibers) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, enter_fiber, 0);
+    fiber.state = State::ready;
+    fiber.shuffles = 0;
+  }
+  for (;;) {
+    if (order == "shuffled") std::shuffle(turn.begin(), turn.end(), random);
+    for (int t : turn) {
+      if (fibers[t].state != State::ready) continue;
+      thread_index.x = static_cast<unsigned>(t);
+      swapcontext(&scheduler, &fibers[t].context);
+    }
+    bool released = release(0, kThreads, State::at_barrier);
+    for (int warp = 0; warp < kThreads; warp += kWarp) {
+      released |= release(warp, warp + kWarp, State::at_shuffle);
+    }
+    if (released) continue;
+    for (const Fiber& fiber : fibers) {
+      TORCH_INTERNAL_ASSERT(
+          fiber.state == State::finished, "threads of a block wait for each other in different places");
+    }
+    return;
+  }
+}
+
+}  // namespace
+
+void sync_threads() {
+  if (barriers) wait_as(State::at_barrier);
+}
+
+uint64_t exchange(uint64_t bits, int lane) {
+  const int self = static_cast<int>(thread_index.x);
+  const int parity = fibers[self].shuffles++ % 2;
+  fibers[self].value[parity] = bits;
+  wait_as(State::at_shuffle);
+  return fibers[self / kWarp * kWarp + lane].value[parity];
+}
+
+void run(int64_t blocks, const std::function<void()>& kernel) {
+  const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+  if (fibers.empty()) {
+    fibers = std::vector<Fiber>(kThreads);
+    for (Fiber& fiber : fibers) fiber.stack = std::make_unique<char[]>(kStack);
+  }
+  running = &kernel;
+  grid_size.x = static_cast<unsigned>(blocks);
+  std::mt19937 random(static_cast<unsigned>(launch_count++));
+  for (block_index.x = 0; block_index.x < grid_size.x; ++block_index.x) {
+    ++block_serial;
+    run_block(random);
+  }
+}
+
+int64_t launches() {
+  return launch_count;
+}
+
+void set_order(std::string name) {
+  TORCH_CHECK_VALUE(
+      name == "forward" || name == "reverse" || name == "shuffled",
+      "order must be forward, reverse or shuffled, got ", name);
+  order = std::move(name);
+}
+
+void set_barriers(bool on) {
+  barriers = on;
+}
+
+TORCH_LIBRARY(bbb_fast_blocks, m) {
+  m.def("launches() -> int", &launches);
+  m.def("set_order(str order) -> ()", &set_order);
+  m.def("set_barriers(bool on) -> ()", &set_barriers);
+}
+
+}  // namespace bbb_fast::blocks
