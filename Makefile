@@ -2,6 +2,10 @@
 # make test        set up .venv, build, run the tests            (PYTEST_ARGS=... to choose)
 # make test-slow   the tests marked slow too
 # make test-cpp    the C++ tests, through CMake and ctest
+# make test-blocks the tests of the ops, on the CUDA kernels run block by block on the CPU
+# make cuda-check  without a GPU: build for sm_80 and sm_90 against PyPI's CUDA torch, list registers, fail on
+#                  spills, run the CPU tests through that build; sets up build/cuda-check (5 GB)
+# make gpu-report  on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizers, benchmarks
 # make lint        ruff and clang-format, checking only;  make format  changes the files
 # make bench       the benchmark of the layers
 # make clean       remove what was built
@@ -19,9 +23,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NO_EXT := $(filter-out 0 false no off,$(BBB_FAST_NO_EXT))
 INSTALLED := $(VENV)/.$(if $(NO_EXT),reference,native)
 OTHER := $(VENV)/.$(if $(NO_EXT),native,reference)
-NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
+OP_TESTS := $(addprefix python_tests/test_,noise.py sample_weights.py kl_divergence.py lrt.py layers.py \
+  losses.py errors.py kernels_on_cpu.py)
 
-.PHONY: demo test test-slow test-cpp lint format bench setup clean
+.PHONY: demo test test-slow test-cpp test-blocks cuda-check gpu-report lint format bench setup clean
 
 demo: setup
 	$(PY) benchmarks/demo.py
@@ -32,12 +38,26 @@ test: setup
 test-slow: setup
 	$(PY) -m pytest --run-slow $(PYTEST_ARGS)
 
-test-cpp: setup
+CMAKE := $(VENV)/bin/cmake
+
+build/cmake/build.ninja: CMakeLists.txt | setup
 	$(PY) -m pip install -q "cmake>=3.18,<4"
-	$(VENV)/bin/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	$(CMAKE) -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
 	  -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')"
-	$(VENV)/bin/cmake --build build/cmake
+
+test-cpp: build/cmake/build.ninja
+	$(CMAKE) --build build/cmake
 	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
+
+test-blocks: build/cmake/build.ninja
+	$(CMAKE) --build build/cmake --target bbb_fast_blocks
+	$(PY) -m pytest $(OP_TESTS) --kernels-on-cpu build/cmake/libbbb_fast_blocks.so $(PYTEST_ARGS)
+
+cuda-check:
+	$(PYTHON) .ci/cuda_check.py $(CUDA_CHECK_ARGS)
+
+gpu-report:
+	$(PYTHON) benchmarks/gpu_report.py $(GPU_REPORT_ARGS)
 
 bench: setup
 	$(PY) benchmarks/layers.py
@@ -70,7 +90,7 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	$(PY) -m pip install -q ruff==0.8.4 clang-format==18.1.8
 	touch $@
 
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,15 @@
 """Builds bbb_fast: the Python package and, where a compiler is at hand, its native extension.
 
-Environment: BBB_FAST_NO_EXT=1 leaves the extension out; CXX, CFLAGS and MAX_JOBS as usual.
+CUDA kernels are built when torch is a CUDA build and a CUDA toolkit of its major version is found: in
+CUDA_HOME or CUDA_PATH, by the nvcc on PATH, in /usr/local/cuda, or in PyPI's nvidia-cuda-nvcc. No GPU is
+needed to build.
+
+Environment:
+  BBB_FAST_NO_EXT=1      leave the extension out
+  BBB_FAST_NO_CUDA=1     leave the CUDA kernels out
+  FORCE_CUDA=1           stop with an error where they cannot be built
+  TORCH_CUDA_ARCH_LIST   architectures, as torch reads it (default: those below that the compiler knows)
+  CXX, CFLAGS, MAX_JOBS  as usual
 """
 
 from __future__ import annotations
@@ -8,15 +17,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SOURCES = sorted(str(p.relative_to(ROOT)) for d in ("csrc", "csrc/cpu") for p in (ROOT / d).glob("*.cpp"))
-HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
 # The kernels never read errno or floating point exceptions; without these two, selects and roots would
 # not vectorise. Nothing here changes a result the way -ffast-math would.
 COMPILE_ARGS = [
@@ -31,9 +41,17 @@ COMPILE_ARGS = [
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 
 
+def files(*patterns: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
 def why_no_extension() -> str | None:
     """The reason to install the reference path alone, or None."""
-    if os.environ.get("BBB_FAST_NO_EXT", "").strip().lower() not in ("", "0", "false", "no", "off"):
+    if switched_on("BBB_FAST_NO_EXT"):
         return "it was installed with BBB_FAST_NO_EXT=1"
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(shutil.which(name) for name in compilers):
@@ -41,7 +59,86 @@ def why_no_extension() -> str | None:
     return None
 
 
+def output_of(*command: str) -> str:
+    """What a command prints, or nothing if it cannot be run."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return run.stdout + run.stderr
+
+
+def find_toolkit() -> Path | None:
+    """The folder of a CUDA toolkit with a compiler and headers."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        # nvcc on PATH may be a script or a link that stands elsewhere than the toolkit; it says where that is.
+        top = re.search(r"^#\$ TOP=(.*)$", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull), re.M)
+        candidates.append(os.path.realpath(top.group(1)) if top else None)
+    candidates.append("/usr/local/cuda")
+    try:
+        import nvidia
+
+        candidates += [str(p) for root in nvidia.__path__ for p in sorted(Path(root).glob("cu[0-9]*"))]
+    except ImportError:
+        pass
+    for path in map(Path, filter(None, candidates)):
+        if (path / "bin" / "nvcc").exists() and (path / "include" / "cuda_runtime.h").exists():
+            return path
+    return None
+
+
+def toolkit_version(toolkit: Path) -> str:
+    found = re.search(r"release (\d+\.\d+)", output_of(str(toolkit / "bin" / "nvcc"), "--version"))
+    return found.group(1) if found else "unknown"
+
+
+def why_no_cuda() -> str | None:
+    """The reason to build no CUDA kernels, or None; FORCE_CUDA=1 turns all but an explicit no into errors."""
+    if switched_on("BBB_FAST_NO_CUDA"):
+        return "it was installed with BBB_FAST_NO_CUDA=1"
+    import torch
+
+    toolkit = find_toolkit()
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is not a CUDA build"
+    elif toolkit is None:
+        reason = "no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda, nvidia-cuda-nvcc)"
+    elif toolkit_version(toolkit).split(".")[0] != torch.version.cuda.split(".")[0]:
+        reason = (
+            f"the CUDA toolkit is {toolkit_version(toolkit)} and torch {torch.__version__} was built with "
+            f"{torch.version.cuda}"
+        )
+    else:
+        return None
+    if switched_on("FORCE_CUDA"):
+        raise SystemExit(f"bbb_fast: FORCE_CUDA=1, but {reason}")
+    return reason
+
+
+def architectures(toolkit: Path) -> str:
+    """TORCH_CUDA_ARCH_LIST, or the default ones that the compiler knows and PTX of the last."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        return ";".join(asked.replace(";", " ").split())
+    known = output_of(str(toolkit / "bin" / "nvcc"), "--list-gpu-arch").split()
+    return ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
+
+
+def runtime_library(toolkit: Path) -> list[str]:
+    """A folder where the linker finds libcudart.so, for toolkits from PyPI, which number theirs."""
+    numbered = sorted((toolkit / "lib").glob("libcudart.so.*"))
+    if not numbered or any((toolkit / d / "libcudart.so").exists() for d in ("lib", "lib64")):
+        return []
+    folder = ROOT / "build" / "cuda-lib"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "libcudart.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(numbered[-1])
+    return [str(folder)]
+
+
 def build_record() -> dict[str, object]:
+    """What was built, for ``python -m bbb_fast info`` and the loader."""
     reason = why_no_extension()
     record: dict[str, object] = {"native": reason is None, "reason": reason, "devices": "cpu"}
     try:
@@ -50,11 +147,18 @@ def build_record() -> dict[str, object]:
         record["torch"] = torch.__version__
     except ImportError:
         record["torch"] = None
+    if reason is None:
+        record["no_cuda_because"] = why_no_cuda()
+        if record["no_cuda_because"] is None:
+            toolkit = find_toolkit()
+            record["devices"] = "cpu,cuda"
+            record["cuda_toolkit"] = toolkit_version(toolkit)
+            record["cuda_architectures"] = architectures(toolkit).replace(";", " ")
     return record
 
 
 class BuildPy(build_py):
-    """Also writes down what was built, for ``python -m bbb_fast info`` and the loader."""
+    """Also writes the record down."""
 
     def run(self) -> None:
         super().run()
@@ -64,20 +168,41 @@ class BuildPy(build_py):
         target.write_text(json.dumps(build_record(), indent=2) + "\n")
 
 
+def extension() -> object:
+    """The extension bbb_fast._C, with CUDA kernels or without."""
+    sources = files("csrc/*.cpp", "csrc/cpu/*.cpp")
+    compile_args = {"cxx": COMPILE_ARGS + OPENMP}
+    options = {"depends": files("csrc/**/*.h"), "extra_link_args": OPENMP}
+    if why_no_cuda() is not None:
+        from torch.utils.cpp_extension import CppExtension
+
+        return CppExtension("bbb_fast._C", sources, extra_compile_args=compile_args, **options)
+
+    toolkit = find_toolkit()
+    os.environ["CUDA_HOME"] = str(toolkit)  # read by torch when the next line is imported
+    from torch.utils.cpp_extension import CUDAExtension
+
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(toolkit)
+    # Neither a space nor a comma nor a semicolon gets through every command line on the way.
+    define = "-DBBB_FAST_CUDA_ARCHS=" + architectures(toolkit).replace(";", ":")
+    sources.remove(os.path.join("csrc", "without_cuda.cpp"))
+    compile_args["cxx"] = [*compile_args["cxx"], define]
+    compile_args["nvcc"] = ["-O3", "-Xcompiler", "-fvisibility=hidden", define]
+    return CUDAExtension(
+        "bbb_fast._C",
+        sources + files("csrc/cuda/*.cu"),
+        extra_compile_args=compile_args,
+        library_dirs=runtime_library(toolkit),
+        **options,
+    )
+
+
 commands: dict[str, type] = {"build_py": BuildPy}
 extensions = []
 if why_no_extension() is None:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    extensions.append(extension())
+    from torch.utils.cpp_extension import BuildExtension
 
-    extensions.append(
-        CppExtension(
-            "bbb_fast._C",
-            SOURCES,
-            depends=HEADERS,
-            extra_compile_args={"cxx": COMPILE_ARGS + OPENMP},
-            extra_link_args=OPENMP,
-        )
-    )
     commands["build_ext"] = BuildExtension
 else:
     print(f"bbb_fast: installing the reference path only: {why_no_extension()}")

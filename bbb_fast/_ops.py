@@ -38,26 +38,20 @@ def _sample_weights(
     return weights, mu[0].new_empty((), dtype=accumulate_dtype(*mu))
 
 
-def _sample_weights_backward(
-    grad_w: list[OptionalTensor],
-    grad_kl: OptionalTensor,
-    mu: list[Tensor],
-    rho: list[Tensor],
-    rng: Tensor,
-    prior_mu: float,
-    prior_sigma: float,
-) -> tuple[list[Tensor], list[Tensor]]:
-    return [_contiguous_like(m) for m in mu], [_contiguous_like(m) for m in mu]
-
-
 def _kl_divergence(
     mu: list[Tensor], rho: list[Tensor], prior_mu: list[float], prior_sigma: list[float]
 ) -> Tensor:
     return mu[0].new_empty((), dtype=accumulate_dtype(*mu))
 
 
-def _kl_divergence_backward(
-    grad: Tensor, mu: list[Tensor], rho: list[Tensor], prior_mu: list[float], prior_sigma: list[float]
+def _posterior_backward(
+    grad_w: list[OptionalTensor],
+    grad_kl: OptionalTensor,
+    mu: list[Tensor],
+    rho: list[Tensor],
+    rng: OptionalTensor,
+    prior_mu: list[float],
+    prior_sigma: list[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     return [_contiguous_like(m) for m in mu], [_contiguous_like(m) for m in mu]
 
@@ -174,9 +168,8 @@ def _lrt_conv_backward(
 FAKES: dict[str, Callable[..., Any]] = {
     "normal": _normal,
     "sample_weights": _sample_weights,
-    "sample_weights_backward": _sample_weights_backward,
     "kl_divergence": _kl_divergence,
-    "kl_divergence_backward": _kl_divergence_backward,
+    "posterior_backward": _posterior_backward,
     "variance": _variance,
     "variance_backward": _variance_backward,
     "square": _square,

@@ -2,6 +2,7 @@
 // bbb_fast/_checks.py says the same for the reference path, in the same words.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -83,6 +84,42 @@ inline void check_priors(
       prior_mu.size() == count && prior_sigma.size() == count, op, ": ", count, " tensors need ", count,
       " priors, got ", prior_mu.size(), " prior_mu and ", prior_sigma.size(), " prior_sigma");
   for (size_t i = 0; i < count; ++i) check_prior(op, prior_mu[i], prior_sigma[i]);
+}
+
+// Returns whether any weight got a gradient.
+inline bool check_posterior_backward(
+    const char* op,
+    const c10::List<std::optional<at::Tensor>>& grad_w,
+    const std::optional<at::Tensor>& grad_kl,
+    at::TensorList mu,
+    at::TensorList rho,
+    const std::optional<at::Tensor>& rng,
+    at::ArrayRef<double> prior_mu,
+    at::ArrayRef<double> prior_sigma) {
+  check_posteriors(op, mu, rho);
+  check_priors(op, mu.size(), prior_mu, prior_sigma);
+  TORCH_CHECK_VALUE(
+      grad_w.size() == mu.size(), op, ": got ", grad_w.size(), " gradients for ", mu.size(), " tensors");
+  bool any = false;
+  for (size_t k = 0; k < mu.size(); ++k) {
+    const std::optional<at::Tensor> g = grad_w.get(k);
+    if (!g || !g->defined()) continue;
+    TORCH_CHECK_VALUE(
+        g->sizes() == mu[k].sizes(), op, ": gradient ", k, " must have shape ", mu[k].sizes(), ", got ",
+        g->sizes());
+    check_floating(op, "grad_w", *g);
+    check_device(op, "grad_w", *g, mu[0].device());
+    any = true;
+  }
+  if (grad_kl && grad_kl->defined()) {
+    TORCH_CHECK_VALUE(
+        grad_kl->numel() == 1, op, ": grad_kl must be a scalar, got shape ", grad_kl->sizes());
+    check_device(op, "grad_kl", *grad_kl, mu[0].device());
+  }
+  TORCH_CHECK_VALUE(
+      !any || (rng && rng->defined()), op, ": gradients of weights need the rng they were drawn with");
+  if (rng && rng->defined()) check_rng(op, *rng, mu[0].device());
+  return any;
 }
 
 // Elementwise passes over two tensors run in memory order: both are dense with the same strides.

@@ -2,7 +2,8 @@
 // derivative, the terms of the KL, and the noise of local reparameterization.
 //
 // Text without include guard: scalar.h and cpu/simd.h include it inside a namespace that defines the
-// lane operations (as_int, as_float, to_float, select, square_root) for F = float or a vector of floats.
+// lane operations (as_int, as_float, to_float, select, square_root and so on) for F = float or a vector of
+// floats.
 // No branches, no tables. Polynomials are minimax fits of the stated relative error on the reduced range.
 
 constexpr float kLog2E = 1.44269504088896341f;
@@ -36,11 +37,9 @@ BBB_INLINE F natural_log(F x) {
 // e^x for x <= 0, 3e-9; denormal results are kept, below about -104 the result is 0.
 template <class F>
 BBB_INLINE F exp_negative(F x) {
-  using I = typename Lanes<F>::Int;
   x = select(x < -105.0f, F{} - 105.0f, x);
-  // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the mantissa.
+  // Adding 1.5 * 2^23 leaves the rounded integer n in the low bits of the mantissa.
   const F shifted = x * kLog2E + 12582912.0f;
-  const I n = as_int(shifted) - 0x4B400000;
   const F nf = shifted - 12582912.0f;
   const F r = (x - nf * kLn2Hi) - nf * kLn2Lo;
   F p = r * 1.381461043e-03f + 8.368710056e-03f;
@@ -48,9 +47,9 @@ BBB_INLINE F exp_negative(F x) {
   p = p * r + 1.666652113e-01f;
   p = p * r + 4.999999404e-01f;
   p = p * (r * r) + r + 1.0f;
-  // 2^n in two factors: one alone leaves the range before the product becomes denormal.
-  const I half = n >> 1;
-  return p * as_float((half + 127) << 23) * as_float((n - half + 127) << 23);
+  // 2^(n + 64), which is normal, and then 2^-64: only the last product can become denormal.
+  const F scale = as_float(as_signed((as_unsigned(as_int(shifted)) << 23) + (191u << 23)));
+  return p * scale * 0x1p-64f;
 }
 
 // ln(1 + t) / t for 0 <= t <= 1, 5e-9.
@@ -84,7 +83,7 @@ BBB_INLINE void sin_cos(F t, F& sin, F& cos) {
 template <class F, class U>
 BBB_INLINE void box_muller(U x, U y, F& z0, F& z1) {
   const F u = to_float(x) * 0x1p-32f + 0x1p-33f;
-  const F radius = square_root(natural_log(u) * -2.0f);
+  const F radius = square_root_normal(natural_log(u) * -2.0f);
   const U quadrant = (y + 0x20000000u) >> 30;
   // The remainder in (-1/8, 1/8] turns; shifting the quadrant out keeps its sign.
   const F angle = to_float(as_signed(y << 2)) * (1.57079632679489662f * 0x1p-32f);
@@ -116,7 +115,7 @@ BBB_INLINE F minimum_with_zero(F x) {
 template <class F>
 BBB_INLINE Sigma<F> softplus(F rho) {
   Sigma<F> s;
-  s.t = exp_negative(select(rho < 0.0f, rho, F{} - rho));
+  s.t = exp_negative(negative_abs(rho));
   const F l = log1p_over(s.t);
   s.value = select(rho < 0.0f, s.t * l, s.t * l + rho);
   s.base = select(rho < 0.0f, l, s.value);
@@ -126,9 +125,10 @@ BBB_INLINE Sigma<F> softplus(F rho) {
 // d sigma / d rho = sigmoid(rho), and its ratio to sigma, which stays finite where sigma vanishes.
 template <class F>
 BBB_INLINE void softplus_derivative(F rho, const Sigma<F>& s, F& derivative, F& ratio) {
-  // base can be inf where rho is; the ratio is then 0 as it should be.
-  ratio = 1.0f / ((s.t + 1.0f) * s.base);
-  derivative = select(rho < 0.0f, s.t, F{} + 1.0f) / (s.t + 1.0f);
+  // base can be inf where rho is; the ratio is then 0 as it should be. It is ln(2) or more.
+  const F inverse = reciprocal(s.t + 1.0f);
+  ratio = reciprocal(s.base) * inverse;
+  derivative = select(rho < 0.0f, s.t, F{} + 1.0f) * inverse;
 }
 
 // KL(q || p) of n weights, with mu_p, sigma_p the prior's:

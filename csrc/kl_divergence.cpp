@@ -3,6 +3,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "posterior_backward.h"
+
 namespace bbb_fast {
 namespace {
 
@@ -31,18 +33,13 @@ class KlDivergence : public torch::autograd::Function<KlDivergence> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("bbb_fast::kl_divergence_backward", "")
-                               .typed<std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
-                                   const at::Tensor&, at::TensorList, at::TensorList, at::ArrayRef<double>,
-                                   at::ArrayRef<double>)>();
     const auto saved = ctx->get_saved_variables();
     const at::TensorList all(saved);
     const size_t count = saved.size() / 2;
-    const auto prior_mu = ctx->saved_data["prior_mu"].toDoubleVector();
-    const auto prior_sigma = ctx->saved_data["prior_sigma"].toDoubleVector();
-    auto [g_mu, g_rho] =
-        op.call(grads[0], all.slice(0, count), all.slice(count, count), prior_mu, prior_sigma);
+    const std::vector<at::Tensor> no_weights(count);
+    auto [g_mu, g_rho] = posterior_backward(
+        no_weights, grads[0], all.slice(0, count), all.slice(count, count), at::Tensor(),
+        ctx->saved_data["prior_mu"].toDoubleVector(), ctx->saved_data["prior_sigma"].toDoubleVector());
     // One entry for each tensor in the lists, then the two lists of numbers.
     variable_list result(2 * count + 2);
     for (size_t k = 0; k < count; ++k) {

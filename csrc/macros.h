@@ -8,3 +8,7 @@
 #else
 #define BBB_INLINE inline
 #endif
+
+// The argument, its macros replaced, as a string.
+#define BBB_STRING_OF(...) #__VA_ARGS__
+#define BBB_STRING(...) BBB_STRING_OF(__VA_ARGS__)

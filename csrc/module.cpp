@@ -7,9 +7,14 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "macros.h"
 
-#ifndef BBB_FAST_DEVICES
+// setup.py defines BBB_FAST_CUDA_ARCHS, as 8.0:9.0+PTX, in a build with CUDA kernels.
+#ifdef BBB_FAST_CUDA_ARCHS
+#define BBB_FAST_DEVICES "cpu,cuda"
+#else
 #define BBB_FAST_DEVICES "cpu"
+#define BBB_FAST_CUDA_ARCHS none
 #endif
 
 PYBIND11_MODULE(_C, m) {
@@ -18,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
       [] {
         return std::map<std::string, std::string>{
             {"devices", BBB_FAST_DEVICES},
+            {"cuda_architectures", BBB_STRING(BBB_FAST_CUDA_ARCHS)},
             {"torch", TORCH_VERSION},
             {"compiler", __VERSION__},
             {"instruction_set", bbb_fast::isa_name(bbb_fast::current_isa())},

@@ -9,14 +9,12 @@ TORCH_LIBRARY(bbb_fast, m) {
   m.def(
       "sample_weights(Tensor[] mu, Tensor[] rho, Tensor rng, float prior_mu, float prior_sigma, "
       "bool with_kl, ScalarType? dtype) -> (Tensor[], Tensor)");
-  m.def(
-      "sample_weights_backward(Tensor?[] grad_w, Tensor? grad_kl, Tensor[] mu, Tensor[] rho, Tensor rng, "
-      "float prior_mu, float prior_sigma) -> (Tensor[], Tensor[])");
-
   m.def("kl_divergence(Tensor[] mu, Tensor[] rho, float[] prior_mu, float[] prior_sigma) -> Tensor");
+  // The backward of both: the gradient of mu and rho through the weights, the KL, or both. A weight that got
+  // no gradient is None; rng is needed where one did.
   m.def(
-      "kl_divergence_backward(Tensor grad, Tensor[] mu, Tensor[] rho, float[] prior_mu, "
-      "float[] prior_sigma) -> (Tensor[], Tensor[])");
+      "posterior_backward(Tensor?[] grad_w, Tensor? grad_kl, Tensor[] mu, Tensor[] rho, Tensor? rng, "
+      "float[] prior_mu, float[] prior_sigma) -> (Tensor[], Tensor[])");
 
   // The elementwise passes beside the products of lrt_linear and lrt_conv.
   m.def("variance(Tensor rho, ScalarType dtype) -> Tensor");

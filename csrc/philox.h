@@ -1,8 +1,8 @@
 // Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 //
 // Text without include guard: scalar.h and cpu/simd.h include it inside a namespace that defines the
-// lane operations, once per kind of lane. A word is a 64-bit lane whose low half counts and whose high
-// half is ignored: then a round is two widening products, two shifts and xors, without any shuffles.
+// lane operations multiply and mix, once per kind of lane. A scalar word is a uint32_t; a vector's is a
+// 64-bit lane whose high half is ignored, so that a round needs no shuffles.
 
 // The key schedule: every round adds a Weyl constant to each half of the key.
 struct PhiloxKey {
@@ -23,7 +23,7 @@ BBB_INLINE PhiloxKey philox_key(uint64_t seed) {
   return key;
 }
 
-// Replaces the counter (c0, c1, c2, c3) by the four output words, each in the low half of its lane.
+// Replaces the counter (c0, c1, c2, c3) by the four output words.
 template <class Word>
 BBB_INLINE void philox4x32(Word& c0, Word& c1, Word& c2, Word& c3, const PhiloxKey& key) {
 #if defined(__CUDA_ARCH__)
@@ -32,11 +32,12 @@ BBB_INLINE void philox4x32(Word& c0, Word& c1, Word& c2, Word& c3, const PhiloxK
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    const Word p0 = mul32(c0, 0xD2511F53u);
-    const Word p1 = mul32(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(key.k0[round]);
-    c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(key.k1[round]);
-    c1 = p1;
-    c3 = p0;
+    Word high0, low0, high1, low1;
+    multiply(c0, 0xD2511F53u, high0, low0);
+    multiply(c2, 0xCD9E8D57u, high1, low1);
+    c0 = mix(high1, c1, key.k0[round]);
+    c2 = mix(high0, c3, key.k1[round]);
+    c1 = low1;
+    c3 = low0;
   }
 }

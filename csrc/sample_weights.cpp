@@ -3,7 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "checks.h"
+#include "posterior_backward.h"
 
 namespace bbb_fast {
 namespace {
@@ -44,23 +44,14 @@ class SampleWeights : public torch::autograd::Function<SampleWeights> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("bbb_fast::sample_weights_backward", "")
-            .typed<std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
-                const c10::List<std::optional<at::Tensor>>&, const std::optional<at::Tensor>&, at::TensorList,
-                at::TensorList, const at::Tensor&, double, double)>();
     const auto saved = ctx->get_saved_variables();
     const size_t count = grads.size() - 1;
     const at::TensorList all(saved);
-    const auto optional = [](const at::Tensor& t) {
-      return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
-    };
-    c10::List<std::optional<at::Tensor>> grad_w;
-    for (size_t k = 0; k < count; ++k) grad_w.push_back(optional(grads[k]));
-    auto [g_mu, g_rho] = op.call(
-        grad_w, optional(grads[count]), all.slice(0, count), all.slice(count, count), all.back(),
-        ctx->saved_data["prior_mu"].toDouble(), ctx->saved_data["prior_sigma"].toDouble());
+    const std::vector<double> prior_mu(count, ctx->saved_data["prior_mu"].toDouble());
+    const std::vector<double> prior_sigma(count, ctx->saved_data["prior_sigma"].toDouble());
+    auto [g_mu, g_rho] = posterior_backward(
+        {grads.data(), count}, grads[count], all.slice(0, count), all.slice(count, count), all.back(),
+        prior_mu, prior_sigma);
     // One entry for each tensor in the lists, then rng and the four plain arguments.
     variable_list result(2 * count + 5);
     for (size_t k = 0; k < count; ++k) {

@@ -32,6 +32,9 @@ BBB_INLINE float as_float(int32_t i) {
 BBB_INLINE int32_t as_signed(uint32_t u) {
   return static_cast<int32_t>(u);
 }
+BBB_INLINE uint32_t as_unsigned(int32_t i) {
+  return static_cast<uint32_t>(i);
+}
 BBB_INLINE float to_float(int32_t i) {
   return static_cast<float>(i);
 }
@@ -44,8 +47,42 @@ BBB_INLINE float select(bool mask, float a, float b) {
 BBB_INLINE float square_root(float x) {
   return sqrtf(x);
 }
-BBB_INLINE uint64_t mul32(uint64_t a, uint32_t m) {
-  return static_cast<uint64_t>(static_cast<uint32_t>(a)) * m;
+// Of a number that is 0 or normal; within 2 units in the last place.
+BBB_INLINE float square_root_normal(float x) {
+#ifdef __CUDA_ARCH__
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return sqrtf(x);
+#endif
+}
+// 1 / x for x >= 1/2; within 2 units in the last place.
+BBB_INLINE float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+#else
+  return 1.0f / x;
+#endif
+}
+BBB_INLINE float negative_abs(float x) {
+  return -fabsf(x);
+}
+
+// a m = high 2^32 + low.
+BBB_INLINE void multiply(uint32_t a, uint32_t m, uint32_t& high, uint32_t& low) {
+  const uint64_t product = static_cast<uint64_t>(a) * m;
+#ifdef __CUDA_ARCH__
+  high = __umulhi(a, m);
+#else
+  high = static_cast<uint32_t>(product >> 32);
+#endif
+  low = static_cast<uint32_t>(product);
+}
+BBB_INLINE uint32_t mix(uint32_t high, uint32_t c, uint32_t key) {
+  return high ^ c ^ key;
 }
 
 #include "gaussian.h"
@@ -53,10 +90,12 @@ BBB_INLINE uint64_t mul32(uint64_t a, uint32_t m) {
 
 // The four numbers of noise block `block`: elements 4 block ... 4 block + 3 of the tensor.
 BBB_INLINE void noise_block(const PhiloxKey& key, uint64_t block, uint64_t stream, float z[4]) {
-  uint64_t w[4] = {block, block >> 32, stream, stream >> 32};
+  uint32_t w[4] = {
+      static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), static_cast<uint32_t>(stream),
+      static_cast<uint32_t>(stream >> 32)};
   philox4x32(w[0], w[1], w[2], w[3], key);
-  box_muller(static_cast<uint32_t>(w[0]), static_cast<uint32_t>(w[1]), z[0], z[1]);
-  box_muller(static_cast<uint32_t>(w[2]), static_cast<uint32_t>(w[3]), z[2], z[3]);
+  box_muller(w[0], w[1], z[0], z[1]);
+  box_muller(w[2], w[3], z[2], z[3]);
 }
 
 }  // namespace bbb_fast::scalar

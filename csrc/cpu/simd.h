@@ -30,6 +30,9 @@ BBB_INLINE vfloat as_float(vint x) {
 BBB_INLINE vint as_signed(vuint x) {
   return (vint)x;
 }
+BBB_INLINE vuint as_unsigned(vint x) {
+  return (vuint)x;
+}
 BBB_INLINE vfloat to_float(vint x) {
   return __builtin_convertvector(x, vfloat);
 }
@@ -60,17 +63,31 @@ BBB_INLINE vfloat square_root(vfloat x) {
 #endif
 }
 
-// The 64-bit product of each lane's low half with m.
-BBB_INLINE vword mul32(vword a, uint32_t m) {
+BBB_INLINE vfloat square_root_normal(vfloat x) {
+  return square_root(x);
+}
+BBB_INLINE vfloat reciprocal(vfloat x) {
+  return 1.0f / x;
+}
+BBB_INLINE vfloat negative_abs(vfloat x) {
+  return as_float(as_int(x) | (vint{} - 0x7FFFFFFF - 1));
+}
+
+// The 64-bit product of each lane's low half with m, and the same shifted down.
+BBB_INLINE void multiply(vword a, uint32_t m, vword& high, vword& low) {
 #if BBB_WIDTH == 16
-  return (vword)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
+  low = (vword)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
 #elif BBB_WIDTH == 8
-  return (vword)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+  low = (vword)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
 #elif defined(__SSE2__)
-  return (vword)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
+  low = (vword)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
 #else
-  return (a & 0xFFFFFFFFu) * static_cast<uint64_t>(m);
+  low = (a & 0xFFFFFFFFu) * static_cast<uint64_t>(m);
 #endif
+  high = low >> 32;
+}
+BBB_INLINE vword mix(vword high, vword c, uint32_t key) {
+  return high ^ c ^ static_cast<uint64_t>(key);
 }
 
 #include "../gaussian.h"

@@ -1,11 +1,10 @@
-// kl_divergence: KL(q || p) of a list of tensors. Backward: posterior_backward.h.
+// kl_divergence: KL(q || p) of a list of tensors. Its backward: posterior_backward.cu.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../checks.h"
 #include "dispatch.h"
 #include "kl_sum.h"
-#include "posterior_backward.h"
 
 namespace bbb_fast::cuda {
 namespace {
@@ -28,15 +27,15 @@ __global__ void __launch_bounds__(kThreads)
   struct Operands {
     A mu[N], rho[N];
   };
-  for_each_chunk(table, [&](const auto& e, int64_t chunk, int64_t begin) {
+  for_each_chunk(table, [&](const auto& e, int64_t chunk, int64_t begin, int count) {
     KlSum<A> kl;
     for_each_vector<N, Operands>(
-        e.aligned, e.numel, begin,
-        [&](auto whole, int64_t index, int64_t left, Operands& o) {
-          read<whole.value>(e.mu + index, left, o.mu);
-          read<whole.value>(e.rho + index, left, o.rho);
+        e.aligned, count,
+        [&](auto whole, unsigned at, int left, Operands& o) {
+          read<whole.value>(e.mu + begin + at, left, o.mu);
+          read<whole.value>(e.rho + begin + at, left, o.rho);
         },
-        [&](auto whole, int64_t, int64_t left, const Operands& o) {
+        [&](auto whole, unsigned, int left, const Operands& o) {
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             if (whole.value || j < left) kl.add(o.mu[j], o.rho[j], softplus(o.rho[j]), e.prior);
@@ -79,24 +78,8 @@ at::Tensor kl_divergence(
   return kl;
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> kl_divergence_backward(
-    const at::Tensor& grad,
-    at::TensorList mu,
-    at::TensorList rho,
-    at::ArrayRef<double> prior_mu,
-    at::ArrayRef<double> prior_sigma) {
-  const char* op = "kl_divergence_backward";
-  check_posteriors(op, mu, rho);
-  check_priors(op, mu.size(), prior_mu, prior_sigma);
-  TORCH_CHECK_VALUE(grad.numel() == 1, op, ": grad must be a scalar, got shape ", grad.sizes());
-  check_device(op, "grad", grad, mu[0].device());
-  return posterior_backward(
-      std::vector<at::Tensor>(mu.size()), grad, mu, rho, at::Tensor(), prior_mu, prior_sigma);
-}
-
 TORCH_LIBRARY_IMPL(bbb_fast, BBB_DISPATCH_KEY, m) {
   m.impl("kl_divergence", &kl_divergence);
-  m.impl("kl_divergence_backward", &kl_divergence_backward);
 }
 
 }  // namespace

@@ -31,19 +31,19 @@ __global__ void __launch_bounds__(kThreads)
     A m[N], v[N];
   };
   const Noise noise(rng, 0);
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin) {
+  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     for_each_vector<N, Operands>(
-        e.aligned, e.numel, begin,
-        [&](auto whole, int64_t index, int64_t left, Operands& o) {
-          read<whole.value>(e.m + index, left, o.m);
-          read<whole.value>(e.v + index, left, o.v);
+        e.aligned, count,
+        [&](auto whole, unsigned at, int left, Operands& o) {
+          read<whole.value>(e.m + begin + at, left, o.m);
+          read<whole.value>(e.v + begin + at, left, o.v);
         },
-        [&](auto whole, int64_t index, int64_t left, const Operands& o) {
+        [&](auto whole, unsigned at, int left, const Operands& o) {
           A z[N];
-          noise.fill(index, z);
+          noise.fill(begin, at, z);
 #pragma unroll
           for (int j = 0; j < N; ++j) z[j] = o.m[j] + lrt_noise(o.v[j], z[j]);
-          write<whole.value>(e.m + index, left, z);
+          write<whole.value>(e.m + begin + at, left, z);
         });
   });
 }
@@ -66,19 +66,19 @@ __global__ void __launch_bounds__(kThreads) lrt_sample_backward_kernel(
     A grad[N], v[N];
   };
   const Noise noise(rng, 0);
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin) {
+  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     for_each_vector<N, Operands>(
-        e.aligned, e.numel, begin,
-        [&](auto whole, int64_t index, int64_t left, Operands& o) {
-          read<whole.value>(e.grad + index, left, o.grad);
-          read<whole.value>(e.v + index, left, o.v);
+        e.aligned, count,
+        [&](auto whole, unsigned at, int left, Operands& o) {
+          read<whole.value>(e.grad + begin + at, left, o.grad);
+          read<whole.value>(e.v + begin + at, left, o.v);
         },
-        [&](auto whole, int64_t index, int64_t left, const Operands& o) {
+        [&](auto whole, unsigned at, int left, const Operands& o) {
           A z[N];
-          noise.fill(index, z);
+          noise.fill(begin, at, z);
 #pragma unroll
           for (int j = 0; j < N; ++j) z[j] = o.grad[j] * lrt_noise_derivative(o.v[j], z[j]);
-          write<whole.value>(e.grad_v + index, left, z);
+          write<whole.value>(e.grad_v + begin + at, left, z);
         });
   });
 }

@@ -22,13 +22,13 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int N = kVector<T>;
   struct Operands {};
   const Noise noise(rng, 0);
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin) {
+  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     for_each_vector<N, Operands>(
-        e.aligned, e.numel, begin, [](auto, int64_t, int64_t, Operands&) {},
-        [&](auto whole, int64_t index, int64_t left, const Operands&) {
+        e.aligned, count, [](auto, unsigned, int, Operands&) {},
+        [&](auto whole, unsigned at, int left, const Operands&) {
           Wide<T> z[N];
-          noise.fill(index, z);
-          write<whole.value>(e.out + index, left, z);
+          noise.fill(begin, at, z);
+          write<whole.value>(e.out + begin + at, left, z);
         });
   });
 }

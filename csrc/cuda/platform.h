@@ -10,6 +10,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "../macros.h"
+
 namespace bbb_fast::cuda {
 
 constexpr int kThreads = 256;
@@ -51,7 +53,7 @@ int resident_blocks() {
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     TORCH_CHECK(
-        false, "bbb_fast was built for the GPU architectures ", BBB_FAST_CUDA_ARCHS, " and cuda:", device,
+        false, "bbb_fast was built for the GPU architectures ", BBB_STRING(BBB_FAST_CUDA_ARCHS), " and cuda:", device,
         " has ", major, ".", minor, "; reinstall with TORCH_CUDA_ARCH_LIST=", major, ".", minor,
         " or use bbb_fast.set_backend('reference')");
   }

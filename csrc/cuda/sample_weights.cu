@@ -1,11 +1,10 @@
-// sample_weights: w = mu + sigma eps, and in the same pass the KL. Backward: posterior_backward.h.
+// sample_weights: w = mu + sigma eps, and in the same pass the KL. Its backward: posterior_backward.cu.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../checks.h"
 #include "dispatch.h"
 #include "kl_sum.h"
-#include "posterior_backward.h"
 
 namespace bbb_fast::cuda {
 namespace {
@@ -37,18 +36,18 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(
   struct Operands {
     A mu[N], rho[N];
   };
-  for_each_chunk(table, [&](const auto& e, int64_t chunk, int64_t begin) {
+  for_each_chunk(table, [&](const auto& e, int64_t chunk, int64_t begin, int count) {
     const Noise noise(args.rng, e.tensor);
     [[maybe_unused]] KlSum<A> kl;
     for_each_vector<N, Operands>(
-        e.aligned, e.numel, begin,
-        [&](auto whole, int64_t index, int64_t left, Operands& o) {
-          read<whole.value>(e.mu + index, left, o.mu);
-          read<whole.value>(e.rho + index, left, o.rho);
+        e.aligned, count,
+        [&](auto whole, unsigned at, int left, Operands& o) {
+          read<whole.value>(e.mu + begin + at, left, o.mu);
+          read<whole.value>(e.rho + begin + at, left, o.rho);
         },
-        [&](auto whole, int64_t index, int64_t left, const Operands& o) {
+        [&](auto whole, unsigned at, int left, const Operands& o) {
           A z[N];
-          noise.fill(index, z);
+          noise.fill(begin, at, z);
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             const auto s = softplus(o.rho[j]);
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(
               if (whole.value || j < left) kl.add(o.mu[j], o.rho[j], s, args.prior);
             }
           }
-          write<whole.value>(e.out + index, left, z);
+          write<whole.value>(e.out + begin + at, left, z);
         });
     if constexpr (kWithKl) {
       const double sum = block_sum(kl.total());
@@ -140,43 +139,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights(
   return {std::move(weights), kl};
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> sample_weights_backward(
-    const c10::List<std::optional<at::Tensor>>& grad_w,
-    const std::optional<at::Tensor>& grad_kl,
-    at::TensorList mu,
-    at::TensorList rho,
-    const at::Tensor& rng,
-    double prior_mu,
-    double prior_sigma) {
-  const char* op = "sample_weights_backward";
-  check_posteriors(op, mu, rho);
-  check_rng(op, rng, mu[0].device());
-  check_prior(op, prior_mu, prior_sigma);
-  TORCH_CHECK_VALUE(
-      grad_w.size() == mu.size(), op, ": got ", grad_w.size(), " gradients for ", mu.size(), " tensors");
-  std::vector<at::Tensor> given(mu.size());
-  for (size_t k = 0; k < mu.size(); ++k) {
-    const std::optional<at::Tensor> g = grad_w.get(k);
-    if (!g || !g->defined()) continue;
-    TORCH_CHECK_VALUE(
-        g->sizes() == mu[k].sizes(), op, ": gradient ", k, " must have shape ", mu[k].sizes(), ", got ",
-        g->sizes());
-    check_floating(op, "grad_w", *g);
-    check_device(op, "grad_w", *g, mu[0].device());
-    given[k] = *g;
-  }
-  at::Tensor g_kl;
-  if (grad_kl && grad_kl->defined()) {
-    check_device(op, "grad_kl", *grad_kl, mu[0].device());
-    g_kl = *grad_kl;
-  }
-  const std::vector<double> mus(mu.size(), prior_mu), sigmas(mu.size(), prior_sigma);
-  return posterior_backward(given, g_kl, mu, rho, rng, mus, sigmas);
-}
-
 TORCH_LIBRARY_IMPL(bbb_fast, BBB_DISPATCH_KEY, m) {
   m.impl("sample_weights", &sample_weights);
-  m.impl("sample_weights_backward", &sample_weights_backward);
 }
 
 }  // namespace

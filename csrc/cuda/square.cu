@@ -26,17 +26,17 @@ __global__ void __launch_bounds__(kThreads)
   struct Operands {
     A x[N];
   };
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin) {
+  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     for_each_vector<N, Operands>(
-        e.aligned, e.numel, begin,
-        [&](auto whole, int64_t index, int64_t left, Operands& o) {
-          read<whole.value>(e.x + index, left, o.x);
+        e.aligned, count,
+        [&](auto whole, unsigned at, int left, Operands& o) {
+          read<whole.value>(e.x + begin + at, left, o.x);
         },
-        [&](auto whole, int64_t index, int64_t left, const Operands& o) {
+        [&](auto whole, unsigned at, int left, const Operands& o) {
           A squared[N];
 #pragma unroll
           for (int j = 0; j < N; ++j) squared[j] = o.x[j] * o.x[j];
-          write<whole.value>(e.out + index, left, squared);
+          write<whole.value>(e.out + begin + at, left, squared);
         });
   });
 }
@@ -58,19 +58,19 @@ __global__ void __launch_bounds__(kThreads)
   struct Operands {
     A grad_x[N], x[N], grad[N];
   };
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin) {
+  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     for_each_vector<N, Operands>(
-        e.aligned, e.numel, begin,
-        [&](auto whole, int64_t index, int64_t left, Operands& o) {
-          read<whole.value>(e.grad_x + index, left, o.grad_x);
-          read<whole.value>(e.x + index, left, o.x);
-          read<whole.value>(e.grad + index, left, o.grad);
+        e.aligned, count,
+        [&](auto whole, unsigned at, int left, Operands& o) {
+          read<whole.value>(e.grad_x + begin + at, left, o.grad_x);
+          read<whole.value>(e.x + begin + at, left, o.x);
+          read<whole.value>(e.grad + begin + at, left, o.grad);
         },
-        [&](auto whole, int64_t index, int64_t left, const Operands& o) {
+        [&](auto whole, unsigned at, int left, const Operands& o) {
           A sum[N];
 #pragma unroll
           for (int j = 0; j < N; ++j) sum[j] = o.grad_x[j] + A{2} * o.x[j] * o.grad[j];
-          write<whole.value>(e.grad_x + index, left, sum);
+          write<whole.value>(e.grad_x + begin + at, left, sum);
         });
   });
 }

@@ -27,20 +27,20 @@ __global__ void __launch_bounds__(kThreads)
   struct Operands {
     A rho[N];
   };
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin) {
+  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     for_each_vector<N, Operands>(
-        e.aligned, e.numel, begin,
-        [&](auto whole, int64_t index, int64_t left, Operands& o) {
-          read<whole.value>(e.rho + index, left, o.rho);
+        e.aligned, count,
+        [&](auto whole, unsigned at, int left, Operands& o) {
+          read<whole.value>(e.rho + begin + at, left, o.rho);
         },
-        [&](auto whole, int64_t index, int64_t left, const Operands& o) {
+        [&](auto whole, unsigned at, int left, const Operands& o) {
           A variance[N];
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             const A sigma = softplus(o.rho[j]).value;
             variance[j] = sigma * sigma;
           }
-          write<whole.value>(e.out + index, left, variance);
+          write<whole.value>(e.out + begin + at, left, variance);
         });
   });
 }
@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(kThreads)
   struct Operands {
     A grad[N], rho[N];
   };
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin) {
+  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     for_each_vector<N, Operands>(
-        e.aligned, e.numel, begin,
-        [&](auto whole, int64_t index, int64_t left, Operands& o) {
-          read<whole.value>(e.grad + index, left, o.grad);
-          read<whole.value>(e.rho + index, left, o.rho);
+        e.aligned, count,
+        [&](auto whole, unsigned at, int left, Operands& o) {
+          read<whole.value>(e.grad + begin + at, left, o.grad);
+          read<whole.value>(e.rho + begin + at, left, o.rho);
         },
-        [&](auto whole, int64_t index, int64_t left, const Operands& o) {
+        [&](auto whole, unsigned at, int left, const Operands& o) {
           A grad_rho[N];
 #pragma unroll
           for (int j = 0; j < N; ++j) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
             softplus_derivative(o.rho[j], s, derivative, ratio);
             grad_rho[j] = o.grad[j] * (s.value * derivative * A{2});
           }
-          write<whole.value>(e.grad_rho + index, left, grad_rho);
+          write<whole.value>(e.grad_rho + begin + at, left, grad_rho);
         });
   });
 }

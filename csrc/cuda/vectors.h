@@ -38,9 +38,32 @@ bool is_aligned(const T* data) {
   return reinterpret_cast<uintptr_t>(data) % alignof(Pack<T, N>) == 0;
 }
 
+// One store of 8 bytes, or as many of 16 as it takes: left to itself, the compiler stores members one by one.
+// No memory is clobbered as far as it knows, so that it may move later loads, of other elements, ahead.
+template <class T, int N>
+BBB_DEVICE void store(Pack<T, N>* to, const Pack<T, N>& pack) {
+#ifdef __CUDA_ARCH__
+  uint32_t w[sizeof pack / 4];
+  memcpy(w, &pack, sizeof pack);
+  const size_t address = __cvta_generic_to_global(to);
+  if constexpr (sizeof pack == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" : : "l"(address), "r"(w[0]), "r"(w[1]));
+  } else {
+#pragma unroll
+    for (size_t i = 0; i < sizeof pack / 4; i += 4) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                   :
+                   : "l"(address + 4 * i), "r"(w[i]), "r"(w[i + 1]), "r"(w[i + 2]), "r"(w[i + 3]));
+    }
+  }
+#else
+  *to = pack;
+#endif
+}
+
 // Reads N elements, or `left` of them padded with zeros. kWhole promises N aligned ones.
 template <bool kWhole, int N, class T>
-BBB_DEVICE void read(const T* data, int64_t left, Wide<T> (&x)[N]) {
+BBB_DEVICE void read(const T* data, int left, Wide<T> (&x)[N]) {
   if constexpr (kWhole) {
     const auto pack = *reinterpret_cast<const Pack<T, N>*>(data);
 #pragma unroll
@@ -52,12 +75,12 @@ BBB_DEVICE void read(const T* data, int64_t left, Wide<T> (&x)[N]) {
 }
 
 template <bool kWhole, int N, class T>
-BBB_DEVICE void write(T* data, int64_t left, const Wide<T> (&x)[N]) {
+BBB_DEVICE void write(T* data, int left, const Wide<T> (&x)[N]) {
   if constexpr (kWhole) {
     Pack<T, N> pack;
 #pragma unroll
     for (int j = 0; j < N; ++j) pack.x[j] = static_cast<T>(x[j]);
-    *reinterpret_cast<Pack<T, N>*>(data) = pack;
+    store(reinterpret_cast<Pack<T, N>*>(data), pack);
   } else {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -76,13 +99,14 @@ struct Noise {
       : key(scalar::philox_key(static_cast<uint64_t>(rng[0]))),
         stream(static_cast<uint64_t>(rng[1]) + tensor) {}
 
-  // Elements index ... index + N - 1; index is a multiple of 4.
+  // Elements at ... at + N - 1 of the chunk that begins with element begin; at is a multiple of 4.
   template <int N, class T>
-  BBB_DEVICE void fill(int64_t index, T (&z)[N]) const {
+  BBB_DEVICE void fill(int64_t begin, unsigned at, T (&z)[N]) const {
 #pragma unroll
     for (int j = 0; j < N; j += 4) {
       float block[4];
-      scalar::noise_block(key, static_cast<uint64_t>(index + j) / 4, stream, block);
+      // begin is a multiple of kChunk, so nothing carries.
+      scalar::noise_block(key, static_cast<uint64_t>(begin) / 4 | (at + j) / 4, stream, block);
 #pragma unroll
       for (int i = 0; i < 4; ++i) z[j + i] = block[i];
     }
@@ -144,7 +168,8 @@ int64_t chunk_count(const std::vector<Entry>& entries) {
   return chunks;
 }
 
-// Calls body(entry, chunk, first element of the chunk) for every chunk that falls to this block.
+// Calls body(entry, chunk, first element of the chunk, elements in it) for every chunk that falls to this
+// block.
 template <class Entry, int kCapacity, class Body>
 BBB_DEVICE void for_each_chunk(const Table<Entry, kCapacity>& table, const Body& body) {
   int k = 0;
@@ -152,34 +177,37 @@ BBB_DEVICE void for_each_chunk(const Table<Entry, kCapacity>& table, const Body&
     if constexpr (kCapacity > 1) {
       while (chunk >= table.first_chunk[k + 1]) ++k;
     }
-    body(table.entries[k], chunk, (chunk - table.first_chunk[k]) * kChunk);
+    const auto& entry = table.entries[k];
+    const int64_t begin = (chunk - table.first_chunk[k]) * kChunk;
+    const int64_t left = entry.numel - begin;
+    body(entry, chunk, begin, left < kChunk ? static_cast<int>(left) : kChunk);
   }
 }
 
-// This thread's vectors of a chunk: load(whole, index, left, operands), then use(...) with the same
-// arguments. index is the vector's first element, left how many the tensor has from there, whole is
-// std::true_type where vectors are whole and aligned. Several loads are under way before the first use.
+// This thread's vectors of a chunk of `count` elements: load(whole, at, left, operands), then use(...) with
+// the same arguments. at is the vector's first element, counted in the chunk, left how many the chunk has
+// from there, whole is std::true_type where vectors are whole and aligned. Loads of a second vector are
+// under way before the first is used, where registers allow.
 template <int N, class Operands, class Load, class Use>
-BBB_DEVICE void for_each_vector(
-    bool aligned, int64_t numel, int64_t begin, const Load& load, const Use& use) {
+BBB_DEVICE void for_each_vector(bool aligned, int count, const Load& load, const Use& use) {
   constexpr int kStep = kThreads * N;
-  constexpr int kUnderWay = 8 / N;
-  const int64_t first = begin + static_cast<int>(threadIdx.x) * N;
-  if (aligned && numel - begin >= kChunk) {
+  constexpr int kUnderWay = sizeof(Operands) < 64 ? 8 / N : 1;
+  const unsigned first = threadIdx.x * N;
+  if (aligned && count == kChunk) {
 #pragma unroll 1
-    for (int i = 0; i < kChunk; i += kUnderWay * kStep) {
+    for (unsigned at = first; at < kChunk; at += kUnderWay * kStep) {
       Operands operands[kUnderWay];
 #pragma unroll
-      for (int k = 0; k < kUnderWay; ++k) load(std::true_type{}, first + i + k * kStep, N, operands[k]);
+      for (int k = 0; k < kUnderWay; ++k) load(std::true_type{}, at + k * kStep, N, operands[k]);
 #pragma unroll
-      for (int k = 0; k < kUnderWay; ++k) use(std::true_type{}, first + i + k * kStep, N, operands[k]);
+      for (int k = 0; k < kUnderWay; ++k) use(std::true_type{}, at + k * kStep, N, operands[k]);
     }
   } else {
 #pragma unroll 1
-    for (int64_t i = first; i < std::min(begin + kChunk, numel); i += kStep) {
+    for (unsigned at = first; at < static_cast<unsigned>(count); at += kStep) {
       Operands operands;
-      load(std::false_type{}, i, numel - i, operands);
-      use(std::false_type{}, i, numel - i, operands);
+      load(std::false_type{}, at, count - static_cast<int>(at), operands);
+      use(std::false_type{}, at, count - static_cast<int>(at), operands);
     }
   }
 }

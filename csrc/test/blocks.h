@@ -10,7 +10,7 @@
 #include <functional>
 
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 #define BBB_DEVICE inline
 #define BBB_DISPATCH_KEY CPU
