@@ -1,19 +1,32 @@
-"""The one table of layer cases."""
+"""The tables of cases: layers, parameter kernels, models, predictions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import eager
 import torch
 from torch import Tensor, nn
 
+from bbb_fast import functional, models
 from bbb_fast.layers import BBB, BBB_LRT
+
+PRECISIONS = {
+    "float32": "float32",  # tf32 products on a GPU
+    "autocast": "bf16 autocast",  # float32 parameters, bfloat16 activations and products
+    "bfloat16": "bf16 throughout",
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and its input: ``kernel`` 0 means linear, else a 2-d convolution on ``size``^2 images."""
+    """A layer and its input: ``kernel`` 0 means linear, else a 2-d convolution on ``size``^2 images.
+
+    ``compiled`` names the estimators whose textbook formulas are also timed under torch.compile, where a
+    benchmark does that (it takes seconds each); ``autotuned`` also under its mode "max-autotune".
+    """
 
     name: str
     inputs: int
@@ -22,29 +35,45 @@ class Case:
     kernel: int = 0
     padding: int = 0
     size: int = 0
+    precision: str = "float32"
+    channels_last: bool = False
+    compiled: tuple[str, ...] = ()
+    autotuned: bool = False
 
-    def input(self) -> Tensor:
+    def place(self, thing: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+        """A tensor or module, moved there, in this case's memory format."""
+        if self.channels_last:
+            return thing.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+        return thing.to(device=device, dtype=dtype)
+
+    @property
+    def output_size(self) -> int:
+        """Height and width of a convolution's output."""
+        return self.size + 2 * self.padding - self.kernel + 1
+
+    def input(self, device: torch.device | str | None = None) -> Tensor:
+        """Standard normal numbers, of the type that activations have in this precision."""
         shape = (self.inputs, self.size, self.size) if self.kernel else (self.inputs,)
-        return torch.randn(self.batch, *shape)
+        x = torch.randn(self.batch, *shape, device=device)
+        return self.place(x, device, None if self.precision == "float32" else torch.bfloat16)
+
+    def layer(self, name: str, device: torch.device | str | None = None) -> nn.Module:
+        """The contender "nn", "bbb", "lrt", "eager_bbb" or "eager_lrt"."""
+        i, o, k, p = self.inputs, self.outputs, self.kernel, self.padding
+        with torch.device(device or "cpu"):
+            if name == "nn":
+                layer = nn.Conv2d(i, o, k, padding=p) if k else nn.Linear(i, o)
+            elif name.startswith("eager_"):
+                estimator = name.removeprefix("eager_")
+                layer = eager.conv2d(i, o, k, p, estimator) if k else eager.linear(i, o, estimator)
+            else:
+                layers = {"bbb": BBB, "lrt": BBB_LRT}[name]
+                layer = layers.BBBConv2d(i, o, k, padding=p) if k else layers.BBBLinear(i, o)
+        return self.place(layer, device, torch.bfloat16 if self.precision == "bfloat16" else None)
 
     def layers(self) -> dict[str, nn.Module]:
         """Contender name -> layer; "nn" is the one the others are measured against."""
-        i, o, k, p = self.inputs, self.outputs, self.kernel, self.padding
-        if k:
-            return {
-                "nn": nn.Conv2d(i, o, k, padding=p),
-                "bbb": BBB.BBBConv2d(i, o, k, padding=p),
-                "lrt": BBB_LRT.BBBConv2d(i, o, k, padding=p),
-                "eager_bbb": eager.conv2d(i, o, k, p, "bbb"),
-                "eager_lrt": eager.conv2d(i, o, k, p, "lrt"),
-            }
-        return {
-            "nn": nn.Linear(i, o),
-            "bbb": BBB.BBBLinear(i, o),
-            "lrt": BBB_LRT.BBBLinear(i, o),
-            "eager_bbb": eager.linear(i, o, "bbb"),
-            "eager_lrt": eager.linear(i, o, "lrt"),
-        }
+        return {name: self.layer(name) for name in ("nn", "bbb", "lrt", "eager_bbb", "eager_lrt")}
 
 
 CASES = (
@@ -55,3 +84,274 @@ CASES = (
     Case("conv 32-64 k5 p2, 15^2, batch 256", 32, 64, 256, kernel=5, padding=2, size=15),
     Case("conv 64-64 k3 p1, 32^2, batch 128", 64, 64, 128, kernel=3, padding=1, size=32),
 )
+
+
+def _linear(size: int, batch: int, precision: str, **options: Any) -> Case:
+    name = f"linear {size}x{size}, batch {batch}, {PRECISIONS[precision]}"
+    return Case(name, size, size, batch, precision=precision, **options)
+
+
+def _conv(channels: int, size: int, batch: int, precision: str, **options: Any) -> Case:
+    last = precision != "float32"
+    name = f"conv {channels}-{channels} k3 p1, {size}^2, batch {batch}, {PRECISIONS[precision]}"
+    return Case(
+        name + (" channels_last" if last else ""),
+        channels,
+        channels,
+        batch,
+        kernel=3,
+        padding=1,
+        size=size,
+        precision=precision,
+        channels_last=last,
+        **options,
+    )
+
+
+_BOTH = ("lrt", "bbb")
+
+# For benchmarks/gpu.py, the most important first: a run that is short of time leaves out the last ones.
+GPU_CASES = (
+    _linear(4096, 4096, "autocast", compiled=_BOTH),
+    _conv(256, 14, 64, "autocast", compiled=_BOTH),
+    _linear(1024, 1024, "autocast", compiled=_BOTH),
+    _linear(4096, 4096, "bfloat16", compiled=("lrt",)),
+    _linear(4096, 4096, "float32", compiled=("lrt",)),
+    _conv(64, 56, 64, "autocast", compiled=("lrt",)),
+    _linear(4096, 128, "autocast", compiled=_BOTH),
+    _linear(8192, 8192, "autocast"),
+    _linear(2048, 1024, "autocast"),
+    _conv(64, 56, 64, "float32", compiled=("lrt",)),
+    _conv(128, 28, 64, "autocast"),
+    _conv(512, 7, 64, "autocast"),
+    _linear(1024, 128, "float32"),
+    _linear(8192, 1024, "float32"),
+    _conv(256, 14, 64, "float32"),
+)
+# Autotuning takes a minute, so it has cases of its own, which come last.
+GPU_AUTOTUNED_CASES = (
+    _linear(4096, 4096, "autocast", autotuned=True),
+    _conv(256, 14, 64, "autocast", autotuned=True),
+)
+# Every path of the above in seconds, for a machine without a GPU.
+GPU_SMOKE_CASES = (
+    _linear(32, 16, "autocast", compiled=("lrt",)),
+    _linear(32, 16, "bfloat16"),
+    _linear(32, 16, "float32", compiled=("bbb",)),
+    _conv(8, 7, 2, "autocast", compiled=("lrt",)),
+    _conv(8, 7, 2, "float32"),
+)
+GPU_SMOKE_AUTOTUNED_CASES = (_linear(32, 16, "float32", autotuned=True),)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An elementwise pass: the bytes an element that it has to move, our op, and the textbook formula.
+
+    ``arguments`` picks the op's arguments out of ``tensors``; ``inputs`` names the formula's. With ``leaves``
+    the formula's backward is meant, for those inputs. ``compiled``: time it under torch.compile too.
+    """
+
+    name: str
+    bytes_per_element: int
+    tensors: Callable[[int, torch.device], dict[str, Tensor]]
+    op: str
+    arguments: Callable[[dict[str, Tensor]], tuple[Any, ...]]
+    formula: Callable[..., Any] | None = None
+    inputs: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    compiled: bool = True
+
+
+def _weights(n: int, device: torch.device) -> dict[str, Tensor]:
+    return {
+        "mu": torch.randn(n, device=device) * 0.1,
+        "rho": torch.randn(n, device=device) * 0.1 - 3,
+        "grad": torch.randn(n, device=device),
+        "one": torch.ones((), device=device),
+        "rng": functional.draw_rng(device),
+    }
+
+
+def _activations(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {
+        "m": torch.randn(n, device=device).to(dtype),
+        "v": (torch.rand(n, device=device) + 0.1).to(dtype),
+        "grad": torch.randn(n, device=device).to(dtype),
+        "rng": functional.draw_rng(device),
+    }
+
+
+def _narrow_activations(n: int, device: torch.device) -> dict[str, Tensor]:
+    return _activations(n, device, torch.bfloat16)
+
+
+def _kl_formula(mu: Tensor, rho: Tensor) -> Tensor:
+    return eager.kl(mu, eager.sigma(rho))
+
+
+def _narrow_variance(rho: Tensor) -> Tensor:
+    return eager.variance(rho).to(torch.bfloat16)
+
+
+def _narrow_sample(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    w, kl = eager.sample_and_kl(mu, rho)
+    return w.to(torch.bfloat16), kl
+
+
+_MU_RHO = ("mu", "rho")
+
+KERNELS = (
+    Kernel(
+        "sampling + KL", 12, _weights,
+        "sample_weights", lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, True, None),
+        eager.sample_and_kl, _MU_RHO,
+    ),
+    Kernel(
+        "sampling + KL, backward", 20, _weights,
+        "posterior_backward",
+        lambda t: ([t["grad"]], t["one"], [t["mu"]], [t["rho"]], t["rng"], [0.0], [0.1]),
+        eager.sample_and_kl, _MU_RHO, leaves=_MU_RHO,
+    ),
+    Kernel(
+        "KL", 8, _weights,
+        "kl_divergence", lambda t: ([t["mu"]], [t["rho"]], [0.0], [0.1]),
+        _kl_formula, _MU_RHO,
+    ),
+    Kernel(
+        "KL, backward", 16, _weights,
+        "posterior_backward",
+        lambda t: ([None], t["one"], [t["mu"]], [t["rho"]], None, [0.0], [0.1]),
+        _kl_formula, _MU_RHO, leaves=_MU_RHO,
+    ),
+    Kernel(
+        "variance", 8, _weights,
+        "variance", lambda t: (t["rho"], torch.float32),
+        eager.variance, ("rho",),
+    ),
+    Kernel(
+        "variance, backward", 12, _weights,
+        "variance_backward", lambda t: (t["grad"], t["rho"]),
+        eager.variance, ("rho",), leaves=("rho",),
+    ),
+    Kernel(
+        "LRT epilogue", 12, _activations,
+        "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
+        eager.lrt_sample, ("m", "v"),
+    ),
+    # The gradient of m is the gradient given: v's is all that a backward has to form.
+    Kernel(
+        "LRT epilogue, backward", 12, _activations,
+        "lrt_sample_backward", lambda t: (t["grad"], t["v"], t["rng"]),
+        eager.lrt_sample, ("m", "v"), leaves=("v",),
+    ),
+    Kernel(
+        "sampling, no KL", 12, _weights,
+        "sample_weights", lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, False, None),
+    ),
+    Kernel(
+        "sampling, no KL, backward", 20, _weights,
+        "posterior_backward",
+        lambda t: ([t["grad"]], None, [t["mu"]], [t["rho"]], t["rng"], [0.0], [0.1]),
+    ),
+    Kernel(
+        "sampling + KL to bf16", 10, _weights,
+        "sample_weights", lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, True, torch.bfloat16),
+        _narrow_sample, _MU_RHO, compiled=False,
+    ),
+    Kernel(
+        "variance to bf16", 6, _weights,
+        "variance", lambda t: (t["rho"], torch.bfloat16),
+        _narrow_variance, ("rho",), compiled=False,
+    ),
+    Kernel(
+        "LRT epilogue, bf16", 6, _narrow_activations,
+        "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
+        eager.lrt_sample, ("m", "v"), compiled=False,
+    ),
+    Kernel(
+        "LRT epilogue, bf16, backward", 6, _narrow_activations,
+        "lrt_sample_backward", lambda t: (t["grad"], t["v"], t["rng"]),
+        eager.lrt_sample, ("m", "v"), leaves=("v",), compiled=False,
+    ),
+    Kernel(
+        "square, bf16", 4, _narrow_activations,
+        "square", lambda t: (t["m"], torch.bfloat16),
+        lambda x: x**2, ("m",), compiled=False,
+    ),
+    Kernel(
+        "square, bf16, backward", 8, _narrow_activations,
+        "square_backward_", lambda t: (t["v"], t["m"], t["grad"]),
+        lambda g, x, grad: g + 2 * x * grad, ("v", "m", "grad"), compiled=False,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model's training step on ``batch`` images, float32: a class of ``bbb_fast.models`` and its twin.
+
+    ``variant`` "compiled" sets it against the formulas under torch.compile; "CUDA graphs" replays it as one.
+    """
+
+    bayesian: type
+    point: type
+    batch: int
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        what = self.bayesian.__name__.removeprefix("BBB")
+        return f"{what}, batch {self.batch}, float32{self.variant and f', {self.variant}'}"
+
+    def model(self, name: str, device: torch.device | str | None = None) -> nn.Module:
+        """The contender "nn", "bbb", "lrt", "eager_bbb" or "eager_lrt"."""
+        with torch.device(device or "cpu"):
+            if name == "nn":
+                return self.point(10, 3)
+            if name.startswith("eager_"):
+                return eager.EagerModel(self.bayesian, 10, 3, name.removeprefix("eager_"))
+            return self.bayesian(10, 3, layer_type=name)
+
+    def input(self, device: torch.device | str | None = None) -> Tensor:
+        return torch.randn(self.batch, 3, 32, 32, device=device)
+
+
+def model_cases(batch: int) -> list[ModelCase]:
+    return [
+        ModelCase(models.BBBLeNet, models.LeNet, batch),
+        ModelCase(models.BBBAlexNet, models.AlexNet, batch),
+        ModelCase(models.BBB3Conv3FC, models.ThreeConvThreeFC, batch),
+    ]
+
+
+@dataclass(frozen=True)
+class PredictCase:
+    """``samples`` outputs for ``batch`` inputs, of 3Conv3FC (LRT layers) or of one BBB linear layer."""
+
+    batch: int
+    samples: int
+    size: int = 0  # of the linear layer; 0: the model
+
+    @property
+    def group(self) -> str:
+        what = f"BBBLinear {self.size}x{self.size}" if self.size else "BBB3Conv3FC"
+        return f"{what}, batch {self.batch}"
+
+    @property
+    def name(self) -> str:
+        return f"predict, {self.group}, {self.samples} draws"
+
+    def model(self, name: str, device: torch.device | str | None = None) -> nn.Module:
+        """The contender "ours", "eager_bbb" or "eager_lrt"."""
+        if not self.size:
+            case = ModelCase(models.BBB3Conv3FC, models.ThreeConvThreeFC, self.batch)
+            return case.model("lrt" if name == "ours" else name, device)
+        return Case("", self.size, self.size, self.batch).layer("bbb" if name == "ours" else name, device)
+
+    def input(self, device: torch.device | str | None = None) -> Tensor:
+        return torch.randn(self.batch, *((self.size,) if self.size else (3, 32, 32)), device=device)
+
+
+def predict_cases(batches: tuple[int, ...], samples: tuple[int, ...], size: int) -> list[PredictCase]:
+    return [PredictCase(n, s, linear) for linear in (0, size) for n in batches for s in samples]

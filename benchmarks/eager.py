@@ -32,6 +32,15 @@ def sample_and_kl(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     return mu + eps * sig, kl(mu, sig)
 
 
+def variance(rho: Tensor) -> Tensor:
+    return sigma(rho) ** 2
+
+
+def lrt_sample(m: Tensor, v: Tensor) -> Tensor:
+    """m + sqrt(v) * eps, the last pass of local reparameterization."""
+    return m + torch.sqrt(1e-16 + v) * torch.empty_like(m).normal_(0, 1)
+
+
 class EagerLayer(nn.Module):
     """Weight-space (``bbb``) or local-reparameterization (``lrt``) layer around any linear map."""
 
@@ -44,24 +53,68 @@ class EagerLayer(nn.Module):
         self.apply_weights = apply
         self.estimator = estimator
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         W_sigma, bias_sigma = sigma(self.W_rho), sigma(self.bias_rho)
-        self.sigmas = W_sigma, bias_sigma
         if self.estimator == "bbb":
             W = self.W_mu + torch.empty_like(W_sigma).normal_(0, 1) * W_sigma
             b = self.bias_mu + torch.empty_like(bias_sigma).normal_(0, 1) * bias_sigma
-            return self.apply_weights(x, W, b)
+            return self.apply_weights(x, W, b), (W_sigma, bias_sigma)
         mean = self.apply_weights(x, self.W_mu, self.bias_mu)
-        std = torch.sqrt(1e-16 + self.apply_weights(x**2, W_sigma**2, bias_sigma**2))
-        return mean + std * torch.empty_like(mean).normal_(0, 1)
+        v = self.apply_weights(x**2, W_sigma**2, bias_sigma**2)
+        return lrt_sample(mean, v), (W_sigma, bias_sigma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.sigmas = self._run(x)
+        return y
 
     def kl_loss(self) -> Tensor:
-        return kl(self.W_mu, self.sigmas[0]) + kl(self.bias_mu, self.sigmas[1])
+        return self._kl(self.sigmas)
+
+    def _kl(self, sigmas: tuple[Tensor, Tensor]) -> Tensor:
+        return kl(self.W_mu, sigmas[0]) + kl(self.bias_mu, sigmas[1])
+
+    # What torch.compile gets: functions without side effects, the KL in the same graph as the output.
+
+    def output(self, x: Tensor) -> Tensor:
+        return self._run(x)[0]
+
+    def output_with_kl(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, sigmas = self._run(x)
+        return y, self._kl(sigmas)
 
 
 def linear(i: int, o: int, estimator: str) -> EagerLayer:
     return EagerLayer((o, i), F.linear, estimator)
 
 
-def conv2d(i: int, o: int, k: int, padding: int, estimator: str) -> EagerLayer:
-    return EagerLayer((o, i, k, k), lambda x, w, b: F.conv2d(x, w, b, padding=padding), estimator)
+def conv2d(i: int, o: int, k: int, padding: int, estimator: str, stride: int = 1) -> EagerLayer:
+    return EagerLayer(
+        (o, i, k, k), lambda x, w, b: F.conv2d(x, w, b, stride=stride, padding=padding), estimator
+    )
+
+
+class EagerModel(nn.Module):
+    """One of bbb_fast's architectures (a class of ``bbb_fast.models``) with the layers above."""
+
+    def __init__(self, architecture: type, outputs: int, inputs: int, estimator: str) -> None:
+        super().__init__()
+
+        def conv(i: int, o: int, k: int, stride: int = 1, padding: int = 0) -> EagerLayer:
+            return conv2d(i, o, k, padding, estimator, stride)
+
+        architecture._build(self, outputs, inputs, conv, lambda i, o: linear(i, o, estimator), nn.Softplus)
+
+    def output(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            x = module.output(x) if isinstance(module, EagerLayer) else module(x)
+        return x
+
+    def output_with_kl(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(())
+        for module in self.children():
+            if isinstance(module, EagerLayer):
+                x, part = module.output_with_kl(x)
+                total = total + part
+            else:
+                x = module(x)
+        return x, total
