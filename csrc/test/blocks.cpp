@@ -70,10 +70,22 @@ bool release(int begin, int end, State state) {
   return true;
 }
 
-void run_block(std::mt19937& random) {
-  std::vector<int> turn(kThreads);
-  std::iota(turn.begin(), turn.end(), 0);
+// Runs a warp until its threads have finished or wait for the block.
+void run_warp(int warp, std::mt19937& random) {
+  std::vector<int> turn(kWarp);
+  std::iota(turn.begin(), turn.end(), warp * kWarp);
   if (order == "reverse") std::reverse(turn.begin(), turn.end());
+  do {
+    if (order == "shuffled") std::shuffle(turn.begin(), turn.end(), random);
+    for (int t : turn) {
+      if (fibers[t].state != State::ready) continue;
+      thread_index.x = static_cast<unsigned>(t);
+      swapcontext(&scheduler, &fibers[t].context);
+    }
+  } while (release(warp * kWarp, (warp + 1) * kWarp, State::at_shuffle));
+}
+
+void run_block(std::mt19937& random) {
   for (Fiber& fiber : fibers) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -83,23 +95,18 @@ void run_block(std::mt19937& random) {
     fiber.state = State::ready;
     fiber.shuffles = 0;
   }
-  for (;;) {
+  // Each warp goes as far as it can before the next one starts: one that no barrier holds back is then far
+  // ahead of those whose numbers it needs, or whose numbers it overwrites.
+  std::vector<int> turn(kThreads / kWarp);
+  std::iota(turn.begin(), turn.end(), 0);
+  if (order == "reverse") std::reverse(turn.begin(), turn.end());
+  do {
     if (order == "shuffled") std::shuffle(turn.begin(), turn.end(), random);
-    for (int t : turn) {
-      if (fibers[t].state != State::ready) continue;
-      thread_index.x = static_cast<unsigned>(t);
-      swapcontext(&scheduler, &fibers[t].context);
-    }
-    bool released = release(0, kThreads, State::at_barrier);
-    for (int warp = 0; warp < kThreads; warp += kWarp) {
-      released |= release(warp, warp + kWarp, State::at_shuffle);
-    }
-    if (released) continue;
-    for (const Fiber& fiber : fibers) {
-      TORCH_INTERNAL_ASSERT(
-          fiber.state == State::finished, "threads of a block wait for each other in different places");
-    }
-    return;
+    for (int warp : turn) run_warp(warp, random);
+  } while (release(0, kThreads, State::at_barrier));
+  for (const Fiber& fiber : fibers) {
+    TORCH_INTERNAL_ASSERT(
+        fiber.state == State::finished, "threads of a block wait for each other in different places");
   }
 }
 
