@@ -112,8 +112,7 @@ inline bool check_posterior_backward(
     any = true;
   }
   if (grad_kl && grad_kl->defined()) {
-    TORCH_CHECK_VALUE(
-        grad_kl->numel() == 1, op, ": grad_kl must be a scalar, got shape ", grad_kl->sizes());
+    TORCH_CHECK_VALUE(grad_kl->numel() == 1, op, ": grad_kl must be a scalar, got shape ", grad_kl->sizes());
     check_device(op, "grad_kl", *grad_kl, mu[0].device());
   }
   TORCH_CHECK_VALUE(

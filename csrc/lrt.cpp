@@ -90,8 +90,8 @@ void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at:
 // one of these (a second derivative, say) raises, instead of giving wrong numbers.
 TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
   for (const char* name :
-       {"normal", "posterior_backward", "variance", "variance_backward",
-        "square", "square_backward_", "lrt_sample_", "lrt_sample_backward", "lrt_linear_backward", "lrt_conv_backward"}) {
+       {"normal", "posterior_backward", "variance", "variance_backward", "square", "square_backward_",
+        "lrt_sample_", "lrt_sample_backward", "lrt_linear_backward", "lrt_conv_backward"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

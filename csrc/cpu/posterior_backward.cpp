@@ -54,16 +54,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward_
       g_w = given->contiguous();
       if (m.scalar_type() == at::kDouble) g_w = g_w.to(at::kDouble);
     }
-    const BackwardArgs args{
-        Span(m),
-        Span(r),
-        g_w.defined() ? Span(g_w) : Span(),
-        Span(g_m),
-        Span(g_r),
-        seed,
-        stream + k,
-        {prior_mu[k], prior_sigma[k]},
-        g_kl};
+    const BackwardArgs args{Span(m), Span(r),    g_w.defined() ? Span(g_w) : Span(), Span(g_m), Span(g_r),
+                            seed,    stream + k, {prior_mu[k], prior_sigma[k]},      g_kl};
     for_each_chunk(
         m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(backward_chunks, args, begin, end) });
     grad_mu.push_back(std::move(g_m));

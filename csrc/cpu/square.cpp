@@ -81,8 +81,7 @@ inline void square_backward_chunks(const SquareBackwardArgs& a, int64_t begin, i
   const int64_t stop = std::min(end * kChunk, a.x.numel);
   if (a.x.dtype == at::kDouble) {
     for (int64_t i = begin * kChunk; i < stop; ++i) {
-      write_double(
-          a.grad_x, i, read_double(a.grad_x, i) + 2.0 * read_double(a.x, i) * read_any(a.grad, i));
+      write_double(a.grad_x, i, read_double(a.grad_x, i) + 2.0 * read_double(a.x, i) * read_any(a.grad, i));
     }
     return;
   }

@@ -48,9 +48,7 @@ struct KlSum<double> {
   BBB_DEVICE void add(double mu, double rho, const Sigma& s, const Prior& prior) {
     sum += f64::kl_terms(mu, rho, s, prior);
   }
-  BBB_DEVICE double total() const {
-    return sum;
-  }
+  BBB_DEVICE double total() const { return sum; }
 };
 
 template <class A>

@@ -53,9 +53,9 @@ int resident_blocks() {
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     TORCH_CHECK(
-        false, "bbb_fast was built for the GPU architectures ", BBB_STRING(BBB_FAST_CUDA_ARCHS), " and cuda:", device,
-        " has ", major, ".", minor, "; reinstall with TORCH_CUDA_ARCH_LIST=", major, ".", minor,
-        " or use bbb_fast.set_backend('reference')");
+        false, "bbb_fast was built for the GPU architectures ", BBB_STRING(BBB_FAST_CUDA_ARCHS),
+        " and cuda:", device, " has ", major, ".", minor, "; reinstall with TORCH_CUDA_ARCH_LIST=", major,
+        ".", minor, " or use bbb_fast.set_backend('reference')");
   }
   C10_CUDA_CHECK(status);
   const int resident = std::max(1, multiprocessors * blocks);
@@ -68,7 +68,7 @@ template <auto kKernel, class... Args>
 void launch(int64_t chunks, const Args&... args) {
   if (chunks == 0) return;
   const auto blocks = std::min<int64_t>(chunks, resident_blocks<kKernel>());
-  kKernel<<<static_cast<unsigned>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(args...);
+  kKernel<<<static_cast<unsigned>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()> > >(args...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -124,12 +124,8 @@ struct Table {
   int64_t first_chunk[kCapacity + 1] = {0};
   Entry entries[kCapacity];
 
-  bool full() const {
-    return count == kCapacity;
-  }
-  int64_t chunks() const {
-    return first_chunk[count];
-  }
+  bool full() const { return count == kCapacity; }
+  int64_t chunks() const { return first_chunk[count]; }
   void add(const Entry& entry) {
     entries[count] = entry;
     first_chunk[count + 1] = first_chunk[count] + (entry.numel + kChunk - 1) / kChunk;

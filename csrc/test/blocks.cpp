@@ -1,6 +1,4 @@
 // The scheduler of blocks.h, and the ops by which tests steer it.
-#include "../cuda/platform.h"
-
 #include <torch/library.h>
 #include <ucontext.h>
 
@@ -10,6 +8,8 @@
 #include <random>
 #include <string>
 #include <vector>
+
+#include "../cuda/platform.h"
 
 namespace bbb_fast::blocks {
 
