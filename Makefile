@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.$(if $(NO_EXT),reference,native)
 OTHER := $(VENV)/.$(if $(NO_EXT),native,reference)
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 OP_TESTS := $(addprefix python_tests/test_,noise.py sample_weights.py kl_divergence.py lrt.py layers.py \
-  losses.py errors.py kernels_on_cpu.py)
+  losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
 
 .PHONY: demo test test-slow test-cpp test-blocks cuda-check gpu-report lint format bench setup clean
 

@@ -72,7 +72,7 @@ def find_toolkit() -> Path | None:
     """The folder of a CUDA toolkit with a compiler and headers."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
-        # nvcc on PATH may be a script or a link that stands elsewhere than the toolkit; it says where that is.
+        # nvcc on PATH may be a script or a link outside the toolkit; it says itself where that is.
         top = re.search(r"^#\$ TOP=(.*)$", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull), re.M)
         candidates.append(os.path.realpath(top.group(1)) if top else None)
     candidates.append("/usr/local/cuda")

@@ -36,6 +36,9 @@ TESTS = (
     "test_losses.py",
     "test_compile.py",
     "test_errors.py",
+    "test_kernels_on_cpu.py",
+    "test_inference.py",
+    "test_models.py",
 )
 SMOKE_TESTS = ("test_noise.py", "test_losses.py")
 # Shares of the whole budget. What a stage leaves over goes to the benchmark, which takes what there is.
@@ -475,7 +478,7 @@ def test_stage(device: str, smoke: bool, limit: float, work: Path) -> tuple[Stag
         "-m",
         "not slow",
         "-vv",
-        "-rfE",
+        "-rfEs",
         "--tb=short",
         "-p",
         "no:cacheprovider",

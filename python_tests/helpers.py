@@ -1,8 +1,9 @@
-"""What the op tests share: running an op on both implementations, and comparing."""
+"""What the tests share: the device, running an op on both implementations, and comparing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 import bbb_fast
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Where the tests' tensors are; conftest.py sets it before any test module is imported (--device).
+DEVICE = torch.device("cpu")
 
 
 def rng(seed: int = 1234, stream: int = 5) -> Tensor:
@@ -41,6 +45,118 @@ def grads(
     pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
     result = torch.autograd.grad([o for o, _ in pairs], used, [g for _, g in pairs], allow_unused=True)
     return [o.detach() for o in outputs], list(result)
+
+
+def rng_state() -> Tensor:
+    """The state of PyTorch's default generators, the CPU's and the GPU's."""
+    state = torch.get_rng_state()
+    return torch.cat((state, torch.cuda.get_rng_state(DEVICE))) if DEVICE.type == "cuda" else state
+
+
+def unrelated(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs of a Bayesian layer share no noise: no element of one is close to the other's.
+
+    On the CPU the generator gives the same numbers on every machine. Elsewhere one element in a thousand, or
+    one alone, may meet its counterpart by accident.
+    """
+    close = int(torch.isclose(a, b).sum())
+    return close == 0 if DEVICE.type == "cpu" else close <= max(1, a.numel() // 1000)
+
+
+def alike(a: Tensor, b: Tensor) -> Tensor:
+    """Elementwise, whether two outputs of products of the same numbers agree.
+
+    A GPU library may add the summands of different rows or pixels in different orders.
+    """
+    return torch.isclose(a, b, atol=1e-8 if DEVICE.type == "cpu" else 2e-6)
+
+
+@dataclass
+class Kernel:
+    """A call of an op that has a kernel for each device: its dense operands by name, and how to run it.
+
+    ``run`` takes the operands as keywords and returns the results, an operand that is written to included.
+    """
+
+    operands: dict[str, Tensor]
+    run: Callable[..., list[Tensor]]
+    in_place: str | None = None
+
+    def __call__(self, **changed: Tensor) -> list[Tensor]:
+        """The results; the operands stay as they are, except those given here."""
+        operands = {name: t.clone() for name, t in self.operands.items() if name not in changed}
+        return self.run(**operands, **changed)
+
+
+def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Kernel]:
+    """Every op that has a kernel for each device, over ``count`` elements.
+
+    ``dtype`` is that of parameters and of the mean product's operands, ``other`` that of what is formed from
+    them: weights, variances, squares, and their gradients.
+    """
+    ops = torch.ops.bbb_fast
+    r, prior = rng(), (0.05, 0.4)
+    narrow = [torch.randn(count).to(dtype) for _ in range(3)]
+    rho = (torch.randn(count) - 1.5).to(dtype)
+    formed, v = torch.randn(count).to(other), torch.rand(count).to(other)
+    x, y = {"mu": narrow[0], "rho": rho}, {"grad": formed, "mu": narrow[0], "rho": rho}
+    grad_kl = torch.tensor(0.7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def sample_weights(mu: Tensor, rho: Tensor) -> list[Tensor]:
+        return flat(ops.sample_weights([mu], [rho], r, *prior, True, other))
+
+    def posterior_backward(grad: Tensor, mu: Tensor, rho: Tensor) -> list[Tensor]:
+        return flat(ops.posterior_backward([grad], grad_kl, [mu], [rho], r, *([p] for p in prior)))
+
+    def kl_divergence(mu: Tensor, rho: Tensor) -> list[Tensor]:
+        return [ops.kl_divergence([mu], [rho], *([p] for p in prior))]
+
+    def backward_of_kl(mu: Tensor, rho: Tensor) -> list[Tensor]:
+        return flat(ops.posterior_backward([None], grad_kl, [mu], [rho], None, *([p] for p in prior)))
+
+    def square_backward(grad_input: Tensor, input: Tensor, grad: Tensor) -> list[Tensor]:
+        ops.square_backward_(grad_input, input, grad)
+        return [grad_input]
+
+    def lrt_sample(m: Tensor, v: Tensor) -> list[Tensor]:
+        ops.lrt_sample_(m, v, r)
+        return [m]
+
+    return {
+        "normal": Kernel({}, lambda: [ops.normal([count], r, dtype)]),
+        "sample_weights": Kernel(x, sample_weights),
+        "posterior_backward": Kernel(y, posterior_backward),
+        "kl_divergence": Kernel(x, kl_divergence),
+        "posterior_backward, KL alone": Kernel(x, backward_of_kl),
+        "variance": Kernel({"rho": rho}, lambda rho: [ops.variance(rho, other)]),
+        "variance_backward": Kernel(
+            {"grad": formed, "rho": rho}, lambda grad, rho: [ops.variance_backward(grad, rho)]
+        ),
+        "square": Kernel({"input": narrow[0]}, lambda input: [ops.square(input, other)]),
+        "square_backward_": Kernel(
+            {"grad_input": narrow[1], "input": narrow[0], "grad": formed}, square_backward, "grad_input"
+        ),
+        "lrt_sample_": Kernel({"m": narrow[0], "v": v}, lrt_sample, "m"),
+        "lrt_sample_backward": Kernel(
+            {"grad": narrow[0], "v": v}, lambda grad, v: [ops.lrt_sample_backward(grad, v, r)]
+        ),
+    }
+
+
+# The names of kernels() and their operands, for parametrize.
+KERNELS = {
+    "normal": (),
+    "sample_weights": ("mu", "rho"),
+    "posterior_backward": ("grad", "mu", "rho"),
+    "kl_divergence": ("mu", "rho"),
+    "posterior_backward, KL alone": ("mu", "rho"),
+    "variance": ("rho",),
+    "variance_backward": ("grad", "rho"),
+    "square": ("input",),
+    "square_backward_": ("grad_input", "input", "grad"),
+    "lrt_sample_": ("m", "v"),
+    "lrt_sample_backward": ("grad", "v"),
+}
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -76,5 +192,7 @@ def assert_same(
         return
     assert a.shape == b.shape
     assert a.dtype == b.dtype
+    if DEVICE.type == "cuda" and dtype == torch.float32:
+        loosen *= 4  # a GPU's library picks the order of a sum by the shape of the product
     rtol, atol = (TOLERANCE[dtype][kind] * loosen for kind in ("rtol", "atol"))
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol * size, equal_nan=False)

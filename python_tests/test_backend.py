@@ -19,6 +19,8 @@ import bbb_fast
 from bbb_fast import _backend, functional
 from bbb_fast.layers import BBB
 
+pytestmark = pytest.mark.cpu_only("about loading and choosing, not about devices")
+
 ROOT = Path(bbb_fast.__file__).parents[1]
 
 

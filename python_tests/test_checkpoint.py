@@ -15,6 +15,8 @@ import torch
 from bbb_fast import checkpoint
 from bbb_fast.checkpoint import CheckpointError
 
+pytestmark = pytest.mark.cpu_only("files, whatever the device")
+
 
 def model_config(**changes: Any) -> dict[str, Any]:
     config = {"model": "lenet", "layer_type": "lrt", "activation": "softplus", "dataset": "digits"}

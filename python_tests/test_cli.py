@@ -18,6 +18,8 @@ import bbb_fast
 from bbb_fast import checkpoint
 from bbb_fast.cli import main, train
 
+pytestmark = pytest.mark.cpu_only("the command line names its device itself")
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "train", "--train-size", "200", "--valid-size", "80", "--batch-size", "64", "--threads", "1",

@@ -22,6 +22,8 @@ import torch
 from bbb_fast import data
 from bbb_fast.data import DataError, ImageSet
 
+pytestmark = pytest.mark.cpu_only("images are prepared on the CPU")
+
 IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "notmnist": "notMNIST"}
 
 

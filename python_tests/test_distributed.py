@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bbb_fast import fixed_noise, functional, kl_loss
 from bbb_fast.layers import BBB, BBB_LRT
+
+pytestmark = pytest.mark.cpu_only("gloo")
 
 
 def _worker(rank: int, folder: str) -> None:

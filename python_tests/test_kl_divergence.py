@@ -120,8 +120,8 @@ def test_opcheck(native: None) -> None:
     torch.library.opcheck(torch.ops.bbb_fast.kl_divergence, ([m0, m1], [r0, r1], [0.0, 0.1], [0.1, 0.2]))
     detached = [[t.detach() for t in ts] for ts in ([m0, m1], [r0, r1])]
     torch.library.opcheck(
-        torch.ops.bbb_fast.kl_divergence_backward,
-        (torch.tensor(1.0), *detached, [0.0, 0.1], [0.1, 0.2]),
+        torch.ops.bbb_fast.posterior_backward,
+        ([None, None], torch.tensor(1.0), *detached, None, [0.0, 0.1], [0.1, 0.2]),
     )
 
 

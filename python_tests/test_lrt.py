@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same, grads, leaf, on, posterior, rng
+from helpers import DEVICE, DTYPES, assert_same, grads, leaf, on, posterior, rng
 from torch import Tensor
 
 from bbb_fast import functional, reference
@@ -269,9 +269,13 @@ def test_thread_count_changes_nothing_in_the_passes(isa: str, threads: None) -> 
         torch.set_num_threads(count)
         y = m.clone()
         ops.lrt_sample_(y, v, rng())
+        g = m.clone()
+        ops.square_backward_(g, rho, v)
         results.append(
             [
                 y,
+                g,
+                ops.square(rho, torch.bfloat16),
                 ops.lrt_sample_backward(m, v, rng()),
                 ops.variance(rho, torch.float32),
                 ops.variance_backward(m, rho),
@@ -300,11 +304,81 @@ def test_variance_equals_reference(isa: str, dtype: torch.dtype) -> None:
     assert_same(torch.ops.bbb_fast.variance_backward(grad, rho.detach()), g, dtype, 5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("input_dtype", DTYPES)
+def test_square_equals_reference(isa: str, input_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    x = torch.randn(1003).to(input_dtype)
+    assert_same(torch.ops.bbb_fast.square(x, dtype), reference.square(x, dtype), dtype)
+
+
+def test_square_is_formed_before_it_is_rounded(native: None) -> None:
+    """What float16 cannot hold, float32 can."""
+    x = torch.tensor([300.0, -300.0, 1e-4, -6e-8, 0.0], dtype=torch.float16)
+    square = torch.ops.bbb_fast.square
+    assert torch.equal(square(x, torch.float32), x.float() ** 2)
+    assert torch.equal(square(x, torch.float16), (x.float() ** 2).half())
+    wide = torch.tensor([1e-30, 3e20, -1e-22])
+    assert torch.equal(square(wide, torch.float64), wide.double() ** 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+def test_square_backward_equals_reference(isa: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    """Adds 2 x grad in place, x's type throughout; the factor is the gradient of reference.square."""
+    x, grad_x, grad = (torch.randn(1003).to(t) for t in (dtype, dtype, grad_dtype))
+    wide = x.to(reference.accumulate_dtype(x)).requires_grad_()
+    (slope,) = torch.autograd.grad(reference.square(wide, wide.dtype), wide, grad.to(wide.dtype))
+    expected = (grad_x.to(wide.dtype) + slope).to(dtype)
+    assert torch.ops.bbb_fast.square_backward_(grad_x, x, grad) is None
+    assert_same(grad_x, expected, dtype)
+
+
+def test_square_keeps_the_memory_format(native: None) -> None:
+    x = torch.randn(2, 3, 5, 4).contiguous(memory_format=torch.channels_last)
+    y = torch.ops.bbb_fast.square(x, torch.float32)
+    assert y.stride() == x.stride() and torch.equal(y, x * x)
+    holes = torch.randn(6, 8)[::2, ::3]
+    assert torch.equal(torch.ops.bbb_fast.square(holes, torch.float32), holes * holes)
+    assert torch.ops.bbb_fast.square(torch.randn(2, 0, 3), torch.bfloat16).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("turned", [(), (0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)])
+def test_square_backward_pairs_elements_by_index(native: None, turned: tuple[int, ...]) -> None:
+    """Whatever the strides of the three: each may be channels_last, and input and grad not even dense."""
+    tensors = [torch.randn(2, 3, 5, 4) for _ in range(3)]
+    grad_x, x, grad = (
+        t.contiguous(memory_format=torch.channels_last) if k in turned else t for k, t in enumerate(tensors)
+    )
+    expected = grad_x + 2 * x * grad
+    torch.ops.bbb_fast.square_backward_(grad_x, x, grad)
+    torch.testing.assert_close(grad_x, expected)
+    grad_x, x, grad = torch.randn(3, 4), torch.randn(4, 6)[:, ::2].t(), torch.randn(4).expand(3, 4)
+    expected = grad_x + 2 * x * grad
+    torch.ops.bbb_fast.square_backward_(grad_x, x, grad)
+    torch.testing.assert_close(grad_x, expected)
+
+
+def test_square_backward_rejects_what_it_cannot_add(native: None) -> None:
+    square_backward_ = torch.ops.bbb_fast.square_backward_
+    x = torch.randn(4, 5)
+    with pytest.raises(TypeError, match="grad_input and input must have one dtype"):
+        square_backward_(x.double(), x, x)
+    for shapes in ((x[:2], x, x), (x, x[:2], x), (x, x, x[:2])):
+        with pytest.raises(ValueError, match="must have one shape"):
+            square_backward_(*(t.clone() for t in shapes))
+    with pytest.raises(ValueError, match="grad_input must be dense"):
+        square_backward_(torch.randn(4, 10)[:, ::2], x, x)
+    with pytest.raises(TypeError, match="must be float32"):
+        square_backward_(x.int(), x.int(), x)
+    with pytest.raises(TypeError, match="must be float32"):
+        torch.ops.bbb_fast.square(x, torch.int32)
+
+
 def test_differentiating_an_inner_pass_raises(native: None) -> None:
-    """variance is only used inside ops that know its gradient; alone it must not lose one silently."""
-    rho = leaf(5)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        torch.ops.bbb_fast.variance(rho, torch.float32).sum().backward()
+    """These are only used inside ops that know their gradients; alone they must not lose one silently."""
+    for op in (torch.ops.bbb_fast.variance, torch.ops.bbb_fast.square):
+        with pytest.raises(RuntimeError, match="not implemented"):
+            op(leaf(5), torch.float32).sum().backward()
 
 
 def test_lrt_sample_rejects_mixed_strides(native: None) -> None:
@@ -320,6 +394,10 @@ def test_opcheck(native: None) -> None:
     torch.library.opcheck(ops.lrt_conv, (*conv_case(2, 2, 3, 4, (3, 3), (6, 6)), rng(), *geometry, None))
     torch.library.opcheck(ops.variance, (torch.randn(9), torch.bfloat16))
     torch.library.opcheck(ops.variance_backward, (torch.randn(9), torch.randn(9)))
+    torch.library.opcheck(ops.square, (torch.randn(9), torch.bfloat16))
+    channels_last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(ops.square, (channels_last, torch.float32))
+    torch.library.opcheck(ops.square_backward_, (torch.randn(9), torch.randn(9), torch.randn(9)))
     torch.library.opcheck(ops.lrt_sample_, (torch.randn(4, 3), torch.rand(4, 3), rng()))
     torch.library.opcheck(ops.lrt_sample_backward, (torch.randn(4, 3), torch.rand(4, 3), rng()))
 
@@ -367,7 +445,7 @@ def test_vmap_over_rng(backend: str, kind: str) -> None:
 
 def test_autocast(backend: str) -> None:
     case = linear_case((9,), 31, 13)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = functional.lrt_linear(*case, rng())
     assert y.dtype == torch.bfloat16
     assert_same(y, functional.lrt_linear(*case, rng()).to(torch.bfloat16), torch.bfloat16, 2)

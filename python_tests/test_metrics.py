@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bbb_fast import metrics
 
+pytestmark = pytest.mark.cpu_only("has its own test of devices")
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 F64 = torch.float64
 

@@ -181,11 +181,37 @@ def test_opcheck(native: None, with_kl: bool) -> None:
     torch.library.opcheck(
         torch.ops.bbb_fast.sample_weights, ([m0, m1], [r0, r1], rng(), 0.0, 0.1, with_kl, None)
     )
+    mu, rho = [m0.detach(), m1.detach()], [r0.detach(), r1.detach()]
+    arguments = (mu, rho, rng(), [0.0, 0.1], [0.1, 0.2])
     torch.library.opcheck(
-        torch.ops.bbb_fast.sample_weights_backward,
-        ([torch.randn(4, 3), None], torch.tensor(1.0), [m0.detach(), m1.detach()],
-         [r0.detach(), r1.detach()], rng(), 0.0, 0.1),
-    )  # fmt: skip
+        torch.ops.bbb_fast.posterior_backward, ([torch.randn(4, 3), None], torch.tensor(1.0), *arguments)
+    )
+    torch.library.opcheck(torch.ops.bbb_fast.posterior_backward, ([None, torch.randn(4)], None, *arguments))
+
+
+def test_backward_rejects_what_does_not_fit(native: None) -> None:
+    """Reached by autograd alone, but an op all the same."""
+    mu, g, one = [torch.zeros(3, 2)], [torch.ones(3, 2)], torch.tensor(1.0)
+
+    def backward(grad_w: Any, grad_kl: Any, r: Any = None, prior_mu: Any = (0.0,)) -> Any:
+        return torch.ops.bbb_fast.posterior_backward(grad_w, grad_kl, mu, mu, r, list(prior_mu), [0.1])
+
+    with pytest.raises(ValueError, match="need the rng they were drawn with"):
+        backward(g, one)
+    with pytest.raises(ValueError, match="got 2 gradients for 1 tensors"):
+        backward(g * 2, one, rng())
+    with pytest.raises(ValueError, match="gradient 0 must have shape"):
+        backward([torch.ones(2, 3)], one, rng())
+    with pytest.raises(ValueError, match="grad_kl must be a scalar"):
+        backward(g, torch.ones(2), rng())
+    with pytest.raises(ValueError, match="1 tensors need 1 priors, got 2 prior_mu"):
+        backward(g, one, rng(), (0.0, 0.0))
+    with pytest.raises(TypeError, match="rng must be int64"):
+        backward(g, one, rng().float())
+    with pytest.raises(TypeError, match="grad_w must be float32"):
+        backward([g[0].int()], one, rng())
+    for gradients in backward([None], None):
+        assert not gradients[0].any()
 
 
 def test_vmap_over_rng(backend: str) -> None:

@@ -23,6 +23,8 @@ from bbb_fast.layers import misc
 from bbb_fast.plots import training_curves
 from bbb_fast.training import TrainConfig, TrainingError, fit
 
+pytestmark = pytest.mark.cpu_only("a run names its device itself; test_cuda.py has one on the GPU")
+
 Sets = tuple[ImageSet, ImageSet, ImageSet]
 
 QUICK = TrainConfig(activation="relu", epochs=3, batch_size=64, valid_samples=2, test_samples=3, threads=1)

@@ -20,6 +20,8 @@ from bbb_fast.data import DataError, ImageSet, normalize
 from bbb_fast.training import TrainConfig
 from bbb_fast.uncertainty import DERIVED, SCORES, Judged
 
+pytestmark = pytest.mark.cpu_only("the command names its device itself")
+
 pytest.importorskip("sklearn", reason="digits come with scikit-learn")
 
 FILES = {"uncertainty.json", "uncertainty.npz", "uncertainty.png"}

@@ -8,11 +8,6 @@
 
 namespace bbb_fast::cuda {
 
-using f64::softplus;
-using f64::softplus_derivative;
-using scalar::softplus;
-using scalar::softplus_derivative;
-
 // What the mathematics of a type calls a prior, and a weight's share of the KL, twice and plus 1.
 template <class A>
 struct KlSum;

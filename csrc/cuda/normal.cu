@@ -4,34 +4,18 @@
 
 #include "../checks.h"
 #include "dispatch.h"
-#include "vectors.h"
+#include "map.h"
 
 namespace bbb_fast::cuda {
 namespace {
 
-template <class T>
-struct NormalEntry {
-  T* out;
-  int64_t numel;
-  bool aligned;
+struct Normal {
+  static constexpr bool kNoise = true;
+  template <class A>
+  BBB_DEVICE static A call(A z) {
+    return z;
+  }
 };
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    normal_kernel(const __grid_constant__ Table<NormalEntry<T>, 1> table, const int64_t* rng) {
-  constexpr int N = kVector<T>;
-  struct Operands {};
-  const Noise noise(rng, 0);
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
-    for_each_vector<N, Operands>(
-        e.aligned, count, [](auto, unsigned, int, Operands&) {},
-        [&](auto whole, unsigned at, int left, const Operands&) {
-          Wide<T> z[N];
-          noise.fill(begin, at, z);
-          write<whole.value>(e.out + begin + at, left, z);
-        });
-  });
-}
 
 at::Tensor normal(at::IntArrayRef size, const at::Tensor& rng, at::ScalarType dtype) {
   check_dtype_option("normal", "dtype", dtype);
@@ -40,12 +24,7 @@ at::Tensor normal(at::IntArrayRef size, const at::Tensor& rng, at::ScalarType dt
   const DeviceGuard guard(rng.device());
   at::Tensor out = at::empty(size, rng.options().dtype(dtype));
   const at::Tensor numbers = rng.contiguous();
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    T* data = out.mutable_data_ptr<T>();
-    const auto table = table_of<NormalEntry<T>>({data, out.numel(), is_aligned<kVector<T>>(data)});
-    launch<&normal_kernel<T>>(table.chunks(), table, numbers.const_data_ptr<int64_t>());
-  });
+  dispatch(dtype, [&](auto type) { map<Normal, typename decltype(type)::type>(numbers, out); });
   return out;
 }
 

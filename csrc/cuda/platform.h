@@ -30,6 +30,7 @@ constexpr int kWarp = 32;
 #include <c10/cuda/CUDAStream.h>
 
 #define BBB_DEVICE __device__ __forceinline__
+#define BBB_EXPECT(condition)
 #define BBB_SHARED(type, name, count) __shared__ type name[count]
 #define BBB_DISPATCH_KEY CUDA
 
@@ -68,7 +69,9 @@ template <auto kKernel, class... Args>
 void launch(int64_t chunks, const Args&... args) {
   if (chunks == 0) return;
   const auto blocks = std::min<int64_t>(chunks, resident_blocks<kKernel>());
-  kKernel<<<static_cast<unsigned>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()> > >(args...);
+  // clang-format off
+  kKernel<<<static_cast<unsigned>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(args...);
+  // clang-format on
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -5,75 +5,26 @@
 #include "../checks.h"
 #include "../layout.h"
 #include "dispatch.h"
-#include "vectors.h"
+#include "map.h"
 
 namespace bbb_fast::cuda {
 namespace {
 
-template <class X, class V>
-struct SquareEntry {
-  const X* x;
-  V* out;
-  int64_t numel;
-  bool aligned;
+struct Square {
+  static constexpr bool kNoise = false;
+  template <class A>
+  BBB_DEVICE static A call(A x) {
+    return x * x;
+  }
 };
 
-template <class X, class V>
-__global__ void __launch_bounds__(kThreads)
-    square_kernel(const __grid_constant__ Table<SquareEntry<X, V>, 1> table) {
-  using A = Wide<X>;
-  constexpr int N = kVector<X, V>;
-  struct Operands {
-    A x[N];
-  };
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
-    for_each_vector<N, Operands>(
-        e.aligned, count,
-        [&](auto whole, unsigned at, int left, Operands& o) {
-          read<whole.value>(e.x + begin + at, left, o.x);
-        },
-        [&](auto whole, unsigned at, int left, const Operands& o) {
-          A squared[N];
-#pragma unroll
-          for (int j = 0; j < N; ++j) squared[j] = o.x[j] * o.x[j];
-          write<whole.value>(e.out + begin + at, left, squared);
-        });
-  });
-}
-
-template <class X, class V>
-struct SquareBackwardEntry {
-  X* grad_x;  // and the result
-  const X* x;
-  const V* grad;
-  int64_t numel;
-  bool aligned;
+struct SquareBackward {
+  static constexpr bool kNoise = false;
+  template <class A>
+  BBB_DEVICE static A call(A grad_x, A x, A grad) {
+    return grad_x + A{2} * x * grad;
+  }
 };
-
-template <class X, class V>
-__global__ void __launch_bounds__(kThreads)
-    square_backward_kernel(const __grid_constant__ Table<SquareBackwardEntry<X, V>, 1> table) {
-  using A = Wide<X>;
-  constexpr int N = kVector<X, V>;
-  struct Operands {
-    A grad_x[N], x[N], grad[N];
-  };
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
-    for_each_vector<N, Operands>(
-        e.aligned, count,
-        [&](auto whole, unsigned at, int left, Operands& o) {
-          read<whole.value>(e.grad_x + begin + at, left, o.grad_x);
-          read<whole.value>(e.x + begin + at, left, o.x);
-          read<whole.value>(e.grad + begin + at, left, o.grad);
-        },
-        [&](auto whole, unsigned at, int left, const Operands& o) {
-          A sum[N];
-#pragma unroll
-          for (int j = 0; j < N; ++j) sum[j] = o.grad_x[j] + A{2} * o.x[j] * o.grad[j];
-          write<whole.value>(e.grad_x + begin + at, left, sum);
-        });
-  });
-}
 
 at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {
   check_floating("square", "input", input);
@@ -85,12 +36,7 @@ at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {
   dispatch_activation_pair(pair, [&](auto first, auto second) {
     using X = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    constexpr int N = kVector<X, V>;
-    const X* in = x.const_data_ptr<X>();
-    V* to = out.mutable_data_ptr<V>();
-    const auto table =
-        table_of<SquareEntry<X, V>>({in, to, x.numel(), is_aligned<N>(in) && is_aligned<N>(to)});
-    launch<&square_kernel<X, V>>(table.chunks(), table);
+    map<Square, V>({}, out, x.const_data_ptr<X>());
   });
   return out.to(dtype);
 }
@@ -106,13 +52,7 @@ void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at:
   dispatch_activation_pair(pair, [&](auto first, auto second) {
     using X = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    constexpr int N = kVector<X, V>;
-    X* to = sum.mutable_data_ptr<X>();
-    const X* in = x.const_data_ptr<X>();
-    const V* from = g.const_data_ptr<V>();
-    const bool aligned = is_aligned<N>(to) && is_aligned<N>(in) && is_aligned<N>(from);
-    const auto table = table_of<SquareBackwardEntry<X, V>>({to, in, from, x.numel(), aligned});
-    launch<&square_backward_kernel<X, V>>(table.chunks(), table);
+    map<SquareBackward, X>({}, sum, sum.const_data_ptr<X>(), x.const_data_ptr<X>(), g.const_data_ptr<V>());
   });
   if (!sum.is_same(grad_input)) grad_input.copy_(sum);
 }

@@ -6,83 +6,31 @@
 #include "../checks.h"
 #include "../layout.h"
 #include "dispatch.h"
-#include "kl_sum.h"
+#include "map.h"
 
 namespace bbb_fast::cuda {
 namespace {
 
-template <class P, class V>
-struct VarianceEntry {
-  const P* rho;
-  V* out;
-  int64_t numel;
-  bool aligned;
-};
-
-template <class P, class V>
-__global__ void __launch_bounds__(kThreads)
-    variance_kernel(const __grid_constant__ Table<VarianceEntry<P, V>, 1> table) {
-  using A = Wide<P>;
-  constexpr int N = kVector<P, V>;
-  struct Operands {
-    A rho[N];
-  };
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
-    for_each_vector<N, Operands>(
-        e.aligned, count,
-        [&](auto whole, unsigned at, int left, Operands& o) {
-          read<whole.value>(e.rho + begin + at, left, o.rho);
-        },
-        [&](auto whole, unsigned at, int left, const Operands& o) {
-          A variance[N];
-#pragma unroll
-          for (int j = 0; j < N; ++j) {
-            const A sigma = softplus(o.rho[j]).value;
-            variance[j] = sigma * sigma;
-          }
-          write<whole.value>(e.out + begin + at, left, variance);
-        });
-  });
-}
-
-template <class P, class V>
-struct VarianceBackwardEntry {
-  const V* grad;
-  const P* rho;
-  P* grad_rho;
-  int64_t numel;
-  bool aligned;
+struct Variance {
+  static constexpr bool kNoise = false;
+  template <class A>
+  BBB_DEVICE static A call(A rho) {
+    const A sigma = softplus(rho).value;
+    return sigma * sigma;
+  }
 };
 
 // d sigma^2 / d rho = 2 sigma sigmoid(rho).
-template <class P, class V>
-__global__ void __launch_bounds__(kThreads)
-    variance_backward_kernel(const __grid_constant__ Table<VarianceBackwardEntry<P, V>, 1> table) {
-  using A = Wide<P>;
-  constexpr int N = kVector<P, V>;
-  struct Operands {
-    A grad[N], rho[N];
-  };
-  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
-    for_each_vector<N, Operands>(
-        e.aligned, count,
-        [&](auto whole, unsigned at, int left, Operands& o) {
-          read<whole.value>(e.grad + begin + at, left, o.grad);
-          read<whole.value>(e.rho + begin + at, left, o.rho);
-        },
-        [&](auto whole, unsigned at, int left, const Operands& o) {
-          A grad_rho[N];
-#pragma unroll
-          for (int j = 0; j < N; ++j) {
-            const auto s = softplus(o.rho[j]);
-            A derivative, ratio;
-            softplus_derivative(o.rho[j], s, derivative, ratio);
-            grad_rho[j] = o.grad[j] * (s.value * derivative * A{2});
-          }
-          write<whole.value>(e.grad_rho + begin + at, left, grad_rho);
-        });
-  });
-}
+struct VarianceBackward {
+  static constexpr bool kNoise = false;
+  template <class A>
+  BBB_DEVICE static A call(A grad, A rho) {
+    const auto s = softplus(rho);
+    A derivative, ratio;
+    softplus_derivative(rho, s, derivative, ratio);
+    return grad * (s.value * derivative * A{2});
+  }
+};
 
 at::Tensor variance(const at::Tensor& rho, at::ScalarType dtype) {
   check_floating("variance", "rho", rho);
@@ -95,11 +43,7 @@ at::Tensor variance(const at::Tensor& rho, at::ScalarType dtype) {
   dispatch_parameter_pair(pair, [&](auto first, auto second) {
     using P = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    constexpr int N = kVector<P, V>;
-    const P* x = r.const_data_ptr<P>();
-    V* y = out.mutable_data_ptr<V>();
-    const auto table = table_of<VarianceEntry<P, V>>({x, y, r.numel(), is_aligned<N>(x) && is_aligned<N>(y)});
-    launch<&variance_kernel<P, V>>(table.chunks(), table);
+    map<Variance, V>({}, out, r.const_data_ptr<P>());
   });
   return out.to(dtype);
 }
@@ -119,13 +63,7 @@ at::Tensor variance_backward(const at::Tensor& grad, const at::Tensor& rho) {
   dispatch_parameter_pair(pair, [&](auto first, auto second) {
     using P = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    constexpr int N = kVector<P, V>;
-    const V* x = g.const_data_ptr<V>();
-    const P* y = r.const_data_ptr<P>();
-    P* z = out.mutable_data_ptr<P>();
-    const bool aligned = is_aligned<N>(x) && is_aligned<N>(y) && is_aligned<N>(z);
-    const auto table = table_of<VarianceBackwardEntry<P, V>>({x, y, z, r.numel(), aligned});
-    launch<&variance_backward_kernel<P, V>>(table.chunks(), table);
+    map<VarianceBackward, P>({}, out, g.const_data_ptr<V>(), r.const_data_ptr<P>());
   });
   return out.to(rho.scalar_type());
 }

@@ -17,6 +17,12 @@
 
 namespace bbb_fast::cuda {
 
+// The mathematics of float and double under one name.
+using f64::softplus;
+using f64::softplus_derivative;
+using scalar::softplus;
+using scalar::softplus_derivative;
+
 constexpr int kChunk = 4096;
 
 // The type the mathematics runs in.
@@ -34,7 +40,7 @@ struct alignas(std::min<size_t>(16, sizeof(T) * N)) Pack {
 
 // Whether vectors of N elements can start at this address.
 template <int N, class T>
-bool is_aligned(const T* data) {
+BBB_INLINE bool is_aligned(const T* data) {
   return reinterpret_cast<uintptr_t>(data) % alignof(Pack<T, N>) == 0;
 }
 
@@ -65,6 +71,7 @@ BBB_DEVICE void store(Pack<T, N>* to, const Pack<T, N>& pack) {
 template <bool kWhole, int N, class T>
 BBB_DEVICE void read(const T* data, int left, Wide<T> (&x)[N]) {
   if constexpr (kWhole) {
+    BBB_EXPECT(is_aligned<N>(data));
     const auto pack = *reinterpret_cast<const Pack<T, N>*>(data);
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] = static_cast<Wide<T>>(pack.x[j]);
@@ -77,6 +84,7 @@ BBB_DEVICE void read(const T* data, int left, Wide<T> (&x)[N]) {
 template <bool kWhole, int N, class T>
 BBB_DEVICE void write(T* data, int left, const Wide<T> (&x)[N]) {
   if constexpr (kWhole) {
+    BBB_EXPECT(is_aligned<N>(data));
     Pack<T, N> pack;
 #pragma unroll
     for (int j = 0; j < N; ++j) pack.x[j] = static_cast<T>(x[j]);
@@ -132,14 +140,6 @@ struct Table {
     ++count;
   }
 };
-
-// The table of an op that works on one tensor.
-template <class Entry>
-Table<Entry, 1> table_of(const Entry& entry) {
-  Table<Entry, 1> table;
-  table.add(entry);
-  return table;
-}
 
 // Calls run(table, chunks before it) for as many tables as the entries need, usually one.
 template <class Entry, class Run>

@@ -2,11 +2,13 @@
 #include <torch/library.h>
 #include <ucontext.h>
 
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cuda/platform.h"
@@ -38,12 +40,17 @@ std::mutex one_launch_at_a_time;
 std::vector<Fiber> fibers;
 ucontext_t scheduler;
 const std::function<void()>* running = nullptr;
+std::exception_ptr failure;
 std::string order = "forward";
 bool barriers = true;
 int64_t launch_count = 0;
 
 void enter_fiber() {
-  (*running)();
+  try {
+    (*running)();
+  } catch (...) {
+    failure = std::current_exception();
+  }
   fibers[thread_index.x].state = State::finished;
 }
 
@@ -136,6 +143,7 @@ void run(int64_t blocks, const std::function<void()>& kernel) {
   for (block_index.x = 0; block_index.x < grid_size.x; ++block_index.x) {
     ++block_serial;
     run_block(random);
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
   }
 }
 

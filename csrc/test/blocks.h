@@ -4,6 +4,7 @@
 #pragma once
 
 #include <c10/core/Device.h>
+#include <c10/util/Exception.h>
 
 #include <cstdint>
 #include <cstring>
@@ -13,6 +14,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define BBB_DEVICE inline
+#define BBB_EXPECT(condition) TORCH_INTERNAL_ASSERT(condition)
 #define BBB_DISPATCH_KEY CPU
 #define BBB_SHARED(type, name, count)                              \
   static ::bbb_fast::blocks::Shared<type, (count)> name##_storage; \

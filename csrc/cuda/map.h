@@ -1,0 +1,67 @@
+// Ops that form each element of a tensor from the same element of others, and from its noise.
+#pragma once
+
+#include <utility>
+
+#include "vectors.h"
+
+namespace bbb_fast::cuda {
+
+template <class Out>
+struct MapEntry {
+  Out* out;
+  int64_t numel;
+  bool aligned;
+};
+
+// A Function has a constant kNoise, and a template call(element of each input..., noise if kNoise).
+template <class Function, class A, int N, int kInputs, size_t... k>
+BBB_DEVICE A call(const A (&x)[kInputs][N], A z, int j, std::index_sequence<k...>) {
+  if constexpr (Function::kNoise) {
+    return Function::call(x[k][j]..., z);
+  } else {
+    return Function::call(x[k][j]...);
+  }
+}
+
+template <class Function, class Out, class... In>
+__global__ void __launch_bounds__(kThreads)
+    map_kernel(const __grid_constant__ Table<MapEntry<Out>, 1> table, const int64_t* rng, const In*... in) {
+  using A = Wide<Out>;
+  constexpr int N = kVector<Out, In...>;
+  struct Operands {
+    A x[std::max<int>(1, sizeof...(In))][N];
+  };
+  Noise noise;
+  if constexpr (Function::kNoise) noise = Noise(rng, 0);
+  for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
+    for_each_vector<N, Operands>(
+        e.aligned, count,
+        [&](auto whole, unsigned at, int left, Operands& o) {
+          [[maybe_unused]] int k = 0;
+          (read<whole.value>(in + begin + at, left, o.x[k++]), ...);
+        },
+        [&](auto whole, unsigned at, int left, const Operands& o) {
+          A z[N];
+          if constexpr (Function::kNoise) noise.fill(begin, at, z);
+#pragma unroll
+          for (int j = 0; j < N; ++j) {
+            z[j] = call<Function>(o.x, z[j], j, std::index_sequence_for<In...>{});
+          }
+          write<whole.value>(e.out + begin + at, left, z);
+        });
+  });
+}
+
+// out[i] = Function::call(in[i]..., noise[i]). rng is undefined where there is no noise; out may be an input.
+template <class Function, class Out, class... In>
+void map(const at::Tensor& rng, const at::Tensor& out, const In*... in) {
+  constexpr int N = kVector<Out, In...>;
+  Out* to = out.mutable_data_ptr<Out>();
+  Table<MapEntry<Out>, 1> table;
+  table.add({to, out.numel(), is_aligned<N>(to) && (is_aligned<N>(in) && ...)});
+  const int64_t* numbers = Function::kNoise ? rng.const_data_ptr<int64_t>() : nullptr;
+  launch<&map_kernel<Function, Out, In...>>(table.chunks(), table, numbers, in...);
+}
+
+}  // namespace bbb_fast::cuda
