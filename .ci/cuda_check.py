@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "cuda-check"
-TREE = ("bbb_fast", "csrc", "python_tests", "benchmarks", "setup.py", "pyproject.toml", "README.md", "docs")
+FOLDERS = ("bbb_fast", "csrc", "python_tests", "benchmarks", "docs", ".ci")
+FILES = ("setup.py", "pyproject.toml", "README.md")
 TOOLS = ("setuptools>=68,<81", "wheel", "ninja", "pybind11", "numpy")
 TESTS = ("pytest", "scipy", "scikit-learn", "matplotlib", "tqdm", "expecttest")
 # An environment with torch's CUDA packages takes 5 GB, and half as much again while they are unpacked.
@@ -54,14 +55,11 @@ def copy_of_the_tree(release: str) -> Path:
     """A fresh copy, so that no build in the tree itself is touched."""
     folder = WORK / f"tree-{release}"
     shutil.rmtree(folder, ignore_errors=True)
-    for name in TREE:
-        source = ROOT / name
-        if source.is_dir():
-            ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
-            shutil.copytree(source, folder / name, ignore=ignore)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, folder / name)
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
