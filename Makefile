@@ -4,7 +4,7 @@
 # make test-cpp    the C++ tests, through CMake and ctest
 # make test-blocks the tests of the ops, on the CUDA kernels run block by block on the CPU
 # make cuda-check  without a GPU: build for sm_80 and sm_90 against PyPI's CUDA torch, list registers, fail on
-#                  spills, run the CPU tests through that build; sets up build/cuda-check (5 GB)
+#                  spills, run the CPU tests through that build; sets up build/cuda-check (5 GB a release)
 # make gpu-report  on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizers, benchmarks
 # make lint        ruff and clang-format, checking only;  make format  changes the files
 # make bench       the benchmark of the layers

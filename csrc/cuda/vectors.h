@@ -1,6 +1,6 @@
 // How kernels go over tensors: dense memory in chunks, a chunk in vectors of 16 bytes.
 //
-// A block takes a chunk of kChunk elements at a time, a thread kSteps vectors of it, neighbours next to each
+// A block takes a chunk of kChunk elements at a time, its threads vectors of it, neighbours next to each
 // other. What a chunk holds does not depend on the grid, so neither do the sums over it.
 #pragma once
 
