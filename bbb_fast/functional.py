@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 _native = torch.ops.bbb_fast
+# Asked once, here: torch.compile of some releases cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(k for k in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(k))
 
 
 def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,7 +128,7 @@ def kl_divergence(
 def _autocast(input: Tensor) -> Tensor:
     """Under autocast the products run in its dtype; the parameters stay as they are."""
     kind = input.device.type
-    if not torch.amp.is_autocast_available(kind):
+    if kind not in _AUTOCAST_DEVICES:
         return input
     if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
         return input.to(torch.get_autocast_dtype(kind))
