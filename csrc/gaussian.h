@@ -125,7 +125,7 @@ BBB_INLINE Sigma<F> softplus(F rho) {
 // d sigma / d rho = sigmoid(rho), and its ratio to sigma, which stays finite where sigma vanishes.
 template <class F>
 BBB_INLINE void softplus_derivative(F rho, const Sigma<F>& s, F& derivative, F& ratio) {
-  // base can be inf where rho is; the ratio is then 0 as it should be. It is ln(2) or more.
+  // base is ln(2) or more, and inf where rho is; the ratio is then 0 as it should be.
   const F inverse = reciprocal(s.t + 1.0f);
   ratio = reciprocal(s.base) * inverse;
   derivative = select(rho < 0.0f, s.t, F{} + 1.0f) * inverse;
