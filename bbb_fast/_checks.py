@@ -84,7 +84,7 @@ def optional_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype}")
 
 
-def lrt(
+def layer(
     op: str,
     input: Tensor,
     W_mu: Tensor,
@@ -93,8 +93,10 @@ def lrt(
     bias_rho: Tensor | None,
     rng_: Tensor,
     out_features: int,
-    variance_dtype: torch.dtype | None,
+    prior_mu: float,
+    prior_sigma: float,
 ) -> None:
+    """What the ops of all layers have in common."""
     floating(op, "input", input)
     posterior(op, "W_", W_mu, W_rho, input.device)
     if W_mu.dtype not in (input.dtype, torch.float32) or (
@@ -112,8 +114,8 @@ def lrt(
             raise TypeError(f"{op}: all parameters must have one dtype, got {W_mu.dtype} and {bias_mu.dtype}")
         if list(bias_mu.shape) != [out_features]:
             raise ValueError(f"{op}: bias_mu must have shape [{out_features}], got {_shape(bias_mu)}")
-    optional_dtype(op, "variance_dtype", variance_dtype)
     rng(op, rng_, input.device)
+    prior(op, prior_mu, prior_sigma)
 
 
 def linear(op: str, input: Tensor, W_mu: Tensor) -> None:

@@ -56,12 +56,30 @@ def _posterior_backward(
     return [_contiguous_like(m) for m in mu], [_contiguous_like(m) for m in mu]
 
 
-def _variance(rho: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(rho, dtype=dtype)
+def _posterior_backward_out(
+    grad_w: list[OptionalTensor],
+    grad_variance: list[OptionalTensor],
+    grad_kl: OptionalTensor,
+    mu: list[Tensor],
+    rho: list[Tensor],
+    rng: OptionalTensor,
+    prior_mu: list[float],
+    prior_sigma: list[float],
+    grad_mu: list[Tensor],
+    grad_rho: list[Tensor],
+) -> None:
+    return None
 
 
-def _variance_backward(grad: Tensor, rho: Tensor) -> Tensor:
-    return _contiguous_like(rho)
+def _variance(
+    mu: list[Tensor],
+    rho: list[Tensor],
+    prior_mu: float,
+    prior_sigma: float,
+    with_kl: bool,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], Tensor]:
+    return [torch.empty_like(r, dtype=dtype) for r in rho], mu[0].new_empty((), dtype=accumulate_dtype(*mu))
 
 
 def _square(input: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,6 +98,29 @@ def _lrt_sample_backward(grad: Tensor, v: Tensor, rng: Tensor) -> Tensor:
     return torch.empty_like(v)
 
 
+def _layer_kl(W_mu: Tensor) -> Tensor:
+    return W_mu.new_empty((), dtype=accumulate_dtype(W_mu))
+
+
+def _linear_output(input: Tensor, W_mu: Tensor) -> Tensor:
+    return input.new_empty((*input.shape[:-1], W_mu.shape[0]))
+
+
+def _bbb_linear(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: OptionalTensor,
+    bias_rho: OptionalTensor,
+    rng: Tensor,
+    prior_mu: float,
+    prior_sigma: float,
+    with_kl: bool,
+    recompute_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _linear_output(input, W_mu), _contiguous_like(W_mu, input.dtype), _layer_kl(W_mu)
+
+
 def _lrt_linear(
     input: Tensor,
     W_mu: Tensor,
@@ -87,38 +128,40 @@ def _lrt_linear(
     bias_mu: OptionalTensor,
     bias_rho: OptionalTensor,
     rng: Tensor,
+    prior_mu: float,
+    prior_sigma: float,
+    with_kl: bool,
     variance_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    shape = (*input.shape[:-1], W_mu.shape[0])
-    return input.new_empty(shape), input.new_empty(shape, dtype=variance_dtype_for(input, variance_dtype))
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _linear_output(input, W_mu)
+    return y, _contiguous_like(y, variance_dtype_for(input, variance_dtype)), _layer_kl(W_mu)
 
 
-def _gradients(
-    output_mask: Sequence[bool],
+def _conv_output(input: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+    return torch.ops.aten.convolution.default(input, weight.to(input.dtype), None, *geometry)
+
+
+def _bbb_conv(
     input: Tensor,
     W_mu: Tensor,
     W_rho: Tensor,
-    features: int,
-    has_bias: bool,
-) -> list[Tensor]:
-    bias = W_mu.new_empty((features,)) if has_bias else None
-    like = (input, W_mu, W_rho, bias, bias)
-    return [
-        _contiguous_like(t) for t, wanted in zip(like, output_mask, strict=True) if wanted and t is not None
-    ]
-
-
-def _lrt_linear_backward(
-    grad: Tensor,
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
+    bias_mu: OptionalTensor,
     bias_rho: OptionalTensor,
-    v: Tensor,
     rng: Tensor,
-    output_mask: list[bool],
-) -> list[Tensor]:
-    return _gradients(output_mask, input, W_mu, W_rho, W_mu.shape[0], bias_rho is not None)
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    prior_mu: float,
+    prior_sigma: float,
+    with_kl: bool,
+    recompute_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = _contiguous_like(W_mu, input.dtype)
+    y = _conv_output(input, weight, stride, padding, dilation, transposed, output_padding, groups)
+    return y, weight, _layer_kl(W_mu)
 
 
 def _lrt_conv(
@@ -134,25 +177,52 @@ def _lrt_conv(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
+    prior_mu: float,
+    prior_sigma: float,
+    with_kl: bool,
     variance_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    shape = torch.ops.aten.convolution.default(
-        input, W_mu.to(input.dtype), None, stride, padding, dilation, transposed, output_padding, groups
-    ).shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = _conv_output(input, W_mu, stride, padding, dilation, transposed, output_padding, groups).shape
     options = {"device": input.device, "memory_format": conv_memory_format(input, W_mu)}
     return (
         torch.empty(shape, dtype=input.dtype, **options),
         torch.empty(shape, dtype=variance_dtype_for(input, variance_dtype), **options),
+        _layer_kl(W_mu),
     )
 
 
-def _lrt_conv_backward(
+def _gradients(output_mask: Sequence[bool], *like: OptionalTensor) -> list[Tensor]:
+    return [
+        _contiguous_like(t) for t, wanted in zip(like, output_mask, strict=True) if wanted and t is not None
+    ]
+
+
+def _linear_backward(
     grad: Tensor,
+    grad_kl: OptionalTensor,
     input: Tensor,
     W_mu: Tensor,
     W_rho: Tensor,
+    bias_mu: OptionalTensor,
     bias_rho: OptionalTensor,
-    v: Tensor,
+    kept: OptionalTensor,
+    rng: Tensor,
+    prior_mu: float,
+    prior_sigma: float,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    return _gradients(output_mask, input, W_mu, W_rho, bias_mu, bias_rho)
+
+
+def _conv_backward(
+    grad: Tensor,
+    grad_kl: OptionalTensor,
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: OptionalTensor,
+    bias_rho: OptionalTensor,
+    kept: OptionalTensor,
     rng: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -160,9 +230,11 @@ def _lrt_conv_backward(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
+    prior_mu: float,
+    prior_sigma: float,
     output_mask: list[bool],
 ) -> list[Tensor]:
-    return _gradients(output_mask, input, W_mu, W_rho, grad.shape[1], bias_rho is not None)
+    return _gradients(output_mask, input, W_mu, W_rho, bias_mu, bias_rho)
 
 
 FAKES: dict[str, Callable[..., Any]] = {
@@ -170,19 +242,23 @@ FAKES: dict[str, Callable[..., Any]] = {
     "sample_weights": _sample_weights,
     "kl_divergence": _kl_divergence,
     "posterior_backward": _posterior_backward,
+    "posterior_backward_out": _posterior_backward_out,
     "variance": _variance,
-    "variance_backward": _variance_backward,
     "square": _square,
     "square_backward_": _square_backward,
     "lrt_sample_": _lrt_sample,
     "lrt_sample_backward": _lrt_sample_backward,
+    "bbb_linear": _bbb_linear,
+    "bbb_linear_backward": _linear_backward,
+    "bbb_conv": _bbb_conv,
+    "bbb_conv_backward": _conv_backward,
     "lrt_linear": _lrt_linear,
-    "lrt_linear_backward": _lrt_linear_backward,
+    "lrt_linear_backward": _linear_backward,
     "lrt_conv": _lrt_conv,
-    "lrt_conv_backward": _lrt_conv_backward,
+    "lrt_conv_backward": _conv_backward,
 }
 # The ops users reach; vmap runs their autograd inside each call.
-_VMAPPED = ("normal", "sample_weights", "kl_divergence", "lrt_linear", "lrt_conv")
+_VMAPPED = ("normal", "sample_weights", "kl_divergence", "bbb_linear", "bbb_conv", "lrt_linear", "lrt_conv")
 
 
 def _vmap_rule(name: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ argument, what it was and what is allowed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ from ._backend import use_native
 from ._noise import draw_rng
 
 __all__ = [
+    "bbb_conv1d",
+    "bbb_conv2d",
+    "bbb_conv3d",
+    "bbb_linear",
     "draw_rng",
     "kl_divergence",
     "lrt_conv1d",
@@ -135,6 +140,76 @@ def _autocast(input: Tensor) -> Tensor:
     return input
 
 
+def _linear(
+    op: str,
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    prior_mu: float,
+    prior_sigma: float,
+    with_kl: bool,
+    **option: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    input = _autocast(input)
+    operands = (input, W_mu, W_rho, bias_mu, bias_rho, rng)
+    if use_native(input.device):
+        native = getattr(_native, op)
+        output, _, kl = native(*operands, prior_mu, prior_sigma, with_kl, *option.values())
+        return (output, kl) if with_kl else output
+    _checks.linear(op, input, W_mu)
+    _checks.layer(op, *operands, W_mu.shape[0], prior_mu, prior_sigma)
+    _checks.optional_dtype(op, "variance_dtype", option.get("variance_dtype"))
+    twin = getattr(reference, op)
+    return twin(*operands, prior_mu=prior_mu, prior_sigma=prior_sigma, with_kl=with_kl, **option)
+
+
+def bbb_linear(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
+    recompute_weight: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A linear layer with weights drawn from the posterior, one draw for the whole batch.
+
+    y = x W^T + b with W and b from :func:`sample_weights` (W takes stream ``rng[1]``, b the next). Blundell
+    et al., "Weight uncertainty in neural networks", ICML 2015, section 3.2.
+
+    Args:
+        input: [..., in_features]; any number of batch dimensions, possibly empty.
+        W_mu, W_rho: [out_features, in_features], of input's dtype, or float32 under a narrower input.
+        bias_mu, bias_rho: [out_features], or both None.
+        prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
+        with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
+            the output's in one pass too.
+        recompute_weight: keep nothing but ``rng`` for backward, which draws W again; else W is kept.
+
+    Returns [..., out_features] in input's dtype, or that and the scalar KL.
+    """
+    return _linear(
+        "bbb_linear",
+        input,
+        W_mu,
+        W_rho,
+        bias_mu,
+        bias_rho,
+        rng,
+        prior_mu,
+        prior_sigma,
+        with_kl,
+        recompute_weight=recompute_weight,
+    )
+
+
 def lrt_linear(
     input: Tensor,
     W_mu: Tensor,
@@ -143,8 +218,11 @@ def lrt_linear(
     bias_rho: Tensor | None,
     rng: Tensor,
     *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
     variance_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """A Gaussian linear layer under the local reparameterization trick.
 
     m = x W_mu^T + b_mu, v = x^2 (sigma_W^2)^T + sigma_b^2, y = m + sqrt(v) * eps with one eps per output
@@ -155,16 +233,27 @@ def lrt_linear(
         input: [..., in_features]; any number of batch dimensions, possibly empty.
         W_mu, W_rho: [out_features, in_features], of input's dtype, or float32 under a narrower input.
         bias_mu, bias_rho: [out_features], or both None.
-        variance_dtype: type the variance product runs in; default input's (float32 for float16).
+        prior_mu, prior_sigma, with_kl: as in :func:`bbb_linear`.
+        variance_dtype: type of the variance product's operands and result; default input's (float32 for
+            float16). A CPU without bfloat16 instructions multiplies numbers rounded to bfloat16 in
+            float32: no faster than float32 then, and the same numbers.
 
-    Returns [..., out_features] in input's dtype. Where v = 0 the noise and its gradient are 0.
+    Returns [..., out_features] in input's dtype, or that and the scalar KL. Where v = 0 the noise and its
+    gradient are 0.
     """
-    input = _autocast(input)
-    if use_native(input.device):
-        return _native.lrt_linear(input, W_mu, W_rho, bias_mu, bias_rho, rng, variance_dtype)[0]
-    _checks.linear("lrt_linear", input, W_mu)
-    _checks.lrt("lrt_linear", input, W_mu, W_rho, bias_mu, bias_rho, rng, W_mu.shape[0], variance_dtype)
-    return reference.lrt_linear(input, W_mu, W_rho, bias_mu, bias_rho, rng, variance_dtype)
+    return _linear(
+        "lrt_linear",
+        input,
+        W_mu,
+        W_rho,
+        bias_mu,
+        bias_rho,
+        rng,
+        prior_mu,
+        prior_sigma,
+        with_kl,
+        variance_dtype=variance_dtype,
+    )
 
 
 def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
@@ -196,7 +285,8 @@ def _explicit_padding(
     return (F.pad(input, extra) if any(extra) else input), tuple(t // 2 for t in totals)
 
 
-def _lrt_conv(
+def _conv(
+    estimator: str,
     spatial: int,
     input: Tensor,
     W_mu: Tensor,
@@ -208,14 +298,17 @@ def _lrt_conv(
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
-    variance_dtype: torch.dtype | None,
-) -> Tensor:
-    op = f"lrt_conv{spatial}d"
+    prior_mu: float,
+    prior_sigma: float,
+    with_kl: bool,
+    **option: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    name, op = f"{estimator}_conv{spatial}d", f"{estimator}_conv"
     if W_mu.dim() != spatial + 2:
-        raise ValueError(f"{op}: W_mu must have {spatial + 2} dimensions, got {list(W_mu.shape)}")
+        raise ValueError(f"{name}: W_mu must have {spatial + 2} dimensions, got {list(W_mu.shape)}")
     if input.dim() not in (spatial + 1, spatial + 2):
         raise ValueError(
-            f"{op}: input must have {spatial + 1} (unbatched) or {spatial + 2} dimensions, got "
+            f"{name}: input must have {spatial + 1} (unbatched) or {spatial + 2} dimensions, got "
             f"{list(input.shape)}"
         )
     input = _autocast(input)
@@ -223,15 +316,153 @@ def _lrt_conv(
     if unbatched:
         input = input.unsqueeze(0)
     strides, dilations = _tuple(stride, spatial), _tuple(dilation, spatial)
-    input, pads = _explicit_padding(op, input, W_mu, strides, padding, dilations)
+    input, pads = _explicit_padding(name, input, W_mu, strides, padding, dilations)
     geometry = (strides, pads, dilations, False, (0,) * spatial, groups)
+    operands = (input, W_mu, W_rho, bias_mu, bias_rho, rng)
     if use_native(input.device):
-        output = _native.lrt_conv(input, W_mu, W_rho, bias_mu, bias_rho, rng, *geometry, variance_dtype)[0]
+        native = getattr(_native, op)
+        output, _, kl = native(*operands, *geometry, prior_mu, prior_sigma, with_kl, *option.values())
     else:
-        _checks.conv("lrt_conv", input, W_mu, *geometry)
-        _checks.lrt("lrt_conv", input, W_mu, W_rho, bias_mu, bias_rho, rng, W_mu.shape[0], variance_dtype)
-        output = reference.lrt_conv(input, W_mu, W_rho, bias_mu, bias_rho, rng, *geometry, variance_dtype)
-    return output.squeeze(0) if unbatched else output
+        _checks.conv(op, input, W_mu, *geometry)
+        _checks.layer(op, *operands, W_mu.shape[0], prior_mu, prior_sigma)
+        _checks.optional_dtype(op, "variance_dtype", option.get("variance_dtype"))
+        twin = getattr(reference, op)
+        result = twin(
+            *operands, *geometry, prior_mu=prior_mu, prior_sigma=prior_sigma, with_kl=with_kl, **option
+        )
+        output, kl = result if with_kl else (result, None)
+    if unbatched:
+        output = output.squeeze(0)
+    return (output, kl) if with_kl else output
+
+
+def bbb_conv1d(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
+    recompute_weight: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """1-d convolution with drawn weights; see :func:`bbb_conv2d`."""
+    return _conv(
+        "bbb",
+        1,
+        input,
+        W_mu,
+        W_rho,
+        bias_mu,
+        bias_rho,
+        rng,
+        stride,
+        padding,
+        dilation,
+        groups,
+        prior_mu,
+        prior_sigma,
+        with_kl,
+        recompute_weight=recompute_weight,
+    )
+
+
+def bbb_conv2d(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
+    recompute_weight: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A convolution with weights drawn from the posterior, one draw for the whole batch.
+
+    W and b come from :func:`sample_weights` (W takes stream ``rng[1]``, b the next). Shridhar, Laumann and
+    Liwicki, "A comprehensive guide to Bayesian convolutional neural network with variational inference",
+    2019, for Blundell et al.'s estimator over convolutions.
+
+    Args:
+        input: [N, C_in, H, W] or unbatched [C_in, H, W].
+        W_mu, W_rho: [C_out, C_in / groups, kH, kW], of input's dtype, or float32 under a narrower input.
+        bias_mu, bias_rho: [C_out], or both None.
+        stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
+        prior_mu, prior_sigma, with_kl, recompute_weight: as in :func:`bbb_linear`.
+
+    Returns the output of torch.nn.functional.conv2d's shape and memory format, in input's dtype, or that and
+    the scalar KL.
+    """
+    return _conv(
+        "bbb",
+        2,
+        input,
+        W_mu,
+        W_rho,
+        bias_mu,
+        bias_rho,
+        rng,
+        stride,
+        padding,
+        dilation,
+        groups,
+        prior_mu,
+        prior_sigma,
+        with_kl,
+        recompute_weight=recompute_weight,
+    )
+
+
+def bbb_conv3d(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
+    recompute_weight: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """3-d convolution with drawn weights; see :func:`bbb_conv2d`."""
+    return _conv(
+        "bbb",
+        3,
+        input,
+        W_mu,
+        W_rho,
+        bias_mu,
+        bias_rho,
+        rng,
+        stride,
+        padding,
+        dilation,
+        groups,
+        prior_mu,
+        prior_sigma,
+        with_kl,
+        recompute_weight=recompute_weight,
+    )
 
 
 def lrt_conv1d(
@@ -246,11 +477,29 @@ def lrt_conv1d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
     variance_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """1-d convolution under local reparameterization; see :func:`lrt_conv2d`."""
-    return _lrt_conv(
-        1, input, W_mu, W_rho, bias_mu, bias_rho, rng, stride, padding, dilation, groups, variance_dtype
+    return _conv(
+        "lrt",
+        1,
+        input,
+        W_mu,
+        W_rho,
+        bias_mu,
+        bias_rho,
+        rng,
+        stride,
+        padding,
+        dilation,
+        groups,
+        prior_mu,
+        prior_sigma,
+        with_kl,
+        variance_dtype=variance_dtype,
     )
 
 
@@ -266,8 +515,11 @@ def lrt_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
     variance_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """A Gaussian convolution under the local reparameterization trick.
 
     m = conv(x, W_mu) + b_mu, v = conv(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, one eps per
@@ -280,12 +532,28 @@ def lrt_conv2d(
         W_mu, W_rho: [C_out, C_in / groups, kH, kW], of input's dtype, or float32 under a narrower input.
         bias_mu, bias_rho: [C_out], or both None.
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
-        variance_dtype: type the variance convolution runs in; default input's (float32 for float16).
+        prior_mu, prior_sigma, with_kl: as in :func:`bbb_linear`.
+        variance_dtype: as in :func:`lrt_linear`.
 
-    Returns the output of torch.nn.functional.conv2d's shape, in input's dtype.
+    Returns the output of torch.nn.functional.conv2d's shape, in input's dtype, or that and the scalar KL.
     """
-    return _lrt_conv(
-        2, input, W_mu, W_rho, bias_mu, bias_rho, rng, stride, padding, dilation, groups, variance_dtype
+    return _conv(
+        "lrt",
+        2,
+        input,
+        W_mu,
+        W_rho,
+        bias_mu,
+        bias_rho,
+        rng,
+        stride,
+        padding,
+        dilation,
+        groups,
+        prior_mu,
+        prior_sigma,
+        with_kl,
+        variance_dtype=variance_dtype,
     )
 
 
@@ -301,9 +569,27 @@ def lrt_conv3d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
     variance_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """3-d convolution under local reparameterization; see :func:`lrt_conv2d`."""
-    return _lrt_conv(
-        3, input, W_mu, W_rho, bias_mu, bias_rho, rng, stride, padding, dilation, groups, variance_dtype
+    return _conv(
+        "lrt",
+        3,
+        input,
+        W_mu,
+        W_rho,
+        bias_mu,
+        bias_rho,
+        rng,
+        stride,
+        padding,
+        dilation,
+        groups,
+        prior_mu,
+        prior_sigma,
+        with_kl,
+        variance_dtype=variance_dtype,
     )

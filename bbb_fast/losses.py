@@ -20,15 +20,17 @@ SCHEDULES = ("Blundell", "Soenderby", "Standard")
 def kl_loss(model: nn.Module) -> Tensor:
     """KL(q || p) of a model, summed over every Bayesian layer in it, each counted once.
 
-    One call for all layers. A module of another kind with a ``kl_loss()`` of its own speaks for itself and
+    Layers whose last forward has formed it give that (see :meth:`BayesianLayer.kl_loss`); the others share
+    one call. A module of another kind with a ``kl_loss()`` of its own speaks for itself and
     everything below it (the model's own is not asked, as it may be the caller). A model without any gives 0.
     """
     # One call for each device and dtype (almost always one): mu, rho, prior_mu, prior_sigma.
     groups: dict[tuple[torch.device, torch.dtype], tuple[list, list, list, list]] = {}
     parts: list[Tensor] = []
     for module in _with_kl(model, set(), root=True):
-        if not isinstance(module, BayesianLayer):
-            parts.append(module.kl_loss())
+        kl = module.take_forward_kl() if isinstance(module, BayesianLayer) else module.kl_loss()
+        if kl is not None:
+            parts.append(kl)
             continue
         for mu, rho in module.posterior():
             group = groups.setdefault((mu.device, mu.dtype), ([], [], [], []))

@@ -195,6 +195,77 @@ def _parameters_as(dtype: torch.dtype, mu: Tensor | None) -> Tensor | None:
     return None if mu is None else mu.to(dtype)
 
 
+def _layer_kl(
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    prior_mu: float,
+    prior_sigma: float,
+) -> Tensor:
+    mu = [W_mu] if bias_mu is None else [W_mu, bias_mu]
+    rho = [W_rho] if bias_rho is None else [W_rho, bias_rho]
+    return kl_divergence(mu, rho, [prior_mu] * len(mu), [prior_sigma] * len(mu))
+
+
+def _drawn(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """A draw of a layer's weight and bias, in the type of its input."""
+    mu = [W_mu] if bias_mu is None else [W_mu, bias_mu]
+    rho = [W_rho] if bias_rho is None else [W_rho, bias_rho]
+    weights, _ = sample_weights(mu, rho, rng, dtype=input.dtype)
+    return weights[0], weights[1] if len(weights) > 1 else None
+
+
+def bbb_linear(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
+    recompute_weight: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`bbb_fast.functional.bbb_linear`. ``recompute_weight`` changes nothing here."""
+    y = F.linear(input, *_drawn(input, W_mu, W_rho, bias_mu, bias_rho, rng))
+    return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
+
+
+def bbb_conv(
+    input: Tensor,
+    W_mu: Tensor,
+    W_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    rng: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
+    recompute_weight: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolution of any dimension with drawn weights; backs ``bbb_conv1d/2d/3d``."""
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    y = torch.convolution(input, *_drawn(input, W_mu, W_rho, bias_mu, bias_rho, rng), *geometry)
+    return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
+
+
 def lrt_linear(
     input: Tensor,
     W_mu: Tensor,
@@ -202,14 +273,19 @@ def lrt_linear(
     bias_mu: Tensor | None,
     bias_rho: Tensor | None,
     rng: Tensor,
+    *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
     variance_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`bbb_fast.functional.lrt_linear`."""
     vdtype = variance_dtype_for(input, variance_dtype)
     m = F.linear(input, W_mu.to(input.dtype), _parameters_as(input.dtype, bias_mu))
     b_var = None if bias_rho is None else variance(bias_rho, vdtype)
     v = F.linear(square(input, vdtype), variance(W_rho, vdtype), b_var)
-    return lrt_sample(m, v, rng, torch.contiguous_format)
+    y = lrt_sample(m, v, rng, torch.contiguous_format)
+    return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
 
 
 def lrt_conv(
@@ -225,22 +301,27 @@ def lrt_conv(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
+    *,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
     variance_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Convolution of any dimension under local reparameterization; backs ``lrt_conv1d/2d/3d``."""
     vdtype = variance_dtype_for(input, variance_dtype)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     m = torch.convolution(input, W_mu.to(input.dtype), _parameters_as(input.dtype, bias_mu), *geometry)
     b_var = None if bias_rho is None else variance(bias_rho, vdtype)
     v = torch.convolution(square(input, vdtype), variance(W_rho, vdtype), b_var, *geometry)
-    return lrt_sample(m, v, rng, conv_memory_format(input, W_mu))
+    y = lrt_sample(m, v, rng, conv_memory_format(input, W_mu))
+    return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
 
 
 def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """The memory format of a convolution's output, which numbers its noise.
 
     channels_last if the input or the weight is stored so and not at the same time contiguous (a single
-    channel or a single pixel is both), else contiguous. The same rule stands in csrc/lrt_conv.cpp.
+    channel or a single pixel is both), else contiguous. The same rule stands in csrc/products.cpp.
     """
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
     if channels_last is not None:

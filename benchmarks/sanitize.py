@@ -86,10 +86,11 @@ def one_tensor(run: Runner, make: Maker, n: int, dtype: torch.dtype, offset: int
     for g_w, g_kl, noise in ((grad, None, rng), (wide_grad, one, rng), (None, one, None)):
         run.op("posterior_backward", what, [g_w], g_kl, [mu], [rho], noise, *priors)
     for out in (dtype, wide, torch.bfloat16):
-        run.op("variance", f"{what} to {out}", rho, out)
+        run.op("variance", f"{what} to {out}", [mu], [rho], *PRIOR, True, out)
         run.op("square", f"{what} to {out}", mu, out)
     for g in (grad, wide_grad):
-        run.op("variance_backward", what, g, rho)
+        out = [torch.empty_like(mu)], [torch.empty_like(rho)]
+        run.op("posterior_backward_out", what, [g], [g], one, [mu], [rho], None, *priors, *out)
         run.op("square_backward_", what, make.tensor(n, dtype, offset), mu, g)
     for variance in (v, wide_v, torch.zeros_like(v)):
         run.op("lrt_sample_", what, make.tensor(n, dtype, offset), variance, rng)
@@ -112,6 +113,7 @@ def one_list(run: Runner, make: Maker, dtype: torch.dtype, shapes: list[tuple[in
     grads = [None if k % 3 == 2 else make.tensor(n, dtype, o) for k, (n, o) in enumerate(shapes)]
     priors = [PRIOR[0]] * len(mu), [PRIOR[1] + 0.01 * (k % 7) for k in range(len(mu))]
     run.op("sample_weights", what, mu, rho, make.rng, *PRIOR, True, None)
+    run.op("variance", what, mu, rho, *PRIOR, True, dtype)
     run.op("kl_divergence", what, mu, rho, *priors)
     run.op("posterior_backward", what, grads, make.one, mu, rho, make.rng, *priors)
     run.op("posterior_backward", what, [None] * len(mu), make.one, mu, rho, None, *priors)

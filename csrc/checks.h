@@ -2,7 +2,6 @@
 // bbb_fast/_checks.py says the same for the reference path, in the same words.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -86,39 +85,63 @@ inline void check_priors(
   for (size_t i = 0; i < count; ++i) check_prior(op, prior_mu[i], prior_sigma[i]);
 }
 
-// Returns whether any weight got a gradient.
-inline bool check_posterior_backward(
+inline void check_posterior_backward(
     const char* op,
-    const c10::List<std::optional<at::Tensor>>& grad_w,
+    at::TensorList grad_w,
+    at::TensorList grad_variance,
     const std::optional<at::Tensor>& grad_kl,
     at::TensorList mu,
     at::TensorList rho,
     const std::optional<at::Tensor>& rng,
     at::ArrayRef<double> prior_mu,
-    at::ArrayRef<double> prior_sigma) {
+    at::ArrayRef<double> prior_sigma,
+    at::TensorList grad_mu,
+    at::TensorList grad_rho) {
   check_posteriors(op, mu, rho);
   check_priors(op, mu.size(), prior_mu, prior_sigma);
-  TORCH_CHECK_VALUE(
-      grad_w.size() == mu.size(), op, ": got ", grad_w.size(), " gradients for ", mu.size(), " tensors");
+  const auto check_gradient = [&](const char* name, size_t k, const at::Tensor& g) {
+    TORCH_CHECK_VALUE(
+        g.sizes() == mu[k].sizes(), op, ": ", name, " ", k, " must have shape ", mu[k].sizes(), ", got ",
+        g.sizes());
+    check_floating(op, name, g);
+    check_device(op, name, g, mu[0].device());
+  };
+  const auto check_count = [&](const char* name, size_t count) {
+    TORCH_CHECK_VALUE(count == mu.size(), op, ": got ", count, " ", name, " for ", mu.size(), " tensors");
+  };
+  const bool moments = !grad_variance.empty();
+  check_count("grad_w", grad_w.size());
+  if (moments) check_count("grad_variance", grad_variance.size());
+  check_count("grad_mu", grad_mu.size());
+  check_count("grad_rho", grad_rho.size());
   bool any = false;
   for (size_t k = 0; k < mu.size(); ++k) {
-    const std::optional<at::Tensor> g = grad_w.get(k);
-    if (!g || !g->defined()) continue;
-    TORCH_CHECK_VALUE(
-        g->sizes() == mu[k].sizes(), op, ": gradient ", k, " must have shape ", mu[k].sizes(), ", got ",
-        g->sizes());
-    check_floating(op, "grad_w", *g);
-    check_device(op, "grad_w", *g, mu[0].device());
-    any = true;
+    const at::Tensor& g = grad_w[k];
+    if (g.defined()) {
+      check_gradient("grad_w", k, g);
+      any = true;
+    }
+    if (moments) {
+      TORCH_CHECK_VALUE(
+          g.defined() == grad_variance[k].defined(), op, ": give both grad_w and grad_variance of tensor ", k,
+          ", or neither");
+      if (g.defined()) check_gradient("grad_variance", k, grad_variance[k]);
+    }
+    for (const at::Tensor& out : {grad_mu[k], grad_rho[k]}) {
+      check_gradient("result", k, out);
+      TORCH_CHECK_VALUE(
+          out.is_contiguous() && out.scalar_type() == mu[k].scalar_type(), op, ": result ", k,
+          " must be contiguous and ", dtype_name(mu[k].scalar_type()), " like mu");
+    }
   }
   if (grad_kl && grad_kl->defined()) {
     TORCH_CHECK_VALUE(grad_kl->numel() == 1, op, ": grad_kl must be a scalar, got shape ", grad_kl->sizes());
     check_device(op, "grad_kl", *grad_kl, mu[0].device());
   }
   TORCH_CHECK_VALUE(
-      !any || (rng && rng->defined()), op, ": gradients of weights need the rng they were drawn with");
+      !any || moments || (rng && rng->defined()), op,
+      ": gradients of weights need the rng they were drawn with");
   if (rng && rng->defined()) check_rng(op, *rng, mu[0].device());
-  return any;
 }
 
 // Elementwise passes over two tensors run in memory order: both are dense with the same strides.
@@ -154,17 +177,5 @@ inline void check_square_backward(
   check_device(op, "grad_input", grad_input, input.device());
   check_device(op, "grad", grad, input.device());
 }
-
-// What lrt_linear and lrt_conv have in common.
-void check_lrt(
-    const char* op,
-    const at::Tensor& input,
-    const at::Tensor& W_mu,
-    const at::Tensor& W_rho,
-    const std::optional<at::Tensor>& bias_mu,
-    const std::optional<at::Tensor>& bias_rho,
-    const at::Tensor& rng,
-    int64_t out_features,
-    std::optional<at::ScalarType> variance_dtype);
 
 }  // namespace bbb_fast

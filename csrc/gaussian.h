@@ -37,7 +37,7 @@ BBB_INLINE F natural_log(F x) {
 // e^x for x <= 0, 3e-9; denormal results are kept, below about -104 the result is 0.
 template <class F>
 BBB_INLINE F exp_negative(F x) {
-  x = select(x < -105.0f, F{} - 105.0f, x);
+  x = at_least(x, -105.0f);
   // Adding 1.5 * 2^23 leaves the rounded integer n in the low bits of the mantissa.
   const F shifted = x * kLog2E + 12582912.0f;
   const F nf = shifted - 12582912.0f;
@@ -108,16 +108,11 @@ struct Sigma {
 };
 
 template <class F>
-BBB_INLINE F minimum_with_zero(F x) {
-  return select(x < 0.0f, x, F{});
-}
-
-template <class F>
 BBB_INLINE Sigma<F> softplus(F rho) {
   Sigma<F> s;
   s.t = exp_negative(negative_abs(rho));
   const F l = log1p_over(s.t);
-  s.value = select(rho < 0.0f, s.t * l, s.t * l + rho);
+  s.value = s.t * l + at_least(rho, 0.0f);
   s.base = select(rho < 0.0f, l, s.value);
   return s;
 }
@@ -150,7 +145,7 @@ template <class F>
 BBB_INLINE F kl_terms(F mu, F rho, const Sigma<F>& s, const Prior& prior) {
   const F r = s.value * prior.inv_sigma;
   const F d = (mu - prior.mu) * prior.inv_sigma;
-  return (r * r + d * d) - (minimum_with_zero(rho) - prior.log_sigma) * 2.0f;
+  return (r * r + d * d) + (at_least(-rho, 0.0f) + prior.log_sigma) * 2.0f;
 }
 
 // Splits x > 0 into mantissa in [1, 2) and exponent.
@@ -179,5 +174,5 @@ BBB_INLINE F lrt_noise(F v, F eps) {
 }
 template <class F>
 BBB_INLINE F lrt_noise_derivative(F v, F eps) {
-  return select(v > 0.0f, eps * 0.5f / square_root(v), F{});
+  return select(v > 0.0f, eps * 0.5f * reciprocal_root(v), F{});
 }

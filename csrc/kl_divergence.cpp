@@ -3,7 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "posterior_backward.h"
+#include "passes.h"
 
 namespace bbb_fast {
 namespace {

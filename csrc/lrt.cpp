@@ -1,99 +1,100 @@
-#include "lrt.h"
-
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
+// lrt_linear and lrt_conv: local reparameterization (Kingma, Salimans and Welling, NeurIPS 2015, eq. 6), two
+// products and the fused passes beside them, for every device.
 #include "checks.h"
+#include "cpu/isa.h"
+#include "layer_op.h"
 
 namespace bbb_fast {
+namespace {
 
-void check_lrt(
-    const char* op,
-    const at::Tensor& input,
-    const at::Tensor& W_mu,
-    const at::Tensor& W_rho,
-    const OptionalTensor& bias_mu,
-    const OptionalTensor& bias_rho,
-    const at::Tensor& rng,
-    int64_t out_features,
-    std::optional<at::ScalarType> variance_dtype) {
-  check_floating(op, "input", input);
-  check_posterior(op, "W_", W_mu, W_rho, input.device());
-  const auto in = input.scalar_type();
-  const auto own = W_mu.scalar_type();
-  TORCH_CHECK_TYPE(
-      own == in || (own == at::kFloat && in != at::kDouble), op, ": parameters must be ", dtype_name(in),
-      " like the input, or float32 under a narrower input, got ", dtype_name(own));
-  TORCH_CHECK_VALUE(has(bias_mu) == has(bias_rho), op, ": give both bias_mu and bias_rho, or neither");
-  if (has(bias_mu)) {
-    check_posterior(op, "bias_", *bias_mu, *bias_rho, input.device());
-    TORCH_CHECK_TYPE(
-        bias_mu->scalar_type() == own, op, ": all parameters must have one dtype, got ", dtype_name(own),
-        " and ", dtype_name(bias_mu->scalar_type()));
-    TORCH_CHECK_VALUE(
-        bias_mu->dim() == 1 && bias_mu->size(0) == out_features, op, ": bias_mu must have shape [",
-        out_features, "], got ", bias_mu->sizes());
-  }
-  check_dtype_option(op, "variance_dtype", variance_dtype);
-  check_rng(op, rng, input.device());
-}
-
-at::Tensor variance(const at::Tensor& rho, at::ScalarType dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bbb_fast::variance", "")
-                             .typed<at::Tensor(const at::Tensor&, at::ScalarType)>();
-  return op.call(rho, dtype);
-}
-
-at::Tensor variance_backward(const at::Tensor& grad, const at::Tensor& rho) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bbb_fast::variance_backward", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
-  return op.call(grad, rho);
-}
-
-void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bbb_fast::lrt_sample_", "")
-                             .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>();
-  op.call(m, v, rng);
-}
-
-at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& rng) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bbb_fast::lrt_sample_backward", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
-  return op.call(grad, v, rng);
-}
-
+// The type the variance product is asked to run in: as given, else the input's; float32 for float16, whose
+// squares leave its range.
 at::ScalarType variance_dtype_for(const at::Tensor& input, std::optional<at::ScalarType> asked) {
   if (asked) return *asked;
   return input.scalar_type() == at::kHalf ? at::kFloat : input.scalar_type();
 }
 
-at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bbb_fast::square", "")
-                             .typed<at::Tensor(const at::Tensor&, at::ScalarType)>();
-  return op.call(input, dtype);
+// The type the library is given it in. A CPU without bfloat16 instructions multiplies bfloat16 several
+// times slower than float32; the same rounded numbers in float32 give the same products.
+at::ScalarType product_dtype_for(const at::Tensor& input, at::ScalarType vdtype) {
+  const bool slow = vdtype == at::kBFloat16 && input.scalar_type() != at::kBFloat16 &&
+                    input.device().is_cpu() && !multiplies_bfloat16();
+  return slow ? at::kFloat : vdtype;
 }
 
-void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at::Tensor& grad) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bbb_fast::square_backward_", "")
-                             .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>();
-  op.call(grad_input, input, grad);
-}
+struct LocalReparameterization {
+  static constexpr const char* kName = "lrt";
+  static constexpr bool kMoments = true;
+  using Option = std::optional<at::ScalarType>;  // variance_dtype
+  static bool keeps(const Option&) { return true; }
 
-// Everything below is reached only from within an op that has its own backward. Differentiating through
-// one of these (a second derivative, say) raises, instead of giving wrong numbers.
-TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
-  for (const char* name :
-       {"normal", "posterior_backward", "variance", "variance_backward", "square", "square_backward_",
-        "lrt_sample_", "lrt_sample_backward", "lrt_linear_backward", "lrt_conv_backward"}) {
-    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  template <class Product>
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
+      const char* op, const Product& product, const Layer& layer, bool with_kl, const Option& asked) {
+    check_dtype_option(op, "variance_dtype", asked);
+    const auto dtype = layer.input.scalar_type();
+    const auto vdtype = variance_dtype_for(layer.input, asked);
+    const auto pdtype = product_dtype_for(layer.input, vdtype);
+    auto [variances, kl] =
+        variance(layer.mu(), layer.rho(), layer.prior_mu, layer.prior_sigma, with_kl, vdtype);
+    OptionalTensor b_mu, b_var;
+    if (has(layer.bias_mu)) {
+      b_mu = layer.bias_mu->to(dtype);
+      b_var = variances[1].to(pdtype);
+    }
+    const auto format = product.output_format(layer.input, layer.W_mu);
+    at::Tensor m = product.forward(layer.input, layer.W_mu.to(dtype), b_mu).contiguous(format);
+    at::Tensor v = product.forward(square(layer.input, vdtype).to(pdtype), variances[0].to(pdtype), b_var)
+                       .to(vdtype)
+                       .contiguous(format);
+    lrt_sample_(m, v, layer.rng);
+    return {std::move(m), std::move(v), std::move(kl)};
   }
+
+  template <class Product>
+  static OperandGradients backward(
+      const char* op,
+      const Product& product,
+      const Layer& layer,
+      const at::Tensor& grad,
+      const OptionalTensor& kept,
+      const Wanted& wanted) {
+    const at::Tensor v = kept.value_or(at::Tensor());
+    TORCH_CHECK_VALUE(v.defined(), op, ": kept, the variance of the output, is missing");
+    TORCH_CHECK_VALUE(
+        grad.sizes() == v.sizes(), op, ": grad must have shape ", v.sizes(), ", got ", grad.sizes());
+    const auto vdtype = v.scalar_type();
+    const auto pdtype = product_dtype_for(layer.input, vdtype);
+    const std::array<bool, 3> which{wanted.input, wanted.W, wanted.bias};
+    const at::Tensor g = grad.contiguous(product.output_format(layer.input, layer.W_mu));
+    const at::Tensor g_v = lrt_sample_backward(g, v, layer.rng).to(pdtype);
+
+    OperandGradients grads;
+    std::tie(grads.input, grads.W, grads.bias) =
+        product.backward(g, layer.input, layer.W_mu.to(layer.input.scalar_type()), which);
+    // Without the input's gradient, its shape and type alone matter.
+    at::Tensor W_variance = layer.W_rho;
+    if (wanted.input) {
+      W_variance = std::get<0>(
+          variance({layer.W_mu}, {layer.W_rho}, layer.prior_mu, layer.prior_sigma, false, vdtype))[0];
+    }
+    at::Tensor g_x2;
+    std::tie(g_x2, grads.W_variance, grads.bias_variance) =
+        product.backward(g_v, square(layer.input, vdtype).to(pdtype), W_variance.to(pdtype), which);
+    if (wanted.input) square_backward_(grads.input, layer.input, g_x2);
+    return grads;
+  }
+};
+
+TORCH_LIBRARY_IMPL(bbb_fast, CompositeExplicitAutograd, m) {
+  LinearOp<LocalReparameterization>::implement_kernels(m);
+  ConvOp<LocalReparameterization>::implement_kernels(m);
 }
 
+TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
+  LinearOp<LocalReparameterization>::implement_autograd(m);
+  ConvOp<LocalReparameterization>::implement_autograd(m);
+}
+
+}  // namespace
 }  // namespace bbb_fast

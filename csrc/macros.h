@@ -4,8 +4,10 @@
 #if defined(__CUDACC__)
 #define BBB_INLINE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
-#define BBB_INLINE inline __attribute__((always_inline))
+#define BBB_ALWAYS_INLINE __attribute__((always_inline))
+#define BBB_INLINE inline BBB_ALWAYS_INLINE
 #else
+#define BBB_ALWAYS_INLINE
 #define BBB_INLINE inline
 #endif
 

@@ -1,7 +1,10 @@
 // Every op's schema. A kernel is registered at the foot of its own file: csrc/cpu/<op>.cpp for the CPU,
 // csrc/cuda/<op>.cu for CUDA; the device-independent ones and autograd in csrc/<op>.cpp. Fake kernels:
-// bbb_fast/_ops.py.
+// bbb_fast/_ops.py. The layers' ops: csrc/bbb.cpp, csrc/lrt.cpp, over csrc/layer_op.h.
 #include <torch/library.h>
+
+#include <string>
+#include <utility>
 
 TORCH_LIBRARY(bbb_fast, m) {
   m.def("normal(SymInt[] size, Tensor rng, ScalarType dtype) -> Tensor");
@@ -10,34 +13,47 @@ TORCH_LIBRARY(bbb_fast, m) {
       "sample_weights(Tensor[] mu, Tensor[] rho, Tensor rng, float prior_mu, float prior_sigma, "
       "bool with_kl, ScalarType? dtype) -> (Tensor[], Tensor)");
   m.def("kl_divergence(Tensor[] mu, Tensor[] rho, float[] prior_mu, float[] prior_sigma) -> Tensor");
-  // The backward of both: the gradient of mu and rho through the weights, the KL, or both. A weight that got
-  // no gradient is None; rng is needed where one did.
+  // The backward of both, and of variance: the gradient of mu and rho through the weights, the KL, or both. A
+  // weight that got no gradient is None; rng is needed where one did. The second form writes to grad_mu and
+  // grad_rho, which may be the given gradients; grad_variance, where the list is not empty, is that of
+  // sigma^2, and grad_w then that of the mean.
   m.def(
       "posterior_backward(Tensor?[] grad_w, Tensor? grad_kl, Tensor[] mu, Tensor[] rho, Tensor? rng, "
       "float[] prior_mu, float[] prior_sigma) -> (Tensor[], Tensor[])");
+  m.def(
+      "posterior_backward_out(Tensor?[] grad_w, Tensor?[] grad_variance, Tensor? grad_kl, Tensor[] mu, "
+      "Tensor[] rho, Tensor? rng, float[] prior_mu, float[] prior_sigma, Tensor(a!)[] grad_mu, "
+      "Tensor(b!)[] grad_rho) -> ()");
 
-  // The elementwise passes beside the products of lrt_linear and lrt_conv.
-  m.def("variance(Tensor rho, ScalarType dtype) -> Tensor");
-  m.def("variance_backward(Tensor grad, Tensor rho) -> Tensor");
+  // The passes beside the products of lrt_linear and lrt_conv.
+  m.def(
+      "variance(Tensor[] mu, Tensor[] rho, float prior_mu, float prior_sigma, bool with_kl, "
+      "ScalarType dtype) -> (Tensor[], Tensor)");
   m.def("square(Tensor input, ScalarType dtype) -> Tensor");
   m.def("square_backward_(Tensor(a!) grad_input, Tensor input, Tensor grad) -> ()");
   m.def("lrt_sample_(Tensor(a!) m, Tensor v, Tensor rng) -> ()");
   m.def("lrt_sample_backward(Tensor grad, Tensor v, Tensor rng) -> Tensor");
 
-  // The second result is v, kept for backward. The backward ops return a gradient for each true entry of
-  // output_mask, in the order input, W_mu, W_rho, bias_mu, bias_rho.
-  m.def(
-      "lrt_linear(Tensor input, Tensor W_mu, Tensor W_rho, Tensor? bias_mu, Tensor? bias_rho, Tensor rng, "
-      "ScalarType? variance_dtype) -> (Tensor, Tensor)");
-  m.def(
-      "lrt_linear_backward(Tensor grad, Tensor input, Tensor W_mu, Tensor W_rho, Tensor? bias_rho, "
-      "Tensor v, Tensor rng, bool[] output_mask) -> Tensor[]");
-  m.def(
-      "lrt_conv(Tensor input, Tensor W_mu, Tensor W_rho, Tensor? bias_mu, Tensor? bias_rho, Tensor rng, "
+  // The layers. Results: the output; what is kept for backward (BBB: the weight; LRT: the output's variance);
+  // the KL, or 0. The backward ops return a gradient for each true entry of output_mask, in the order input,
+  // W_mu, W_rho, bias_mu, bias_rho.
+  const std::string operands = "Tensor input, Tensor W_mu, Tensor W_rho, Tensor? bias_mu, Tensor? bias_rho, ";
+  const std::string conv =
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, "
-      "SymInt groups, ScalarType? variance_dtype) -> (Tensor, Tensor)");
-  m.def(
-      "lrt_conv_backward(Tensor grad, Tensor input, Tensor W_mu, Tensor W_rho, Tensor? bias_rho, Tensor v, "
-      "Tensor rng, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, "
-      "SymInt[] output_padding, SymInt groups, bool[] output_mask) -> Tensor[]");
+      "SymInt groups, ";
+  const std::string prior = "float prior_mu, float prior_sigma, ";
+  for (const auto& [estimator, option] :
+       {std::pair<std::string, std::string>{"bbb", "bool recompute_weight"},
+        {"lrt", "ScalarType? variance_dtype"}}) {
+    for (const auto& [name, geometry] :
+         {std::pair<std::string, std::string>{estimator + "_linear", ""}, {estimator + "_conv", conv}}) {
+      const std::string forward = name + "(" + operands + "Tensor rng, " + geometry + prior +
+                                  "bool with_kl, " + option + ") -> (Tensor, Tensor, Tensor)";
+      const std::string backward = name + "_backward(Tensor grad, Tensor? grad_kl, " + operands +
+                                   "Tensor? kept, Tensor rng, " + geometry + prior +
+                                   "bool[] output_mask) -> Tensor[]";
+      m.def(forward.c_str());
+      m.def(backward.c_str());
+    }
+  }
 }

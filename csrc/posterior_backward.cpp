@@ -1,28 +1,35 @@
-// posterior_backward: its typed call. Kernels: cpu/posterior_backward.cpp, cuda/posterior_backward.cu.
-#include "posterior_backward.h"
+// posterior_backward: posterior_backward_out into fresh tensors, for every device. Kernels of the latter:
+// cpu/posterior_backward.cpp, cuda/posterior_backward.cu.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include "passes.h"
 
 namespace bbb_fast {
+namespace {
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
-    at::TensorList grad_w,
-    const at::Tensor& grad_kl,
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> allocate_and_run(
+    const c10::List<OptionalTensor>& grad_w,
+    const OptionalTensor& grad_kl,
     at::TensorList mu,
     at::TensorList rho,
-    const at::Tensor& rng,
+    const OptionalTensor& rng,
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma) {
-  using Optional = std::optional<at::Tensor>;
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bbb_fast::posterior_backward", "")
-                             .typed<std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
-                                 const c10::List<Optional>&, const Optional&, at::TensorList, at::TensorList,
-                                 const Optional&, at::ArrayRef<double>, at::ArrayRef<double>)>();
-  const auto optional = [](const at::Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; };
-  c10::List<Optional> weights;
-  for (const at::Tensor& g : grad_w) weights.push_back(optional(g));
-  return op.call(weights, optional(grad_kl), mu, rho, optional(rng), prior_mu, prior_sigma);
+  std::vector<at::Tensor> grad_mu, grad_rho;
+  for (const at::Tensor& m : mu) {
+    grad_mu.push_back(at::empty(m.sizes(), m.options()));
+    grad_rho.push_back(at::empty(m.sizes(), m.options()));
+  }
+  posterior_backward_out(
+      tensors(grad_w), {}, grad_kl.value_or(at::Tensor()), mu, rho, rng.value_or(at::Tensor()), prior_mu,
+      prior_sigma, grad_mu, grad_rho);
+  return {std::move(grad_mu), std::move(grad_rho)};
 }
 
+TORCH_LIBRARY_IMPL(bbb_fast, CompositeExplicitAutograd, m) {
+  m.impl("posterior_backward", &allocate_and_run);
+}
+
+}  // namespace
 }  // namespace bbb_fast

@@ -44,6 +44,10 @@ BBB_INLINE float to_float(uint32_t u) {
 BBB_INLINE float select(bool mask, float a, float b) {
   return mask ? a : b;
 }
+// x, or `least` where x is less; NaN stays NaN.
+BBB_INLINE float at_least(float x, float least) {
+  return x < least ? least : x;
+}
 BBB_INLINE float square_root(float x) {
   return sqrtf(x);
 }
@@ -65,6 +69,14 @@ BBB_INLINE float reciprocal(float x) {
   return inverse;
 #else
   return 1.0f / x;
+#endif
+}
+// 1 / sqrt(x) for x > 0; within 2 units in the last place.
+BBB_INLINE float reciprocal_root(float x) {
+#ifdef __CUDA_ARCH__
+  return rsqrtf(x);
+#else
+  return 1.0f / sqrtf(x);
 #endif
 }
 BBB_INLINE float negative_abs(float x) {

@@ -114,6 +114,15 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
     def backward_of_kl(mu: Tensor, rho: Tensor) -> list[Tensor]:
         return flat(ops.posterior_backward([None], grad_kl, [mu], [rho], None, *([p] for p in prior)))
 
+    def variance(mu: Tensor, rho: Tensor) -> list[Tensor]:
+        return flat(ops.variance([mu], [rho], *prior, True, other))
+
+    def backward_of_moments(grad: Tensor, grad_variance: Tensor, mu: Tensor, rho: Tensor) -> list[Tensor]:
+        out = [torch.empty_like(mu)], [torch.empty_like(rho)]
+        priors = ([p] for p in prior)
+        ops.posterior_backward_out([grad], [grad_variance], grad_kl, [mu], [rho], None, *priors, *out)
+        return flat(out)
+
     def square_backward(grad_input: Tensor, input: Tensor, grad: Tensor) -> list[Tensor]:
         ops.square_backward_(grad_input, input, grad)
         return [grad_input]
@@ -128,10 +137,8 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
         "posterior_backward": Kernel(y, posterior_backward),
         "kl_divergence": Kernel(x, kl_divergence),
         "posterior_backward, KL alone": Kernel(x, backward_of_kl),
-        "variance": Kernel({"rho": rho}, lambda rho: [ops.variance(rho, other)]),
-        "variance_backward": Kernel(
-            {"grad": formed, "rho": rho}, lambda grad, rho: [ops.variance_backward(grad, rho)]
-        ),
+        "posterior_backward, moments": Kernel({**y, "grad_variance": v}, backward_of_moments),
+        "variance": Kernel(x, variance),
         "square": Kernel({"input": narrow[0]}, lambda input: [ops.square(input, other)]),
         "square_backward_": Kernel(
             {"grad_input": narrow[1], "input": narrow[0], "grad": formed}, square_backward, "grad_input"
@@ -150,8 +157,8 @@ KERNELS = {
     "posterior_backward": ("grad", "mu", "rho"),
     "kl_divergence": ("mu", "rho"),
     "posterior_backward, KL alone": ("mu", "rho"),
-    "variance": ("rho",),
-    "variance_backward": ("grad", "rho"),
+    "posterior_backward, moments": ("grad", "mu", "rho", "grad_variance"),
+    "variance": ("mu", "rho"),
     "square": ("input",),
     "square_backward_": ("grad_input", "input", "grad"),
     "lrt_sample_": ("m", "v"),
@@ -196,3 +203,18 @@ def assert_same(
         loosen *= 4  # a GPU's library picks the order of a sum by the shape of the product
     rtol, atol = (TOLERANCE[dtype][kind] * loosen for kind in ("rtol", "atol"))
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol * size, equal_nan=False)
+
+
+def variance_of(rho: Tensor, dtype: torch.dtype) -> Tensor:
+    """The op ``variance`` of one tensor, without KL."""
+    return torch.ops.bbb_fast.variance([rho], [rho], 0.0, 0.1, False, dtype)[0][0]
+
+
+def variance_slope(grad: Tensor, rho: Tensor) -> Tensor:
+    """The gradient of rho for that of sigma^2, by posterior_backward_out without KL."""
+    out = [torch.empty_like(rho, memory_format=torch.contiguous_format) for _ in range(2)]
+    zero = torch.zeros_like(grad)
+    torch.ops.bbb_fast.posterior_backward_out(
+        [zero], [grad], None, [rho], [rho], None, [0.0], [0.1], out[:1], out[1:]
+    )
+    return out[1]

@@ -127,10 +127,11 @@ class TestConstruction:
     def test_signatures(self, estimator: ModuleType) -> None:
         """Order and defaults are public: users call these by position."""
         linear = inspect.signature(estimator.BBBLinear).parameters
-        assert list(linear) == ["in_features", "out_features", "bias", "priors", "device", "dtype"]
+        options = ["recompute_weight", "variance_dtype"]
+        assert list(linear) == ["in_features", "out_features", "bias", "priors", "device", "dtype", *options]
         conv = inspect.signature(estimator.BBBConv2d).parameters
         order = "in_channels out_channels kernel_size stride padding dilation bias priors groups"
-        assert list(conv) == [*order.split(), "padding_mode", "device", "dtype"]
+        assert list(conv) == [*order.split(), "padding_mode", "device", "dtype", *options]
         defaults = {name: p.default for name, p in conv.items() if p.default is not p.empty}
         assert defaults == {
             "stride": 1,
@@ -142,10 +143,13 @@ class TestConstruction:
             "padding_mode": "zeros",
             "device": None,
             "dtype": None,
+            "recompute_weight": False,
+            "variance_dtype": None,
         }
         for signature in (linear, conv):
             keyword = [n for n, p in signature.items() if p.kind is p.KEYWORD_ONLY]
-            assert keyword == [n for n in ("groups", "padding_mode", "device", "dtype") if n in signature]
+            allowed = ("groups", "padding_mode", "device", "dtype", *options)
+            assert keyword == [n for n in allowed if n in signature]
 
     def test_aliases(self) -> None:
         assert layers.BBB_Linear is BBB.BBBLinear and layers.BBB_LRT_Linear is BBB_LRT.BBBLinear
@@ -386,11 +390,16 @@ class TestDistribution:
         assert unrelated(layer(x), other(x))
 
     def test_a_forward_leaves_nothing_behind(self, backend: str, estimator: ModuleType) -> None:
-        """No noise, sampled weight or counter on the layer."""
+        """No noise, sampled weight or counter on the layer, and no KL once it was asked for."""
         layer = make(estimator, "Conv2d")
         before = {name: id(value) for name, value in vars(layer).items()}
-        layer(example("Conv2d")).sum().backward()
-        assert {name: id(value) for name, value in vars(layer).items()} == before
+        y = layer(example("Conv2d"))
+        left = {name: value for name, value in vars(layer).items() if id(value) != before.get(name)}
+        assert list(left) == ["_forward_kl"]
+        (y.sum() + layer.kl_loss()).backward()
+        assert layer._forward_kl is None
+        after = {name: id(value) for name, value in vars(layer).items() if name != "_forward_kl"}
+        assert after == before
         assert not list(layer.buffers())
 
 

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_same, grads, leaf, on, posterior, rng
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_same,
+    grads,
+    leaf,
+    on,
+    posterior,
+    rng,
+    variance_of,
+    variance_slope,
+)
 from torch import Tensor
 
 from bbb_fast import functional, reference
@@ -277,8 +288,8 @@ def test_thread_count_changes_nothing_in_the_passes(isa: str, threads: None) -> 
                 g,
                 ops.square(rho, torch.bfloat16),
                 ops.lrt_sample_backward(m, v, rng()),
-                ops.variance(rho, torch.float32),
-                ops.variance_backward(m, rho),
+                variance_of(rho, torch.float32),
+                variance_slope(m, rho),
             ]
         )
     for a, b in zip(*results, strict=True):
@@ -299,9 +310,9 @@ def test_variance_equals_reference(isa: str, dtype: torch.dtype) -> None:
     rho = leaf(1003, dtype=dtype, mean=-2.0, std=3.0)
     grad = torch.randn(1003).to(dtype)
     expected = reference.variance(rho, dtype)
-    assert_same(torch.ops.bbb_fast.variance(rho.detach(), dtype), expected.detach(), dtype)
+    assert_same(variance_of(rho.detach(), dtype), expected.detach(), dtype)
     (g,) = torch.autograd.grad(expected, rho, grad)
-    assert_same(torch.ops.bbb_fast.variance_backward(grad, rho.detach()), g, dtype, 5)
+    assert_same(variance_slope(grad, rho.detach()), g, dtype, 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -376,7 +387,7 @@ def test_square_backward_rejects_what_it_cannot_add(native: None) -> None:
 
 def test_differentiating_an_inner_pass_raises(native: None) -> None:
     """These are only used inside ops that know their gradients; alone they must not lose one silently."""
-    for op in (torch.ops.bbb_fast.variance, torch.ops.bbb_fast.square):
+    for op in (variance_of, torch.ops.bbb_fast.square):
         with pytest.raises(RuntimeError, match="not implemented"):
             op(leaf(5), torch.float32).sum().backward()
 
@@ -388,12 +399,19 @@ def test_lrt_sample_rejects_mixed_strides(native: None) -> None:
 
 def test_opcheck(native: None) -> None:
     ops = torch.ops.bbb_fast
-    torch.library.opcheck(ops.lrt_linear, (*linear_case((4, 2), 6, 3), rng(), None))
-    torch.library.opcheck(ops.lrt_linear, (*linear_case((4,), 6, 3, bias=False), rng(), torch.bfloat16))
+    plain = (0.0, 0.1, False, None)
+    torch.library.opcheck(ops.lrt_linear, (*linear_case((4, 2), 6, 3), rng(), *plain))
+    narrow = (0.1, 0.5, True, torch.bfloat16)
+    torch.library.opcheck(ops.lrt_linear, (*linear_case((4,), 6, 3, bias=False), rng(), *narrow))
     geometry = ([2, 1], [1, 0], [1, 1], False, [0, 0], 1)
-    torch.library.opcheck(ops.lrt_conv, (*conv_case(2, 2, 3, 4, (3, 3), (6, 6)), rng(), *geometry, None))
-    torch.library.opcheck(ops.variance, (torch.randn(9), torch.bfloat16))
-    torch.library.opcheck(ops.variance_backward, (torch.randn(9), torch.randn(9)))
+    torch.library.opcheck(ops.lrt_conv, (*conv_case(2, 2, 3, 4, (3, 3), (6, 6)), rng(), *geometry, *plain))
+    mu, rho = [torch.randn(9), torch.randn(2, 3)], [torch.randn(9), torch.randn(2, 3)]
+    torch.library.opcheck(ops.variance, (mu, rho, 0.1, 0.5, True, torch.bfloat16))
+    outs = [torch.empty(9), torch.empty(2, 3)], [torch.empty(9), torch.empty(2, 3)]
+    priors = ([0.0, 0.1], [0.1, 0.2])
+    torch.library.opcheck(
+        ops.posterior_backward_out, (mu, rho, torch.tensor(0.3), mu, rho, None, *priors, *outs)
+    )
     torch.library.opcheck(ops.square, (torch.randn(9), torch.bfloat16))
     channels_last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(ops.square, (channels_last, torch.float32))
@@ -407,31 +425,13 @@ def test_opcheck(native: None) -> None:
 )
 def test_opcheck_backward(native: None, mask: list[bool]) -> None:
     ops = torch.ops.bbb_fast
-    x, W_mu, W_rho, _, b_rho = (t.detach() for t in linear_case((4,), 6, 3))
-    torch.library.opcheck(
-        ops.lrt_linear_backward,
-        (torch.randn(4, 3), x, W_mu, W_rho, b_rho, torch.rand(4, 3), rng(), mask),
-    )
-    x, W_mu, W_rho, _, b_rho = (t.detach() for t in conv_case(2, 2, 3, 4, (3, 3), (6, 6)))
-    torch.library.opcheck(
-        ops.lrt_conv_backward,
-        (
-            torch.randn(2, 4, 4, 4),
-            x,
-            W_mu,
-            W_rho,
-            b_rho,
-            torch.rand(2, 4, 4, 4),
-            rng(),
-            [1, 1],
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            mask,
-        ),
-    )
+    one = torch.tensor(1.0)
+    case = [t.detach() for t in linear_case((4,), 6, 3)]
+    kept = (torch.rand(4, 3), rng(), 0.0, 0.1)
+    torch.library.opcheck(ops.lrt_linear_backward, (torch.randn(4, 3), one, *case, *kept, mask))
+    case = [t.detach() for t in conv_case(2, 2, 3, 4, (3, 3), (6, 6))]
+    kept = (torch.rand(2, 4, 4, 4), rng(), [1, 1], [0, 0], [1, 1], False, [0, 0], 1, 0.0, 0.1)
+    torch.library.opcheck(ops.lrt_conv_backward, (torch.randn(2, 4, 4, 4), None, *case, *kept, mask))
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

@@ -198,9 +198,9 @@ def test_backward_rejects_what_does_not_fit(native: None) -> None:
 
     with pytest.raises(ValueError, match="need the rng they were drawn with"):
         backward(g, one)
-    with pytest.raises(ValueError, match="got 2 gradients for 1 tensors"):
+    with pytest.raises(ValueError, match="got 2 grad_w for 1 tensors"):
         backward(g * 2, one, rng())
-    with pytest.raises(ValueError, match="gradient 0 must have shape"):
+    with pytest.raises(ValueError, match="grad_w 0 must have shape"):
         backward([torch.ones(2, 3)], one, rng())
     with pytest.raises(ValueError, match="grad_kl must be a scalar"):
         backward(g, torch.ones(2), rng())

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from .._checks import FLOAT_DTYPES
 from .._noise import layer_rng, means_wanted
 from ..reference import conv_memory_format
 
@@ -61,13 +62,22 @@ class BayesianLayer(nn.Module):
     """A layer whose weights have the posterior q(w) = N(mu, softplus(rho)^2), elementwise.
 
     Parameters: ``W_mu``, ``W_rho`` (shaped as torch.nn shapes the weight), ``bias_mu``, ``bias_rho``
-    (None without bias). A subclass says what the layer computes with given weights (``_apply_weights``)
-    and its estimator says how a noisy forward is formed (``_sample_forward``).
+    (None without bias). A subclass says what the layer computes with given weights (``_mean_output``) and
+    with its posterior under an estimator (``_draw_output``).
+
+    ``recompute_weight`` (estimator "bbb"): the drawn weight is not kept for backward but drawn again there.
+    ``variance_dtype`` (estimator "lrt"): the type of the variance product, as in
+    :func:`bbb_fast.functional.lrt_linear`; torch.bfloat16 is faster where the CPU or GPU multiplies it
+    faster. Both are keyword arguments of the layers and may be set later.
     """
 
     estimator: str
     bias_mu: nn.Parameter | None
     bias_rho: nn.Parameter | None
+    # On the class too, for layers that were pickled before there were such options.
+    recompute_weight: bool = False
+    variance_dtype: torch.dtype | None = None
+    _forward_kl: tuple[Tensor, list[Any]] | None = None
 
     def __init__(
         self,
@@ -76,9 +86,27 @@ class BayesianLayer(nn.Module):
         priors: Mapping[str, Any] | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        recompute_weight: bool,
+        variance_dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         resolved = resolve_priors(priors)
+        for name, value, owner in (
+            ("recompute_weight", recompute_weight, "bbb"),
+            ("variance_dtype", variance_dtype, "lrt"),
+        ):
+            if value and self.estimator != owner:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is an option of the {owner} estimator, this layer's is "
+                    f"{self.estimator}"
+                )
+        if variance_dtype is not None and variance_dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{type(self).__name__}: variance_dtype must be float32, float64, bfloat16 or float16, got "
+                f"{variance_dtype}"
+            )
+        self.recompute_weight = recompute_weight
+        self.variance_dtype = variance_dtype
         self.prior_mu: float = resolved["prior_mu"]
         self.prior_sigma: float = resolved["prior_sigma"]
         self.posterior_mu_initial: tuple[float, float] = resolved["posterior_mu_initial"]
@@ -112,30 +140,59 @@ class BayesianLayer(nn.Module):
         return pairs
 
     def kl_loss(self) -> Tensor:
-        """KL(q || p), summed over the layer's weights and biases: a differentiable scalar."""
+        """KL(q || p), summed over the layer's weights and biases: a differentiable scalar.
+
+        A forward that a gradient is recorded for has formed it in its own pass over the parameters; it is
+        taken from there if they have not changed since.
+        """
+        kl = self.take_forward_kl()
+        if kl is not None:
+            return kl
         mu, rho = zip(*self.posterior(), strict=True)
         return functional.kl_divergence(mu, rho, self.prior_mu, self.prior_sigma)
+
+    def take_forward_kl(self) -> Tensor | None:
+        """The KL that the last forward formed, once, or None; what :func:`bbb_fast.kl_loss` asks first.
+
+        Once: its graph is that of the forward's output, and a second loss must not meet a graph that the
+        first one's backward has released.
+        """
+        if self._forward_kl is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        kl, state = self._forward_kl
+        self._forward_kl = None
+        now = self._kl_state()
+        same = len(state) == len(now) and all(
+            a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(state, now, strict=True)
+        )
+        return kl if same else None
+
+    def _kl_state(self) -> list[Any]:
+        """What the KL depends on: the parameters, their versions, the prior."""
+        state: list[Any] = [self.prior_mu, self.prior_sigma]
+        for parameter in (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho):
+            if parameter is not None:
+                state += [parameter, parameter._version]
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A KL with its graph can be neither copied nor pickled.
+        return {**self.__dict__, "_forward_kl": None}
 
     def set_flag(self, name: str, value: Any) -> None:
         """Sets an attribute, as ``ModuleWrapper.set_flag`` does for a whole model."""
         setattr(self, name, value)
 
-    def _apply_weights(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def _sample_forward(self, input: Tensor, rng: Tensor) -> Tensor:
+    def _draw_output(self, estimator: str, input: Tensor, rng: Tensor, **options: Any) -> Any:
         raise NotImplementedError
 
-    def _weight_dtype(self, input: Tensor) -> torch.dtype:
-        """Float32 parameters follow a narrower input; any other pair of types torch.nn will judge."""
-        own = self.W_mu.dtype
-        narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
-        return input.dtype if narrow else own
-
-    def _sample_weight_space(self, input: Tensor, rng: Tensor) -> Tensor:
-        mu, rho = zip(*self.posterior(), strict=True)
-        weights, _ = functional.sample_weights(mu, rho, rng, dtype=self._weight_dtype(input))
-        return self._apply_weights(input, weights[0], weights[1] if len(weights) > 1 else None)
+    def _options(self, estimator: str) -> dict[str, Any]:
+        if estimator == "lrt":
+            return {"variance_dtype": self.variance_dtype}
+        return {"recompute_weight": self.recompute_weight}
 
     def forward(self, input: Tensor, sample: bool = True) -> Tensor:
         """The layer's output for one draw of the noise, in train and in eval mode alike.
@@ -143,22 +200,36 @@ class BayesianLayer(nn.Module):
         ``sample=False`` uses the posterior means instead and draws nothing.
         """
         if not sample or means_wanted():
-            dtype = self._weight_dtype(input)
+            # Float32 parameters follow a narrower input; any other pair of types torch.nn will judge.
+            own = self.W_mu.dtype
+            narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+            dtype = input.dtype if narrow else own
             bias = None if self.bias_mu is None else self.bias_mu.to(dtype)
-            return self._apply_weights(input, self.W_mu.to(dtype), bias)
+            return self._mean_output(input, self.W_mu.to(dtype), bias)
         rng, pinned = layer_rng(self, input.device)
-        if pinned:
-            return self._sample_weight_space(input, rng)
-        return self._sample_forward(input, rng)
+        # Only in weight space is one draw one function.
+        estimator = "bbb" if pinned else self.estimator
+        options = self._options(estimator)
+        # Not traced: a graph that torch.compile made has no use for what a later call may find here.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._draw_output(estimator, input, rng, **options)
+        output, kl = self._draw_output(
+            estimator,
+            input,
+            rng,
+            prior_mu=self.prior_mu,
+            prior_sigma=self.prior_sigma,
+            with_kl=True,
+            **options,
+        )
+        self._forward_kl = (kl, self._kl_state())
+        return output
 
 
 class WeightSpace(BayesianLayer):
     """Bayes by Backprop: one weight draw a forward (Blundell et al., ICML 2015)."""
 
     estimator = "bbb"
-
-    def _sample_forward(self, input: Tensor, rng: Tensor) -> Tensor:
-        return self._sample_weight_space(input, rng)
 
 
 class LocalReparameterization(BayesianLayer):
@@ -179,23 +250,44 @@ class LinearBase(BayesianLayer):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute_weight: bool = False,
+        variance_dtype: torch.dtype | None = None,
     ) -> None:
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{type(self).__name__}: {name} must be an int >= 0, got {value!r}")
-        super().__init__((out_features, in_features), out_features if bias else None, priors, device, dtype)
+        super().__init__(
+            (out_features, in_features),
+            out_features if bias else None,
+            priors,
+            device,
+            dtype,
+            recompute_weight,
+            variance_dtype,
+        )
         self.in_features = in_features
         self.out_features = out_features
 
-    def _apply_weights(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
+
+    def _draw_output(self, estimator: str, input: Tensor, rng: Tensor, **options: Any) -> Any:
+        op = functional.bbb_linear if estimator == "bbb" else functional.lrt_linear
+        return op(input, self.W_mu, self.W_rho, self.bias_mu, self.bias_rho, rng, **options)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias_mu is not None}"
 
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-LRT_CONV = {1: functional.lrt_conv1d, 2: functional.lrt_conv2d, 3: functional.lrt_conv3d}
+_DRAW_CONV = {
+    ("bbb", 1): functional.bbb_conv1d,
+    ("bbb", 2): functional.bbb_conv2d,
+    ("bbb", 3): functional.bbb_conv3d,
+    ("lrt", 1): functional.lrt_conv1d,
+    ("lrt", 2): functional.lrt_conv2d,
+    ("lrt", 3): functional.lrt_conv3d,
+}
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -219,6 +311,8 @@ class ConvBase(BayesianLayer):
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute_weight: bool = False,
+        variance_dtype: torch.dtype | None = None,
     ) -> None:
         name = type(self).__name__
         if groups < 1:
@@ -239,6 +333,8 @@ class ConvBase(BayesianLayer):
             priors,
             device,
             dtype,
+            recompute_weight,
+            variance_dtype,
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -286,9 +382,15 @@ class ConvBase(BayesianLayer):
         memory_format = conv_memory_format(input, self.W_mu)
         return padded.contiguous(memory_format=memory_format), (0,) * self.spatial
 
-    def _apply_weights(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)
         return _CONV[self.spatial](input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _draw_output(self, estimator: str, input: Tensor, rng: Tensor, **options: Any) -> Any:
+        input, padding = self._pad(input)
+        parameters = (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return _DRAW_CONV[estimator, self.spatial](input, *parameters, rng, *geometry, **options)
 
     def extra_repr(self) -> str:
         text = (

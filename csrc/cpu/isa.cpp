@@ -66,4 +66,14 @@ void set_isa(const std::string& name) {
   chosen().store(parse(name), std::memory_order_relaxed);
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  // Every CPU with bfloat16 tiles has these too.
+  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16"));
+  return has;
+#else
+  return true;
+#endif
+}
+
 }  // namespace bbb_fast

@@ -20,5 +20,8 @@ Isa current_isa();
 const char* isa_name(Isa isa);
 // Throws if the name is unknown or the CPU lacks it. "auto" returns to the best one.
 void set_isa(const std::string& name);
+// Whether this CPU has instructions for products of bfloat16. Those of other architectures are left to the
+// library.
+bool multiplies_bfloat16();
 
 }  // namespace bbb_fast

@@ -70,14 +70,16 @@ inline void kl_chunks(const KlArgs& a, int64_t begin, int64_t end) {
       const int64_t count = std::min<int64_t>(kTile, stop - i);
       const float* mu_tile = read_tile(a.mu, i, count, mu_buffer);
       const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
-      vfloat mu[4], rho[4];
-      Sigma<vfloat> s[4];
-      for (int r = 0; r < 4; ++r) {
-        mu[r] = load(mu_tile + r * kWidth);
-        rho[r] = load(rho_tile + r * kWidth);
-        s[r] = softplus(rho[r]);
-      }
-      kl.add(mu, rho, s, prior, count);
+      const auto vectors = [&](auto whole) BBB_ALWAYS_INLINE {
+        constexpr bool kWhole = decltype(whole)::value;
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          const vfloat rho = load(rho_tile + r * kWidth);
+          kl.add<kWhole>(load(mu_tile + r * kWidth), rho, softplus(rho), prior, r, count);
+        }
+      };
+      count == kTile ? vectors(std::true_type{}) : vectors(std::false_type{});
+      kl.finish_tile();
     }
     a.partial[chunk] = kl.total();
   }

@@ -1,18 +1,19 @@
-// posterior_backward: the gradient of mu and rho through the weights, whose eps is regenerated, and the KL.
+// posterior_backward: the gradient of mu and rho through the weights, whose eps is regenerated, or through
+// the mean and the variance, and through the KL.
 #ifndef BBB_ISA
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "../passes.h"
 #include "span.h"
 
 namespace bbb_fast {
 
 struct BackwardArgs {
   Span mu, rho;
-  Span grad_w;  // data is null where the weight got no gradient
-  Span grad_mu, grad_rho;
+  Span grad_w, grad_variance;  // data is null where there is none
+  Span grad_mu, grad_rho;      // may be grad_w and grad_variance
   uint64_t seed, stream;
   f64::Prior prior;
   double grad_kl;  // 0 without KL
@@ -25,86 +26,97 @@ struct BackwardArgs {
 
 namespace bbb_fast {
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward_cpu(
-    const c10::List<std::optional<at::Tensor>>& grad_w,
-    const std::optional<at::Tensor>& grad_kl,
+void posterior_backward_cpu(
+    const c10::List<OptionalTensor>& grad_w_list,
+    const c10::List<OptionalTensor>& grad_variance_list,
+    const OptionalTensor& grad_kl,
     at::TensorList mu,
     at::TensorList rho,
-    const std::optional<at::Tensor>& rng,
+    const OptionalTensor& rng,
     at::ArrayRef<double> prior_mu,
-    at::ArrayRef<double> prior_sigma) {
-  const bool any =
-      check_posterior_backward("posterior_backward", grad_w, grad_kl, mu, rho, rng, prior_mu, prior_sigma);
+    at::ArrayRef<double> prior_sigma,
+    at::TensorList grad_mu,
+    at::TensorList grad_rho) {
+  const std::vector<at::Tensor> grad_w = tensors(grad_w_list), grad_variance = tensors(grad_variance_list);
+  check_posterior_backward(
+      "posterior_backward", grad_w, grad_variance, grad_kl, mu, rho, rng, prior_mu, prior_sigma, grad_mu,
+      grad_rho);
   uint64_t seed = 0, stream = 0;
-  if (any) {
+  if (rng && rng->defined()) {
     const at::Tensor numbers = rng->contiguous();
     seed = static_cast<uint64_t>(numbers.const_data_ptr<int64_t>()[0]);
     stream = static_cast<uint64_t>(numbers.const_data_ptr<int64_t>()[1]);
   }
   const double g_kl = grad_kl && grad_kl->defined() ? grad_kl->item<double>() : 0.0;
-  std::vector<at::Tensor> grad_mu, grad_rho;
+  const auto dense_gradient = [](const at::Tensor& g, const at::Tensor& parameter) {
+    return g.defined() && parameter.scalar_type() == at::kDouble ? g.to(at::kDouble).contiguous()
+           : g.defined()                                         ? g.contiguous()
+                                                                 : g;
+  };
+  const auto span = [](const at::Tensor& g) { return g.defined() ? Span(g) : Span(); };
   for (size_t k = 0; k < mu.size(); ++k) {
-    const at::Tensor m = mu[k].contiguous();
-    const at::Tensor r = rho[k].contiguous();
-    at::Tensor g_m = at::empty(m.sizes(), m.options());
-    at::Tensor g_r = at::empty(m.sizes(), m.options());
-    const std::optional<at::Tensor> given = grad_w.get(k);
-    at::Tensor g_w;
-    if (given && given->defined()) {
-      g_w = given->contiguous();
-      if (m.scalar_type() == at::kDouble) g_w = g_w.to(at::kDouble);
-    }
-    const BackwardArgs args{Span(m), Span(r),    g_w.defined() ? Span(g_w) : Span(), Span(g_m), Span(g_r),
-                            seed,    stream + k, {prior_mu[k], prior_sigma[k]},      g_kl};
+    const at::Tensor m = mu[k].contiguous(), r = rho[k].contiguous();
+    const at::Tensor g_w = dense_gradient(grad_w[k], m);
+    const at::Tensor g_v = dense_gradient(grad_variance.empty() ? at::Tensor() : grad_variance[k], m);
+    const BackwardArgs args{Span(m),   Span(r),          span(g_w),
+                            span(g_v), Span(grad_mu[k]), Span(grad_rho[k]),
+                            seed,      stream + k,       {prior_mu[k], prior_sigma[k]},
+                            g_kl};
     for_each_chunk(
         m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(backward_chunks, args, begin, end) });
-    grad_mu.push_back(std::move(g_m));
-    grad_rho.push_back(std::move(g_r));
   }
-  return {std::move(grad_mu), std::move(grad_rho)};
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
-  m.impl("posterior_backward", &posterior_backward_cpu);
+  m.impl("posterior_backward_out", &posterior_backward_cpu);
 }
 
 }  // namespace bbb_fast
 
 #else
 
-// dw/dmu = 1 and dw/drho = eps sigmoid(rho) (Blundell et al. 2015, section 3.2), plus the KL's.
-template <bool kWeight, bool kKl>
+enum class Through { kl, weight, moments };
+
+// Through the weight, dw/dmu = 1 and dw/drho = eps sigmoid(rho) (Blundell et al. 2015, section 3.2); through
+// the mean and the variance, d sigma^2/drho = 2 sigma sigmoid(rho); plus the KL's.
+template <Through kThrough, bool kKl>
 void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
   const Noise noise(a.seed, a.stream);
   const Prior prior = make_prior(a.prior);
   const float grad_kl = static_cast<float>(a.grad_kl);
-  alignas(64) float mu_buffer[kTile], rho_buffer[kTile], w_buffer[kTile];
+  alignas(64) float mu_buffer[kTile], rho_buffer[kTile], w_buffer[kTile], v_buffer[kTile];
   alignas(64) float g_mu_buffer[kTile], g_rho_buffer[kTile];
   const int64_t stop = std::min(end * kChunk, a.mu.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
     const float* mu_tile = read_tile(a.mu, i, count, mu_buffer);
     const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
-    const float* w_tile = kWeight ? read_tile(a.grad_w, i, count, w_buffer) : nullptr;
+    const float* w_tile = kThrough != Through::kl ? read_tile(a.grad_w, i, count, w_buffer) : nullptr;
+    const float* v_tile =
+        kThrough == Through::moments ? read_tile(a.grad_variance, i, count, v_buffer) : nullptr;
     float* g_mu_tile = write_tile(a.grad_mu, i, count, g_mu_buffer);
     float* g_rho_tile = write_tile(a.grad_rho, i, count, g_rho_buffer);
     vfloat z[4];
-    if constexpr (kWeight) noise.tile(i / 4, z);
+    if constexpr (kThrough == Through::weight) noise.tile(i / 4, z);
     for (int r = 0; r < 4; ++r) {
-      const vfloat mu = load(mu_tile + r * kWidth);
-      const vfloat rho = load(rho_tile + r * kWidth);
+      const int at = r * kWidth;
+      const vfloat mu = load(mu_tile + at);
+      const vfloat rho = load(rho_tile + at);
       const Sigma<vfloat> s = softplus(rho);
       vfloat derivative, ratio;
       softplus_derivative(rho, s, derivative, ratio);
       vfloat g_mu = vfloat{}, g_rho = vfloat{};
       if constexpr (kKl) kl_derivative(mu, s, derivative, ratio, prior, grad_kl, g_mu, g_rho);
-      if constexpr (kWeight) {
-        const vfloat g = load(w_tile + r * kWidth);
+      if constexpr (kThrough == Through::weight) {
+        const vfloat g = load(w_tile + at);
         g_mu += g;
         g_rho += g * z[r] * derivative;
+      } else if constexpr (kThrough == Through::moments) {
+        g_mu += load(w_tile + at);
+        g_rho += load(v_tile + at) * (s.value * derivative * 2.0f);
       }
-      store(g_mu_tile + r * kWidth, g_mu);
-      store(g_rho_tile + r * kWidth, g_rho);
+      store(g_mu_tile + at, g_mu);
+      store(g_rho_tile + at, g_rho);
     }
     commit_tile(a.grad_mu, i, count, g_mu_tile);
     commit_tile(a.grad_rho, i, count, g_rho_tile);
@@ -121,28 +133,41 @@ inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
     for (int r = 0; r < 4; ++r) store(eps + r * kWidth, z[r]);
     for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
       const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
-      const double g = a.grad_w.data != nullptr ? read_double(a.grad_w, j) : 0.0;
       const f64::Sigma s = f64::softplus(rho);
       double derivative, ratio, g_mu, g_rho;
       f64::softplus_derivative(rho, s, derivative, ratio);
       f64::kl_derivative(mu, s, derivative, ratio, a.prior, a.grad_kl, g_mu, g_rho);
-      write_double(a.grad_mu, j, g_mu + g);
-      write_double(a.grad_rho, j, g_rho + g * eps[j - i] * derivative);
+      if (a.grad_w.data != nullptr) {
+        const double g = read_double(a.grad_w, j);
+        g_mu += g;
+        g_rho += a.grad_variance.data != nullptr
+                     ? read_double(a.grad_variance, j) * 2.0 * s.value * derivative
+                     : g * eps[j - i] * derivative;
+      }
+      write_double(a.grad_mu, j, g_mu);
+      write_double(a.grad_rho, j, g_rho);
     }
   }
 }
 
+template <Through kThrough>
+void backward_chunks_through(const BackwardArgs& a, int64_t begin, int64_t end) {
+  if (a.grad_kl != 0.0) {
+    backward_float<kThrough, true>(a, begin, end);
+  } else {
+    backward_float<kThrough, false>(a, begin, end);
+  }
+}
+
 inline void backward_chunks(const BackwardArgs& a, int64_t begin, int64_t end) {
-  const bool weight = a.grad_w.data != nullptr;
-  const bool kl = a.grad_kl != 0.0;
   if (a.mu.dtype == at::kDouble) {
     backward_double(a, begin, end);
-  } else if (weight && kl) {
-    backward_float<true, true>(a, begin, end);
-  } else if (weight) {
-    backward_float<true, false>(a, begin, end);
+  } else if (a.grad_variance.data != nullptr) {
+    backward_chunks_through<Through::moments>(a, begin, end);
+  } else if (a.grad_w.data != nullptr) {
+    backward_chunks_through<Through::weight>(a, begin, end);
   } else {
-    backward_float<false, true>(a, begin, end);
+    backward_chunks_through<Through::kl>(a, begin, end);
   }
 }
 

@@ -89,16 +89,21 @@ void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
       const float* mu_tile = read_tile(a.mu, i, count, mu_buffer);
       const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
       float* out = write_tile(a.out, i, count, out_buffer);
-      vfloat z[4], mu[4], rho[4];
-      Sigma<vfloat> s[4];
+      vfloat z[4];
       noise.tile(i / 4, z);
-      for (int r = 0; r < 4; ++r) {
-        mu[r] = load(mu_tile + r * kWidth);
-        rho[r] = load(rho_tile + r * kWidth);
-        s[r] = softplus(rho[r]);
-        store(out + r * kWidth, s[r].value * z[r] + mu[r]);
-      }
-      if constexpr (kWithKl) kl.add(mu, rho, s, prior, count);
+      const auto vectors = [&](auto whole) BBB_ALWAYS_INLINE {
+        constexpr bool kWhole = decltype(whole)::value;
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          const vfloat mu = load(mu_tile + r * kWidth);
+          const vfloat rho = load(rho_tile + r * kWidth);
+          const Sigma<vfloat> s = softplus(rho);
+          store(out + r * kWidth, s.value * z[r] + mu);
+          if constexpr (kWithKl) kl.add<kWhole>(mu, rho, s, prior, r, count);
+        }
+      };
+      count == kTile ? vectors(std::true_type{}) : vectors(std::false_type{});
+      if constexpr (kWithKl) kl.finish_tile();
       commit_tile(a.out, i, count, out);
     }
     if constexpr (kWithKl) a.partial[chunk] = kl.total();

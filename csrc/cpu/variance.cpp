@@ -1,22 +1,22 @@
-// variance: sigma^2 = softplus(rho)^2 in the dtype of the variance product, and its gradient.
+// variance: sigma^2 = softplus(rho)^2 in the dtype of the variance product, and in the same pass the KL. Its
+// backward: posterior_backward.cpp.
 #ifndef BBB_ISA
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "../kl_sum.h"
 #include "../layout.h"
 #include "span.h"
 
 namespace bbb_fast {
 
 struct VarianceArgs {
-  Span rho, out;
-};
-
-struct VarianceBackwardArgs {
-  Span grad, rho, grad_rho;
+  Span mu, rho, out;
+  f64::Prior prior;
+  double* partial;  // one number a chunk; null without KL
 };
 
 }  // namespace bbb_fast
@@ -26,92 +26,96 @@ struct VarianceBackwardArgs {
 
 namespace bbb_fast {
 
-at::Tensor variance_cpu(const at::Tensor& rho, at::ScalarType dtype) {
-  check_floating("variance", "rho", rho);
+std::tuple<std::vector<at::Tensor>, at::Tensor> variance_cpu(
+    at::TensorList mu,
+    at::TensorList rho,
+    double prior_mu,
+    double prior_sigma,
+    bool with_kl,
+    at::ScalarType dtype) {
+  check_posteriors("variance", mu, rho);
+  check_prior("variance", prior_mu, prior_sigma);
   check_dtype_option("variance", "dtype", dtype);
-  // Element by element, in memory order: a channels_last rho gives a channels_last variance.
-  const at::Tensor r = dense(rho);
-  at::Tensor out = at::empty_like(r, r.options().dtype(dtype));
-  const VarianceArgs args{Span(r), Span(out)};
-  for_each_chunk(r.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(variance_chunks, args, begin, end) });
-  return out;
-}
 
-at::Tensor variance_backward_cpu(const at::Tensor& grad, const at::Tensor& rho) {
-  check_floating("variance_backward", "grad", grad);
-  check_floating("variance_backward", "rho", rho);
-  TORCH_CHECK_VALUE(
-      grad.sizes() == rho.sizes(), "variance_backward: grad must have shape ", rho.sizes(), ", got ",
-      grad.sizes());
-  check_device("variance_backward", "grad", grad, rho.device());
-  at::Tensor g = grad.contiguous();
-  if (rho.scalar_type() == at::kDouble) g = g.to(at::kDouble);
-  const at::Tensor r = rho.contiguous();
-  at::Tensor out = at::empty_like(r);
-  const VarianceBackwardArgs args{Span(g), Span(r), Span(out)};
-  for_each_chunk(
-      r.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(variance_backward_chunks, args, begin, end) });
-  return out;
+  std::vector<at::Tensor> variances;
+  std::vector<double> partial;
+  double kl = 0.0;
+  for (size_t k = 0; k < mu.size(); ++k) {
+    // Element by element, in memory order: a channels_last rho gives a channels_last variance.
+    const at::Tensor r = dense(rho[k]);
+    const at::Tensor m = with_kl ? in_order_of(r, mu[k]) : r;
+    at::Tensor out = at::empty_like(r, r.options().dtype(dtype));
+    if (with_kl) partial.resize(chunk_count(r.numel()));
+    const VarianceArgs args{
+        Span(m), Span(r), Span(out), {prior_mu, prior_sigma}, with_kl ? partial.data() : nullptr};
+    for_each_chunk(
+        r.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(variance_chunks, args, begin, end) });
+    if (with_kl) kl += finish_kl(partial, kl_constant(m, prior_sigma));
+    variances.push_back(std::move(out));
+  }
+  return {std::move(variances), at::scalar_tensor(kl, mu[0].options().dtype(kl_dtype(mu[0])))};
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
   m.impl("variance", &variance_cpu);
-  m.impl("variance_backward", &variance_backward_cpu);
 }
 
 }  // namespace bbb_fast
 
 #else
 
-inline void variance_chunks(const VarianceArgs& a, int64_t begin, int64_t end) {
-  alignas(64) float rho_buffer[kTile], out_buffer[kTile];
-  const int64_t stop = std::min(end * kChunk, a.rho.numel);
-  if (a.rho.dtype == at::kDouble) {
-    for (int64_t i = begin * kChunk; i < stop; ++i) {
-      const double sigma = f64::softplus(read_double(a.rho, i)).value;
-      write_double(a.out, i, sigma * sigma);
+#include "kl_tile.h"
+
+template <bool kWithKl>
+void variance_chunks_float(const VarianceArgs& a, int64_t begin, int64_t end) {
+  const Prior prior = make_prior(a.prior);
+  alignas(64) float mu_buffer[kTile], rho_buffer[kTile], out_buffer[kTile];
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    KlSum kl;
+    const int64_t stop = std::min((chunk + 1) * kChunk, a.rho.numel);
+    for (int64_t i = chunk * kChunk; i < stop; i += kTile) {
+      const int64_t count = std::min<int64_t>(kTile, stop - i);
+      const float* mu_tile = kWithKl ? read_tile(a.mu, i, count, mu_buffer) : nullptr;
+      const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
+      float* out = write_tile(a.out, i, count, out_buffer);
+      const auto vectors = [&](auto whole) BBB_ALWAYS_INLINE {
+        constexpr bool kWhole = decltype(whole)::value;
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          const vfloat rho = load(rho_tile + r * kWidth);
+          const Sigma<vfloat> s = softplus(rho);
+          store(out + r * kWidth, s.value * s.value);
+          if constexpr (kWithKl) kl.add<kWhole>(load(mu_tile + r * kWidth), rho, s, prior, r, count);
+        }
+      };
+      count == kTile ? vectors(std::true_type{}) : vectors(std::false_type{});
+      if constexpr (kWithKl) kl.finish_tile();
+      commit_tile(a.out, i, count, out);
     }
-    return;
-  }
-  for (int64_t i = begin * kChunk; i < stop; i += kTile) {
-    const int64_t count = std::min<int64_t>(kTile, stop - i);
-    const float* rho = read_tile(a.rho, i, count, rho_buffer);
-    float* out = write_tile(a.out, i, count, out_buffer);
-    for (int r = 0; r < 4; ++r) {
-      const vfloat sigma = softplus(load(rho + r * kWidth)).value;
-      store(out + r * kWidth, sigma * sigma);
-    }
-    commit_tile(a.out, i, count, out);
+    if constexpr (kWithKl) a.partial[chunk] = kl.total();
   }
 }
 
-// d sigma^2 / d rho = 2 sigma sigmoid(rho).
-inline void variance_backward_chunks(const VarianceBackwardArgs& a, int64_t begin, int64_t end) {
-  alignas(64) float rho_buffer[kTile], grad_buffer[kTile], out_buffer[kTile];
-  const int64_t stop = std::min(end * kChunk, a.rho.numel);
-  if (a.rho.dtype == at::kDouble) {
-    for (int64_t i = begin * kChunk; i < stop; ++i) {
+inline void variance_chunks_double(const VarianceArgs& a, int64_t begin, int64_t end) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    double kl = 0.0;
+    for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, a.rho.numel); ++i) {
       const double rho = read_double(a.rho, i);
       const f64::Sigma s = f64::softplus(rho);
-      double derivative, ratio;
-      f64::softplus_derivative(rho, s, derivative, ratio);
-      write_double(a.grad_rho, i, read_double(a.grad, i) * 2.0 * s.value * derivative);
+      write_double(a.out, i, s.value * s.value);
+      if (a.partial != nullptr) kl += f64::kl_terms(read_double(a.mu, i), rho, s, a.prior);
     }
-    return;
+    if (a.partial != nullptr) a.partial[chunk] = kl;
   }
-  for (int64_t i = begin * kChunk; i < stop; i += kTile) {
-    const int64_t count = std::min<int64_t>(kTile, stop - i);
-    const float* grad_tile = read_tile(a.grad, i, count, grad_buffer);
-    const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
-    float* out = write_tile(a.grad_rho, i, count, out_buffer);
-    for (int r = 0; r < 4; ++r) {
-      const vfloat rho = load(rho_tile + r * kWidth);
-      const Sigma<vfloat> s = softplus(rho);
-      vfloat derivative, ratio;
-      softplus_derivative(rho, s, derivative, ratio);
-      store(out + r * kWidth, load(grad_tile + r * kWidth) * (s.value * derivative * 2.0f));
-    }
-    commit_tile(a.grad_rho, i, count, out);
+}
+
+inline void variance_chunks(const VarianceArgs& a, int64_t begin, int64_t end) {
+  if (a.rho.dtype == at::kDouble) {
+    variance_chunks_double(a, begin, end);
+  } else if (a.partial != nullptr) {
+    variance_chunks_float<true>(a, begin, end);
+  } else {
+    variance_chunks_float<false>(a, begin, end);
   }
 }
 

@@ -1,76 +1,56 @@
-// variance: sigma^2 = softplus(rho)^2 in the dtype of the variance product, and its gradient.
+// variance: sigma^2 = softplus(rho)^2 in the dtype of the variance product, and in the same pass the KL. Its
+// backward: posterior_backward.cu.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "../checks.h"
 #include "../layout.h"
-#include "dispatch.h"
-#include "map.h"
+#include "posterior.h"
 
 namespace bbb_fast::cuda {
 namespace {
 
 struct Variance {
   static constexpr bool kNoise = false;
-  template <class A>
-  BBB_DEVICE static A call(A rho) {
-    const A sigma = softplus(rho).value;
-    return sigma * sigma;
+  template <class A, class S>
+  BBB_DEVICE static A call(A, const S& s, A) {
+    return s.value * s.value;
   }
 };
 
-// d sigma^2 / d rho = 2 sigma sigmoid(rho).
-struct VarianceBackward {
-  static constexpr bool kNoise = false;
-  template <class A>
-  BBB_DEVICE static A call(A grad, A rho) {
-    const auto s = softplus(rho);
-    A derivative, ratio;
-    softplus_derivative(rho, s, derivative, ratio);
-    return grad * (s.value * derivative * A{2});
-  }
-};
-
-at::Tensor variance(const at::Tensor& rho, at::ScalarType dtype) {
-  check_floating("variance", "rho", rho);
+std::tuple<std::vector<at::Tensor>, at::Tensor> variance(
+    at::TensorList mu,
+    at::TensorList rho,
+    double prior_mu,
+    double prior_sigma,
+    bool with_kl,
+    at::ScalarType dtype) {
+  check_posteriors("variance", mu, rho);
+  check_prior("variance", prior_mu, prior_sigma);
   check_dtype_option("variance", "dtype", dtype);
-  const DeviceGuard guard(rho.device());
-  const Pair pair = parameter_pair(rho.scalar_type(), dtype);
-  // Element by element, in memory order: a channels_last rho gives a channels_last variance.
-  const at::Tensor r = dense(rho).to(pair.first);
-  const at::Tensor out = at::empty_like(r, r.options().dtype(pair.second));
-  dispatch_parameter_pair(pair, [&](auto first, auto second) {
-    using P = typename decltype(first)::type;
-    using V = typename decltype(second)::type;
-    map<Variance, V>({}, out, r.const_data_ptr<P>());
-  });
-  return out.to(dtype);
-}
 
-at::Tensor variance_backward(const at::Tensor& grad, const at::Tensor& rho) {
-  check_floating("variance_backward", "grad", grad);
-  check_floating("variance_backward", "rho", rho);
-  TORCH_CHECK_VALUE(
-      grad.sizes() == rho.sizes(), "variance_backward: grad must have shape ", rho.sizes(), ", got ",
-      grad.sizes());
-  check_device("variance_backward", "grad", grad, rho.device());
-  const DeviceGuard guard(rho.device());
-  const Pair pair = parameter_pair(rho.scalar_type(), grad.scalar_type());
-  const at::Tensor g = grad.to(pair.second).contiguous();
-  const at::Tensor r = rho.to(pair.first).contiguous();
-  const at::Tensor out = at::empty(r.sizes(), r.options());
+  const DeviceGuard guard(mu[0].device());
+  const Pair pair = parameter_pair(mu[0].scalar_type(), dtype);
+  std::vector<at::Tensor> m, r, variances;
+  for (size_t k = 0; k < mu.size(); ++k) {
+    // Element by element, in memory order: a channels_last rho gives a channels_last variance.
+    r.push_back(dense(rho[k]).to(pair.first));
+    m.push_back(with_kl ? in_order_of(r[k], mu[k].to(pair.first)) : r[k]);
+    variances.push_back(at::empty_like(r[k], r[k].options().dtype(pair.second)));
+  }
+  const at::Tensor kl = at::empty({}, mu[0].options().dtype(kl_dtype(mu[0])));
   dispatch_parameter_pair(pair, [&](auto first, auto second) {
     using P = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    map<VarianceBackward, P>({}, out, g.const_data_ptr<V>(), r.const_data_ptr<P>());
+    run_posterior<Variance, P, V>(m, r, variances, {}, prior_mu, prior_sigma, with_kl, kl);
   });
-  return out.to(rho.scalar_type());
+  for (at::Tensor& v : variances) v = v.to(dtype);
+  return {std::move(variances), kl};
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, BBB_DISPATCH_KEY, m) {
   m.impl("variance", &variance);
-  m.impl("variance_backward", &variance_backward);
 }
 
 }  // namespace

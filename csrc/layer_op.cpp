@@ -1,0 +1,64 @@
+#include "layer_op.h"
+
+#include <ATen/ops/empty.h>
+
+#include "checks.h"
+
+namespace bbb_fast {
+
+void Layer::check(const char* op, int64_t out_features) const {
+  check_floating(op, "input", input);
+  check_posterior(op, "W_", W_mu, W_rho, input.device());
+  const auto in = input.scalar_type();
+  const auto own = W_mu.scalar_type();
+  TORCH_CHECK_TYPE(
+      own == in || (own == at::kFloat && in != at::kDouble), op, ": parameters must be ", dtype_name(in),
+      " like the input, or float32 under a narrower input, got ", dtype_name(own));
+  TORCH_CHECK_VALUE(has(bias_mu) == has(bias_rho), op, ": give both bias_mu and bias_rho, or neither");
+  if (has(bias_mu)) {
+    check_posterior(op, "bias_", *bias_mu, *bias_rho, input.device());
+    TORCH_CHECK_TYPE(
+        bias_mu->scalar_type() == own, op, ": all parameters must have one dtype, got ", dtype_name(own),
+        " and ", dtype_name(bias_mu->scalar_type()));
+    TORCH_CHECK_VALUE(
+        bias_mu->dim() == 1 && bias_mu->size(0) == out_features, op, ": bias_mu must have shape [",
+        out_features, "], got ", bias_mu->sizes());
+  }
+  check_rng(op, rng, input.device());
+  check_prior(op, prior_mu, prior_sigma);
+}
+
+std::vector<at::Tensor> posterior_gradients(
+    const Layer& layer, OperandGradients& grads, const OptionalTensor& grad_kl, bool moments) {
+  const std::vector<at::Tensor> mu = layer.mu(), rho = layer.rho();
+  std::vector<at::Tensor> grad_w, grad_variance, grad_mu, grad_rho;
+  const auto reused = [](const at::Tensor& grad, const at::Tensor& like) {
+    const bool fits = grad.defined() && grad.scalar_type() == like.scalar_type() && grad.is_contiguous();
+    return fits ? grad : at::empty(like.sizes(), like.options());
+  };
+  for (size_t k = 0; k < mu.size(); ++k) {
+    grad_w.push_back(k == 0 ? grads.W : grads.bias);
+    grad_mu.push_back(reused(grad_w[k], mu[k]));
+    if (moments) grad_variance.push_back(k == 0 ? grads.W_variance : grads.bias_variance);
+    grad_rho.push_back(reused(moments ? grad_variance[k] : at::Tensor(), mu[k]));
+  }
+  posterior_backward_out(
+      grad_w, grad_variance, grad_kl.value_or(at::Tensor()), mu, rho, layer.rng,
+      std::vector<double>(mu.size(), layer.prior_mu), std::vector<double>(mu.size(), layer.prior_sigma),
+      grad_mu, grad_rho);
+  for (at::Tensor& g : grad_rho) grad_mu.push_back(std::move(g));
+  return grad_mu;
+}
+
+std::vector<at::Tensor> pick_gradients(
+    const at::Tensor& input, const std::vector<at::Tensor>& parameters, const c10::List<bool>& output_mask) {
+  std::vector<at::Tensor> picked;
+  const size_t count = parameters.size() / 2;
+  if (output_mask[0]) picked.push_back(input);
+  for (size_t i = 1; i < 5; ++i) {
+    if (output_mask[i]) picked.push_back(parameters.at((i - 1) / 2 + (i % 2 == 0 ? count : 0)));
+  }
+  return picked;
+}
+
+}  // namespace bbb_fast

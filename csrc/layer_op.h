@@ -1,0 +1,329 @@
+// What the layer ops (bbb_linear, bbb_conv, lrt_linear, lrt_conv) share: their checks, registration and
+// autograd. An op is an estimator (bbb.cpp, lrt.cpp) over a product (products.h):
+//
+//   <estimator>_<product>(input, W_mu, W_rho, bias_mu, bias_rho, rng, <geometry>..., prior_mu, prior_sigma,
+//       with_kl, option) -> (output, kept, kl)
+//   <estimator>_<product>_backward(grad, grad_kl, input, W_mu, W_rho, bias_mu, bias_rho, kept, rng,
+//       <geometry>..., prior_mu, prior_sigma, output_mask) -> gradients of the first five
+//
+// kept is what the estimator may keep for backward: BBB the weight, LRT the variance of the output.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "passes.h"
+#include "products.h"
+
+namespace bbb_fast {
+
+// The tensors and the prior of a layer op.
+struct Layer {
+  const at::Tensor& input;
+  const at::Tensor& W_mu;
+  const at::Tensor& W_rho;
+  const OptionalTensor& bias_mu;
+  const OptionalTensor& bias_rho;
+  const at::Tensor& rng;
+  double prior_mu;
+  double prior_sigma;
+
+  void check(const char* op, int64_t out_features) const;
+  // The posteriors: of the weight and, if there is one, of the bias.
+  std::vector<at::Tensor> mu() const { return list(W_mu, bias_mu); }
+  std::vector<at::Tensor> rho() const { return list(W_rho, bias_rho); }
+
+ private:
+  static std::vector<at::Tensor> list(const at::Tensor& W, const OptionalTensor& bias) {
+    return has(bias) ? std::vector<at::Tensor>{W, *bias} : std::vector<at::Tensor>{W};
+  }
+};
+
+// Which gradients are asked for.
+struct Wanted {
+  bool input, W, bias;
+};
+
+// The gradients of the products' operands, undefined where not wanted, become those of the posteriors: in
+// place where the types allow, so that no more memory of the parameters' size is taken. Without
+// W_variance, W and bias are the gradients of the drawn weights. Returns those of mu, then those of rho.
+struct OperandGradients {
+  at::Tensor input, W, bias, W_variance, bias_variance;
+};
+std::vector<at::Tensor> posterior_gradients(
+    const Layer& layer, OperandGradients& grads, const OptionalTensor& grad_kl, bool moments);
+
+// The gradients that output_mask wants, in the order input, W_mu, W_rho, bias_mu, bias_rho.
+std::vector<at::Tensor> pick_gradients(
+    const at::Tensor& input, const std::vector<at::Tensor>& parameters, const c10::List<bool>& output_mask);
+
+template <class... Geometry>
+auto product_of(const Geometry&... geometry) {
+  if constexpr (sizeof...(Geometry) == 0) {
+    return Linear();
+  } else {
+    return Convolution(geometry...);
+  }
+}
+
+// A geometry argument that outlives the call.
+template <class T>
+struct Owned {
+  T value;
+  explicit Owned(const T& v) : value(v) {}
+  const T& get() const { return value; }
+};
+template <>
+struct Owned<c10::SymIntArrayRef> {
+  std::vector<c10::SymInt> value;
+  explicit Owned(c10::SymIntArrayRef v) : value(v.vec()) {}
+  c10::SymIntArrayRef get() const { return value; }
+};
+
+// Torch counts a node's references inside it or, in older releases, beside it.
+template <class Node>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, torch::autograd::Node>) {
+    return c10::make_intrusive<Node>();
+  } else {
+    return std::shared_ptr<Node>(new Node(), [](Node* node) { deleteNode(node); });
+  }
+}
+
+template <class Estimator, class... Geometry>
+class LayerOp {
+ public:
+  using Option = typename Estimator::Option;
+  using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+  using ForwardSignature = Outputs(
+      const at::Tensor&,
+      const at::Tensor&,
+      const at::Tensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      const at::Tensor&,
+      Geometry...,
+      double,
+      double,
+      bool,
+      Option);
+  using BackwardSignature = std::vector<at::Tensor>(
+      const at::Tensor&,
+      const OptionalTensor&,
+      const at::Tensor&,
+      const at::Tensor&,
+      const at::Tensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      const at::Tensor&,
+      Geometry...,
+      double,
+      double,
+      c10::List<bool>);
+
+  static std::string name() {
+    return std::string(Estimator::kName) + (sizeof...(Geometry) == 0 ? "_linear" : "_conv");
+  }
+
+  static Outputs forward(
+      const at::Tensor& input,
+      const at::Tensor& W_mu,
+      const at::Tensor& W_rho,
+      const OptionalTensor& bias_mu,
+      const OptionalTensor& bias_rho,
+      const at::Tensor& rng,
+      Geometry... geometry,
+      double prior_mu,
+      double prior_sigma,
+      bool with_kl,
+      Option option) {
+    static const std::string op = name();
+    const auto product = product_of(geometry...);
+    const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
+    product.check(op.c_str(), input, W_mu);
+    layer.check(op.c_str(), product.out_features(W_mu));
+    return Estimator::forward(op.c_str(), product, layer, with_kl, option);
+  }
+
+  static std::vector<at::Tensor> backward(
+      const at::Tensor& grad,
+      const OptionalTensor& grad_kl,
+      const at::Tensor& input,
+      const at::Tensor& W_mu,
+      const at::Tensor& W_rho,
+      const OptionalTensor& bias_mu,
+      const OptionalTensor& bias_rho,
+      const OptionalTensor& kept,
+      const at::Tensor& rng,
+      Geometry... geometry,
+      double prior_mu,
+      double prior_sigma,
+      c10::List<bool> output_mask) {
+    static const std::string op = name() + "_backward";
+    TORCH_CHECK_VALUE(output_mask.size() == 5, op, ": output_mask must have 5 entries");
+    const auto product = product_of(geometry...);
+    const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
+    product.check(op.c_str(), input, W_mu);
+    layer.check(op.c_str(), product.out_features(W_mu));
+    const Wanted wanted{
+        output_mask[0], output_mask[1] || output_mask[2], has(bias_mu) && (output_mask[3] || output_mask[4])};
+    OperandGradients grads = Estimator::backward(op.c_str(), product, layer, grad, kept, wanted);
+    std::vector<at::Tensor> parameters;
+    if (wanted.W || wanted.bias) {
+      parameters = posterior_gradients(layer, grads, grad_kl, Estimator::kMoments);
+    }
+    return pick_gradients(grads.input, parameters, output_mask);
+  }
+
+  static Outputs autograd(
+      const at::Tensor& input,
+      const at::Tensor& W_mu,
+      const at::Tensor& W_rho,
+      const OptionalTensor& bias_mu,
+      const OptionalTensor& bias_rho,
+      const at::Tensor& rng,
+      Geometry... geometry,
+      double prior_mu,
+      double prior_sigma,
+      bool with_kl,
+      Option option) {
+    namespace ag = torch::autograd;
+    const at::Tensor b_mu = bias_mu.value_or(at::Tensor()), b_rho = bias_rho.value_or(at::Tensor());
+    for (const at::Tensor* t : {&input, &W_mu, &W_rho, &b_mu, &b_rho}) {
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          !t->defined() || !t->_fw_grad(0).defined(), name(),
+          ": forward-mode derivatives are not implemented");
+    }
+    decltype(make_node<Node>()) node;
+    if (ag::compute_requires_grad(input, W_mu, W_rho, b_mu, b_rho)) {
+      node = make_node<Node>();
+      node->set_next_edges(ag::collect_next_edges(input, W_mu, W_rho, b_mu, b_rho));
+    }
+    Outputs outputs;
+    {
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow(("bbb_fast::" + name()).c_str(), "")
+                                 .template typed<ForwardSignature>();
+      at::AutoDispatchBelowADInplaceOrView guard;
+      outputs = op.call(
+          input, W_mu, W_rho, bias_mu, bias_rho, rng, geometry..., prior_mu, prior_sigma, with_kl, option);
+    }
+    if (node) {
+      auto& [output, kept, kl] = outputs;
+      node->input = ag::SavedVariable(input, false);
+      node->W_mu = ag::SavedVariable(W_mu, false);
+      node->W_rho = ag::SavedVariable(W_rho, false);
+      node->bias_mu = ag::SavedVariable(b_mu, false);
+      node->bias_rho = ag::SavedVariable(b_rho, false);
+      node->rng = ag::SavedVariable(rng, false);
+      if (Estimator::keeps(option)) node->kept = ag::SavedVariable(kept, false);
+      node->geometry.emplace(Owned<Geometry>(geometry)...);
+      node->prior_mu = prior_mu;
+      node->prior_sigma = prior_sigma;
+      ag::set_history(output, node);
+      if (with_kl) ag::set_history(kl, node);
+    }
+    return outputs;
+  }
+
+  static void implement_kernels(torch::Library& m) {
+    m.impl(name().c_str(), &forward);
+    m.impl((name() + "_backward").c_str(), &backward);
+  }
+  static void implement_autograd(torch::Library& m) { m.impl(name().c_str(), &autograd); }
+
+ private:
+  // Not a torch::autograd::Function: its bookkeeping takes longer than a small layer's product, and the
+  // output's and the KL's backward may be asked for one after the other, which the saved parameters
+  // outlive.
+  struct Node : torch::autograd::Node {
+    torch::autograd::SavedVariable input, W_mu, W_rho, bias_mu, bias_rho, kept, rng;
+    std::optional<std::tuple<Owned<Geometry>...>> geometry;
+    double prior_mu = 0.0, prior_sigma = 1.0;
+
+    std::string name() const override { return LayerOp::name() + "_backward"; }
+
+    void release_variables() override {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      input.reset_data();
+      kept.reset_data();
+    }
+
+    torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      torch::autograd::variable_list result(5);
+      const at::Tensor grad_kl = grads.size() > 1 ? grads[1] : at::Tensor();
+      const at::Tensor m = W_mu.unpack(), r = W_rho.unpack();
+      const OptionalTensor b_m = optional(bias_mu.unpack()), b_r = optional(bias_rho.unpack());
+      if (!grads[0].defined()) {
+        if (grad_kl.defined()) kl_gradients(grad_kl, m, r, b_m, b_r, result);
+        return result;
+      }
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow(("bbb_fast::" + name()).c_str(), "")
+                                 .template typed<BackwardSignature>();
+      c10::List<bool> mask;
+      mask.reserve(5);
+      for (size_t i = 0; i < 5; ++i) mask.push_back(task_should_compute_output(i));
+      auto computed = std::apply(
+          [&](const auto&... g) {
+            return op.call(
+                grads[0], optional(grad_kl), input.unpack(), m, r, b_m, b_r, optional(kept.unpack()),
+                rng.unpack(), g.get()..., prior_mu, prior_sigma, mask);
+          },
+          *geometry);
+      for (size_t i = 0, next = 0; i < 5; ++i) {
+        if (mask[i]) result[i] = std::move(computed[next++]);
+      }
+      return result;
+    }
+
+   private:
+    void kl_gradients(
+        const at::Tensor& grad_kl,
+        const at::Tensor& m,
+        const at::Tensor& r,
+        const OptionalTensor& b_m,
+        const OptionalTensor& b_r,
+        torch::autograd::variable_list& result) const {
+      std::vector<at::Tensor> mu{m}, rho{r};
+      if (b_m) {
+        mu.push_back(*b_m);
+        rho.push_back(*b_r);
+      }
+      const std::vector<at::Tensor> no_weights(mu.size());
+      auto [g_mu, g_rho] = posterior_backward(
+          no_weights, grad_kl, mu, rho, at::Tensor(), std::vector<double>(mu.size(), prior_mu),
+          std::vector<double>(mu.size(), prior_sigma));
+      for (size_t k = 0; k < mu.size(); ++k) {
+        result[1 + 2 * k] = std::move(g_mu[k]);
+        result[2 + 2 * k] = std::move(g_rho[k]);
+      }
+    }
+  };
+};
+
+// LayerOp of an estimator over each product.
+template <class Estimator>
+using LinearOp = LayerOp<Estimator>;
+template <class Estimator>
+using ConvOp = LayerOp<
+    Estimator,
+    c10::SymIntArrayRef,
+    c10::SymIntArrayRef,
+    c10::SymIntArrayRef,
+    bool,
+    c10::SymIntArrayRef,
+    c10::SymInt>;
+
+}  // namespace bbb_fast

@@ -1,0 +1,120 @@
+#include "passes.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+namespace bbb_fast {
+namespace {
+
+using OptionalList = c10::List<OptionalTensor>;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+OptionalList optionals(at::TensorList tensors) {
+  OptionalList list;
+  list.reserve(tensors.size());
+  for (const at::Tensor& t : tensors) list.push_back(optional(t));
+  return list;
+}
+
+}  // namespace
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights(
+    at::TensorList mu,
+    at::TensorList rho,
+    const at::Tensor& rng,
+    double prior_mu,
+    double prior_sigma,
+    bool with_kl,
+    std::optional<at::ScalarType> dtype) {
+  static const auto op = find<std::tuple<std::vector<at::Tensor>, at::Tensor>(
+      at::TensorList, at::TensorList, const at::Tensor&, double, double, bool,
+      std::optional<at::ScalarType>)>("bbb_fast::sample_weights");
+  return op.call(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> variance(
+    at::TensorList mu,
+    at::TensorList rho,
+    double prior_mu,
+    double prior_sigma,
+    bool with_kl,
+    at::ScalarType dtype) {
+  static const auto op = find<std::tuple<std::vector<at::Tensor>, at::Tensor>(
+      at::TensorList, at::TensorList, double, double, bool, at::ScalarType)>("bbb_fast::variance");
+  return op.call(mu, rho, prior_mu, prior_sigma, with_kl, dtype);
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
+    at::TensorList grad_w,
+    const at::Tensor& grad_kl,
+    at::TensorList mu,
+    at::TensorList rho,
+    const at::Tensor& rng,
+    at::ArrayRef<double> prior_mu,
+    at::ArrayRef<double> prior_sigma) {
+  static const auto op = find<std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
+      const OptionalList&, const OptionalTensor&, at::TensorList, at::TensorList, const OptionalTensor&,
+      at::ArrayRef<double>, at::ArrayRef<double>)>("bbb_fast::posterior_backward");
+  return op.call(optionals(grad_w), optional(grad_kl), mu, rho, optional(rng), prior_mu, prior_sigma);
+}
+
+void posterior_backward_out(
+    at::TensorList grad_w,
+    at::TensorList grad_variance,
+    const at::Tensor& grad_kl,
+    at::TensorList mu,
+    at::TensorList rho,
+    const at::Tensor& rng,
+    at::ArrayRef<double> prior_mu,
+    at::ArrayRef<double> prior_sigma,
+    at::TensorList grad_mu,
+    at::TensorList grad_rho) {
+  static const auto op = find<void(
+      const OptionalList&, const OptionalList&, const OptionalTensor&, at::TensorList, at::TensorList,
+      const OptionalTensor&, at::ArrayRef<double>, at::ArrayRef<double>, at::TensorList, at::TensorList)>(
+      "bbb_fast::posterior_backward_out");
+  op.call(
+      optionals(grad_w), optionals(grad_variance), optional(grad_kl), mu, rho, optional(rng), prior_mu,
+      prior_sigma, grad_mu, grad_rho);
+}
+
+at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {
+  static const auto op = find<at::Tensor(const at::Tensor&, at::ScalarType)>("bbb_fast::square");
+  return op.call(input, dtype);
+}
+
+void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at::Tensor& grad) {
+  static const auto op =
+      find<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>("bbb_fast::square_backward_");
+  op.call(grad_input, input, grad);
+}
+
+void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
+  static const auto op =
+      find<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>("bbb_fast::lrt_sample_");
+  op.call(m, v, rng);
+}
+
+at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& rng) {
+  static const auto op = find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
+      "bbb_fast::lrt_sample_backward");
+  return op.call(grad, v, rng);
+}
+
+// Everything below is reached only from within an op that has its own backward. Differentiating through
+// one of these (a second derivative, say) raises, instead of giving wrong numbers.
+TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
+  for (const char* name :
+       {"normal", "posterior_backward", "posterior_backward_out", "variance", "square", "square_backward_",
+        "lrt_sample_", "lrt_sample_backward", "bbb_linear_backward", "bbb_conv_backward",
+        "lrt_linear_backward", "lrt_conv_backward"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+}  // namespace bbb_fast

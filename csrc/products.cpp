@@ -1,0 +1,106 @@
+#include "products.h"
+
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+
+#include "checks.h"
+
+namespace bbb_fast {
+
+void Linear::check(const char* op, const at::Tensor& input, const at::Tensor& weight) const {
+  TORCH_CHECK_VALUE(
+      weight.dim() == 2, op, ": W_mu must be [out_features, in_features], got ", weight.sizes());
+  TORCH_CHECK_VALUE(
+      input.dim() >= 1 && input.size(-1) == weight.size(1), op,
+      ": the last dimension of input must be in_features = ", weight.size(1), ", got input ", input.sizes());
+}
+
+at::Tensor Linear::forward(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const {
+  return at::linear(input, weight, bias);
+}
+
+ProductGradients Linear::backward(
+    const at::Tensor& grad,
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const std::array<bool, 3>& wanted) const {
+  const int64_t rows = c10::multiply_integers(input.sizes().begin(), input.sizes().end() - 1);
+  const at::Tensor g = grad.reshape({rows, weight.size(0)});
+  at::Tensor g_x, g_w, g_b;
+  if (wanted[0]) g_x = at::mm(g, weight).view(input.sizes());
+  if (wanted[1]) g_w = at::mm(g.t(), input.reshape({rows, weight.size(1)}));
+  if (wanted[2]) {
+    const auto wide = g.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    g_b = at::sum(g, {0}, false, wide);
+  }
+  return {std::move(g_x), std::move(g_w), std::move(g_b)};
+}
+
+void Convolution::check(const char* op, const at::Tensor& input, const at::Tensor& weight) const {
+  const int64_t spatial = weight.dim() - 2;
+  TORCH_CHECK_VALUE(
+      spatial >= 1 && spatial <= 3, op, ": W_mu must have 3, 4 or 5 dimensions, got ", weight.sizes());
+  TORCH_CHECK_VALUE(
+      input.dim() == weight.dim(), op, ": input must have ", weight.dim(), " dimensions like W_mu, got ",
+      input.sizes());
+  const auto check = [&](const char* name, c10::SymIntArrayRef values, int64_t least) {
+    TORCH_CHECK_VALUE(
+        static_cast<int64_t>(values.size()) == spatial, op, ": ", name, " must have ", spatial,
+        " numbers, got ", values.size());
+    for (const auto& v : values) {
+      TORCH_CHECK_VALUE(v >= least, op, ": ", name, " must be >= ", least, ", got ", values);
+    }
+  };
+  check("stride", stride_, 1);
+  check("padding", padding_, 0);
+  check("dilation", dilation_, 1);
+  check("output_padding", output_padding_, 0);
+  TORCH_CHECK_VALUE(groups_ >= 1, op, ": groups must be >= 1, got ", groups_);
+  const c10::SymInt channels = transposed_ ? c10::SymInt(weight.size(0)) : weight.size(1) * groups_;
+  TORCH_CHECK_VALUE(
+      input.size(1) == channels && weight.size(0) % groups_ == 0, op, ": input must have ", channels,
+      " channels for W_mu ", weight.sizes(), " and groups = ", groups_, ", got input ", input.sizes());
+  for (int64_t d = 0; d < spatial; ++d) {
+    const c10::SymInt reach = dilation_[d] * (weight.size(2 + d) - 1) + 1;
+    const c10::SymInt padded = input.size(2 + d) + padding_[d] * 2;
+    TORCH_CHECK_VALUE(
+        transposed_ || padded >= reach, op, ": the kernel reaches over ", reach,
+        " elements, more than the padded input's ", padded, ", in dimension ", 2 + d, " of input ",
+        input.sizes());
+  }
+}
+
+// channels_last if the input or the weight is stored so and not at the same time contiguous. The same rule
+// stands in bbb_fast/reference.py.
+at::MemoryFormat Convolution::output_format(const at::Tensor& input, const at::Tensor& weight) const {
+  if (input.dim() == 4 || input.dim() == 5) {
+    const auto last = input.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+    for (const at::Tensor& t : {input, weight}) {
+      if (t.is_contiguous(last) && !t.is_contiguous()) return last;
+    }
+  }
+  return at::MemoryFormat::Contiguous;
+}
+
+at::Tensor Convolution::forward(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const {
+  return at::convolution_symint(
+      input, weight, bias, stride_, padding_, dilation_, transposed_, output_padding_, groups_);
+}
+
+ProductGradients Convolution::backward(
+    const at::Tensor& grad,
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const std::array<bool, 3>& wanted) const {
+  const std::vector<c10::SymInt> features{grad.sym_size(1)};
+  return at::convolution_backward_symint(
+      grad, input, weight, features, stride_, padding_, dilation_, transposed_, output_padding_, groups_,
+      wanted);
+}
+
+}  // namespace bbb_fast

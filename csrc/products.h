@@ -1,0 +1,70 @@
+// The linear maps that the layers are built on, and their gradients: library products, for every device.
+// Linear and Convolution have the same members, so that an estimator is written once for both.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <tuple>
+
+#include "passes.h"
+
+namespace bbb_fast {
+
+// Gradients of input, weight and bias; undefined where `wanted` said no.
+using ProductGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// y = x W^T + b over the last dimension.
+class Linear {
+ public:
+  void check(const char* op, const at::Tensor& input, const at::Tensor& weight) const;
+  int64_t out_features(const at::Tensor& weight) const { return weight.size(0); }
+  // The memory format of the output, which numbers the noise of local reparameterization.
+  at::MemoryFormat output_format(const at::Tensor&, const at::Tensor&) const {
+    return at::MemoryFormat::Contiguous;
+  }
+  at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const;
+  ProductGradients backward(
+      const at::Tensor& grad,
+      const at::Tensor& input,
+      const at::Tensor& weight,
+      const std::array<bool, 3>& wanted) const;
+};
+
+// Convolutions of 1 to 3 dimensions.
+class Convolution {
+ public:
+  Convolution(
+      c10::SymIntArrayRef stride,
+      c10::SymIntArrayRef padding,
+      c10::SymIntArrayRef dilation,
+      bool transposed,
+      c10::SymIntArrayRef output_padding,
+      const c10::SymInt& groups)
+      : stride_(stride),
+        padding_(padding),
+        dilation_(dilation),
+        transposed_(transposed),
+        output_padding_(output_padding),
+        groups_(groups) {}
+
+  void check(const char* op, const at::Tensor& input, const at::Tensor& weight) const;
+  int64_t out_features(const at::Tensor& weight) const {
+    return transposed_ ? weight.size(1) * groups_.expect_int() : weight.size(0);
+  }
+  at::MemoryFormat output_format(const at::Tensor& input, const at::Tensor& weight) const;
+  at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const;
+  ProductGradients backward(
+      const at::Tensor& grad,
+      const at::Tensor& input,
+      const at::Tensor& weight,
+      const std::array<bool, 3>& wanted) const;
+
+ private:
+  c10::SymIntArrayRef stride_, padding_, dilation_;
+  bool transposed_;
+  c10::SymIntArrayRef output_padding_;
+  const c10::SymInt& groups_;
+};
+
+}  // namespace bbb_fast
