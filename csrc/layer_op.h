@@ -261,6 +261,10 @@ class LayerOp {
 
     torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
       const std::lock_guard<std::mutex> lock(mutex_);
+      // The ops below have no derivative of their own: asked for one, their autograd raises. Otherwise passing
+      // it by saves a microsecond or more an op.
+      std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+      if (!at::GradMode::is_enabled()) guard.emplace();
       torch::autograd::variable_list result(5);
       const at::Tensor grad_kl = grads.size() > 1 ? grads[1] : at::Tensor();
       const at::Tensor m = W_mu.unpack(), r = W_rho.unpack();

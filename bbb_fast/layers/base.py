@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,14 @@ def resolve_priors(priors: Mapping[str, Any] | None) -> dict[str, Any]:
     return resolved
 
 
+# W_mu, W_rho, bias_mu, bias_rho.
+_Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _versions(parameters: _Parameters) -> tuple[int, ...]:
+    return tuple([0 if p is None else p._version for p in parameters])
+
+
 class BayesianLayer(nn.Module):
     """A layer whose weights have the posterior q(w) = N(mu, softplus(rho)^2), elementwise.
 
@@ -77,7 +86,8 @@ class BayesianLayer(nn.Module):
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
     variance_dtype: torch.dtype | None = None
-    _forward_kl: tuple[Tensor, list[Any]] | None = None
+    # The KL of the last forward, with what it depends on: prior, parameters, their versions.
+    _forward_kl: tuple[Tensor, float, float, _Parameters, tuple[int, ...]] | None = None
 
     def __init__(
         self,
@@ -159,21 +169,11 @@ class BayesianLayer(nn.Module):
         """
         if self._forward_kl is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        kl, state = self._forward_kl
-        self._forward_kl = None
-        now = self._kl_state()
-        same = len(state) == len(now) and all(
-            a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(state, now, strict=True)
-        )
-        return kl if same else None
-
-    def _kl_state(self) -> list[Any]:
-        """What the KL depends on: the parameters, their versions, the prior."""
-        state: list[Any] = [self.prior_mu, self.prior_sigma]
-        for parameter in (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho):
-            if parameter is not None:
-                state += [parameter, parameter._version]
-        return state
+        kl, prior_mu, prior_sigma, parameters, versions = self._forward_kl
+        self.__dict__["_forward_kl"] = None
+        now = (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho)
+        same = all(map(operator.is_, parameters, now)) and versions == _versions(now)
+        return kl if same and (prior_mu, prior_sigma) == (self.prior_mu, self.prior_sigma) else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A KL with its graph can be neither copied nor pickled.
@@ -186,7 +186,9 @@ class BayesianLayer(nn.Module):
     def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def _draw_output(self, estimator: str, input: Tensor, rng: Tensor, **options: Any) -> Any:
+    def _draw_output(
+        self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
+    ) -> Any:
         raise NotImplementedError
 
     def _options(self, estimator: str) -> dict[str, Any]:
@@ -210,19 +212,28 @@ class BayesianLayer(nn.Module):
         # Only in weight space is one draw one function.
         estimator = "bbb" if pinned else self.estimator
         options = self._options(estimator)
+        parameters = (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho)
         # Not traced: a graph that torch.compile made has no use for what a later call may find here.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._draw_output(estimator, input, rng, **options)
+            return self._draw_output(estimator, input, parameters, rng, **options)
         output, kl = self._draw_output(
             estimator,
             input,
+            parameters,
             rng,
             prior_mu=self.prior_mu,
             prior_sigma=self.prior_sigma,
             with_kl=True,
             **options,
         )
-        self._forward_kl = (kl, self._kl_state())
+        # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
+        self.__dict__["_forward_kl"] = (
+            kl,
+            self.prior_mu,
+            self.prior_sigma,
+            parameters,
+            _versions(parameters),
+        )
         return output
 
 
@@ -271,9 +282,11 @@ class LinearBase(BayesianLayer):
     def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
 
-    def _draw_output(self, estimator: str, input: Tensor, rng: Tensor, **options: Any) -> Any:
+    def _draw_output(
+        self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
+    ) -> Any:
         op = functional.bbb_linear if estimator == "bbb" else functional.lrt_linear
-        return op(input, self.W_mu, self.W_rho, self.bias_mu, self.bias_rho, rng, **options)
+        return op(input, *parameters, rng, **options)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias_mu is not None}"
@@ -386,9 +399,10 @@ class ConvBase(BayesianLayer):
         input, padding = self._pad(input)
         return _CONV[self.spatial](input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _draw_output(self, estimator: str, input: Tensor, rng: Tensor, **options: Any) -> Any:
+    def _draw_output(
+        self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
+    ) -> Any:
         input, padding = self._pad(input)
-        parameters = (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho)
         geometry = (self.stride, padding, self.dilation, self.groups)
         return _DRAW_CONV[estimator, self.spatial](input, *parameters, rng, *geometry, **options)
 
