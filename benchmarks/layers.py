@@ -48,10 +48,10 @@ from bbb_fast import _backend, functional
 
 METHOD = {
     "forward": "the layer's output, and the KL as its library forms it (torch.nn has none)",
-    "backward": "gradients of all parameters and of the input, for a given one of the output and 1 for the KL",
+    "backward": "all parameters' and the input's gradients, for a given one of the output and 1 for the KL",
     "step": "forward and backward",
-    "over_base": "the step's median over torch.nn's (sampling: over the eager formulas') in the same rounds; low and "
-    "high: the middle 95 % of the ratios of resampled rounds",
+    "over_base": "the step's median over torch.nn's (sampling: over the eager formulas') in the same rounds; "
+    "low and high: the middle 95 % of the ratios of resampled rounds",
     "saved_bytes": "bytes autograd keeps from forward to backward, KL included, each storage once, without "
     "the parameters and the layer's input",
     "peak_bytes": "the most that a step's own tensors take at one time, gradients included, from "

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, SAMPLING_TARGETS_MS
+from cases import CASES, MODEL_BBB_TARGET, MODEL_TARGETS, PREDICT_TARGET, SAMPLING_TARGETS_MS
 from rivals import CONTENDERS, RIVALS
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
@@ -18,8 +18,8 @@ COLOURS = {
     "torch.nn": "#000000",
 }
 NO_BF16 = (
-    "This CPU has no bfloat16 instructions, so a variance in bfloat16 is converted back and forth and gains nothing: "
-    "that column is not meaningful here and its target is not judged."
+    "This CPU has no bfloat16 instructions, so a variance in bfloat16 is converted back and forth and gains "
+    "nothing: that column is not meaningful here and its target is not judged."
 )
 QUICK = "**A quick run on tiny sizes: it shows that everything runs. Its numbers mean nothing.**"
 # One output's rng tensor: two 64-bit numbers.
@@ -228,8 +228,8 @@ def layers_markdown(result: Mapping[str, Any]) -> str:
         "# Layers",
         *([QUICK] if result["quick"] else []),
         f"{provenance_line(where)} {libraries}.",
-        "Ratios of medians to the torch.nn layer's whole step (forward, backward, KL), all contenders run in turn in "
-        "one process, float32.",
+        "Ratios of medians to the torch.nn layer's whole step (forward, backward, KL), all contenders run in "
+        "turn in one process, float32.",
         "\n".join(f"- {name}: {text}." for name, text in result["method"].items()),
         "\n".join(f"- {_label(name)}: {note}." for name, note in result["contenders"].items() if note),
     ]
@@ -247,8 +247,8 @@ def layers_markdown(result: Mapping[str, Any]) -> str:
     if result["runs"] and result["runs"][0]["layers"]:
         parts += [
             "## Memory",
-            f"With {plural(result['runs'][0]['threads'])}. What ours may keep: torch.nn's, plus the sampled weight "
-            "(BBB) or one tensor of the output's size (LRT), plus 16 bytes.",
+            f"With {plural(result['runs'][0]['threads'])}. What ours may keep: torch.nn's, plus the sampled "
+            "weight (BBB) or one tensor of the output's size (LRT), plus 16 bytes.",
             _memory_table(result["runs"][0]),
         ]
     if failures := _failures(result):
@@ -294,19 +294,14 @@ def layers_figure(result: Mapping[str, Any], path: Path) -> None:
                 if row is None or value is None:
                     continue
                 over = row["over_base"]
+                y = i + (k - (len(runs) - 1) / 2) * height
                 panel.barh(
-                    i + (k - (len(runs) - 1) / 2) * height, value, height,
+                    y, value, height,
                     color=COLOURS[CONTENDERS[name].family], alpha=1.0 if k == 0 else 0.55,
                     xerr=[[max(0, value - over["low"])], [max(0, over["high"] - value)]],
                     error_kw={"linewidth": 0.8},
                 )  # fmt: skip
-                panel.text(
-                    over["high"],
-                    i + (k - (len(runs) - 1) / 2) * height,
-                    f" {value:.2f}",
-                    va="center",
-                    fontsize=7,
-                )
+                panel.text(over["high"], y, f" {value:.2f}", va="center", fontsize=7)
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_title(case, fontsize=10)
         panel.set_yticks(range(len(names)), [_label(n) for n in names], fontsize=8)
@@ -320,3 +315,252 @@ def layers_figure(result: Mapping[str, Any], path: Path) -> None:
     counts = " (dark), ".join(plural(run["threads"]) for run in runs) + (" (light)" if len(runs) > 1 else "")
     picture.suptitle(f"Training step of one layer: {result['provenance']['machine']}; {counts}", fontsize=11)
     save_figure(picture, path)
+
+
+# ---------------------------------------------------------------- models
+
+
+def models_console(table: Mapping[str, Any], count: int) -> str:
+    """One model as it is printed during a run."""
+    lines = [
+        f"\n{table['model']}, {table['images']:,} images in minibatches of {table['batch']}, {plural(count)}",
+        f"  {'':24}{'minibatch':>12}{'epoch':>10}{'/ torch.nn':>12}{'eager / ours':>14}",
+    ]
+    for name, row in table["contenders"].items():
+        faster = row.get("eager_over_ours")
+        lines.append(
+            f"  {_label(name):24}{row['step']['median_us'] / 1e3:9.2f} ms{row['epoch_s']:8.2f} s"
+            f"{row['over_nn']['ratio']:12.2f}{'' if faster is None else format(faster['ratio'], '.2f'):>14}"
+        )
+    return "\n".join(lines)
+
+
+def models_markdown(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/models.py, with its targets."""
+    where = result["provenance"]
+    bf16 = where["bf16_instructions"]
+    parts = ["# Training the three models"]
+    if result["quick"]:
+        parts.append(QUICK)
+    parts.append(provenance_line(where))
+    first = result["runs"][0]["models"][0]
+    parts.append(
+        f"One epoch of {first['images']:,} random images of 1 x 32 x 32 in minibatches of {first['batch']}: "
+        "forward, cross-entropy and KL, backward, Adam step. All contenders take each minibatch in turn in "
+        "one process; speed-ups and ratios are those of the medians of a minibatch, with the middle 95 % of resampled ones."
+    )
+    if not bf16:
+        parts.append(NO_BF16)
+    for run in result["runs"]:
+        rows = []
+        for table in run["models"]:
+            for name, row in table["contenders"].items():
+                rows.append(
+                    [
+                        table["model"],
+                        _label(name),
+                        f"{row['step']['median_us'] / 1e3:.2f}",
+                        f"{row['epoch_s']:.1f}",
+                        _with_interval(row["over_nn"], MODEL_BBB_TARGET if name == "bbb" else None),
+                        _model_speedup(table["model"], name, row, bf16),
+                    ]
+                )
+        head = ["model", "", "minibatch, ms", "epoch, s", "over its torch.nn twin", "times as fast as eager"]
+        parts += [f"## {plural(run['threads']).capitalize()}", markdown_table(head, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _with_interval(over: Mapping[str, float], target: float | None = None, at_most: bool = True) -> str:
+    return f"{verdict(over['ratio'], target, at_most)} [{over['low']:.2f}, {over['high']:.2f}]"
+
+
+def _model_speedup(model: str, name: str, row: Mapping[str, Any], bf16: bool) -> str:
+    if "eager_over_ours" not in row:
+        return ""
+    judged = bf16 or name != "lrt_bf16"
+    target = MODEL_TARGETS[model].get(name) if judged else None
+    return _with_interval(row["eager_over_ours"], target, False) + ("" if judged else " (not meaningful)")
+
+
+# ---------------------------------------------------------------- prediction
+
+
+def predict_console(table: Mapping[str, Any], count: int) -> str:
+    """One model as it is printed during a run."""
+    lines = [
+        f"\n{table['model']}, {table['samples']} draws for {table['images']:,} images, {plural(count)}",
+    ]
+    for name, row in table["contenders"].items():
+        text = f"  {_label(name):12}{row['total_s']:9.2f} s"
+        if "over_ours" in row:
+            against = row["against_ours"]
+            text += (
+                f"{row['over_ours']['ratio']:8.2f} times ours; means differ by "
+                f"{against['mean_abs_difference']:.4f} on average, {against['rms_standardised']:.2f} standard errors (root mean square)"
+            )
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def predict_markdown(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/predict.py, with its target."""
+    parts = ["# Prediction"]
+    if result["quick"]:
+        parts.append(QUICK)
+    parts += [
+        provenance_line(result["provenance"]),
+        "`bbb_fast.predict` against a Python loop of forwards in eager mode, the same posterior, all "
+        "contenders in turn on each minibatch. Speed-ups are ratios of the medians of a minibatch. "
+        "Differences are between predictive means; against the loop over weight draws their root mean "
+        f"square must be at most {result['agreement_limit']:g} standard errors. LRT forwards give every "
+        "place of a feature map noise of its own, so their means may differ by more.",
+    ]
+    for run in result["runs"]:
+        rows = []
+        for table in run["models"]:
+            what = f"{table['model']}, {table['samples']} draws, {table['images']:,} images"
+            for name, row in table["contenders"].items():
+                if name == "ours":
+                    rows.append([what, "ours", f"{row['total_s']:.1f}", "", "", "", ""])
+                    continue
+                target = PREDICT_TARGET if name == "eager_lrt" else None
+                against = row["against_ours"]
+                judged = result["agreement_limit"] if name == "eager_bbb" else None
+                rows.append(
+                    [
+                        what,
+                        f"loop of {_label(name)}",
+                        f"{row['total_s']:.1f}",
+                        _with_interval(row["over_ours"], target, False),
+                        f"{against['mean_abs_difference']:.4f}",
+                        f"{against['max_abs_difference']:.4f}",
+                        verdict(against["rms_standardised"], judged),
+                    ]
+                )
+        head = ["", "", "s", "ours is times as fast", "mean difference", "largest", "standard errors, rms"]
+        parts += [f"## {plural(run['threads']).capitalize()}", markdown_table(head, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---------------------------------------------------------------- scaling
+
+
+def scaling_console(table: Mapping[str, Any], count: int) -> str:
+    """One size as it is printed during a run."""
+    lines = [
+        f"\n{table['case']}, {plural(count)}",
+        f"  {'':12}{'ms':>11}{'/ torch.nn':>12}{'GFLOP/s':>10}{'of plain rate':>15}"
+        f"{'GB/s beside products':>22}",
+    ]
+    for name, row in table["contenders"].items():
+        if "error" in row:
+            lines.append(f"  {_label(name):12}{row['error'][:90]}")
+            continue
+        lines.append(
+            f"  {_label(name):12}{row['step']['median_us'] / 1e3:11.4f}{row['over_base']['ratio']:12.3f}"
+            f"{row['gflops']:10.1f}{_cell(row.get('of_plain_rate')):>15}"
+            f"{_cell(row.get('gb_per_s_beside_products'), '.1f'):>22}"
+        )
+    return "\n".join(lines)
+
+
+def scaling_markdown(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/scaling.py."""
+    parts = ["# How the cost of a linear layer grows"]
+    if result["quick"]:
+        parts.append(QUICK)
+    parts += [
+        provenance_line(result["provenance"]),
+        "Training steps as in the layer benchmark; draws: outputs of `predict`, against loops of eager "
+        "forwards and against torch.nn's one function run as often. GFLOP/s: operations of the products "
+        "(three in a step, six under LRT; one and two in a draw) over the whole time. Of plain rate: that "
+        "over torch.nn's. GB/s beside the products: the bytes that the other passes have to move, over the "
+        "time beyond torch.nn's (twice torch.nn's under LRT), where that is at least 5 % of the whole.",
+    ]
+    head = ["", "", "ms", "over torch.nn", "GFLOP/s", "of plain rate", "GB/s beside products"]
+    for run in result["runs"]:
+        parts.append(f"## {plural(run['threads']).capitalize()}")
+        for sweep in ("batch", "width", "draws"):
+            rows = [
+                [
+                    table["case"],
+                    _label(name),
+                    f"{row['step']['median_us'] / 1e3:.4g}",
+                    _cell(_ratio(row)),
+                    f"{row['gflops']:.1f}",
+                    _cell(row.get("of_plain_rate")),
+                    _cell(row.get("gb_per_s_beside_products"), ".1f"),
+                ]
+                for table in run[sweep]
+                for name, row in table["contenders"].items()
+                if "error" not in row
+            ]
+            parts += [f"### By {sweep}", markdown_table(head, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+# Ours and the formulas, told apart by colour and by marker.
+_LINES = {
+    "nn": ("#000000", "o"),
+    "bbb": ("#0072B2", "s"),
+    "lrt": ("#56B4E9", "^"),
+    "eager_bbb": ("#D55E00", "D"),
+    "eager_lrt": ("#E69F00", "v"),
+}
+
+
+def scaling_figure(result: Mapping[str, Any], path: Path) -> None:
+    """Time against batch, width and draws, and what more threads bring."""
+    picture, axes = new_figure(13, 9.5, 2, 2)
+    panels = dict(zip(("batch", "width", "draws", "threads"), axes.flat, strict=True))
+    labels = {
+        "batch": ("batch size", "training step, ms"),
+        "width": ("width (inputs = outputs)", "training step, ms"),
+        "draws": ("draws of the weights", "all outputs, ms"),
+    }
+    runs = result["runs"]
+    for sweep, (across, up) in labels.items():
+        panel = panels[sweep]
+        for run, style in zip(runs, ("-", "--", ":", "-."), strict=False):
+            for name, (colour, marker) in _LINES.items():
+                points = [
+                    (table[sweep], _median(table["contenders"][name]))
+                    for table in run[sweep]
+                    if _median(table["contenders"].get(name)) is not None
+                ]
+                if not points:
+                    continue
+                at, us = zip(*points, strict=True)
+                panel.plot(
+                    at, [t / 1e3 for t in us], style, color=colour, marker=marker, markersize=4,
+                    label=f"{_label(name)}, {plural(run['threads'])}",
+                )  # fmt: skip
+        panel.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
+        panel.set_xticks(at, [str(n) for n in at])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        first = runs[0][sweep][0]
+        panel.set_title(", ".join(f"{what} {first[what]}" for what in ("width", "batch") if what != sweep))
+    panels["batch"].legend(fontsize=7, ncols=max(1, len(runs)))
+    _threads_panel(panels["threads"], runs)
+    picture.suptitle(f"A linear layer: {result['provenance']['machine']}", fontsize=12)
+    save_figure(picture, path)
+
+
+def _threads_panel(panel: Any, runs: Sequence[Mapping[str, Any]]) -> None:
+    """How many times faster the last number of threads is than the first, at the largest batch and width."""
+    first, last = runs[0], runs[-1]
+    groups = [("largest batch", "batch"), ("largest width", "width"), ("most draws", "draws")]
+    width = 0.8 / len(_LINES)
+    for g, (_, sweep) in enumerate(groups):
+        for i, (name, (colour, _)) in enumerate(_LINES.items()):
+            times = [_median(run[sweep][-1]["contenders"].get(name)) for run in (first, last)]
+            if None in times:
+                continue
+            at = g + (i - (len(_LINES) - 1) / 2) * width
+            panel.bar(at, times[0] / times[1], width, color=colour, label=_label(name) if g == 0 else None)
+    panel.axhline(1, color="black", linewidth=0.8)
+    panel.set_xticks(range(len(groups)), [title for title, _ in groups])
+    panel.set_ylabel(f"times as fast on {plural(last['threads'])} as on {plural(first['threads'])}")
+    panel.set_title("threads")
+    panel.legend(fontsize=7)

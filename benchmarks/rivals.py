@@ -91,10 +91,11 @@ def _torchbnn(case: Case) -> Layer:
 
 
 CONTENDERS = {
-    "nn": Contender("torch.nn", "torch.nn", _of_case("nn"), "the plain layer that the others are measured against"),
+    "nn": Contender("torch.nn", "torch.nn", _of_case("nn"), "the plain layer"),
     "bbb": Contender("BBB", "ours", _of_case("bbb")),
     "bbb_recompute": Contender(
-        "BBB, recompute_weight", "ours", _of_case("bbb_recompute"), "forms the sampled weight again in backward"
+        "BBB, recompute_weight", "ours", _of_case("bbb_recompute"),
+        "forms the sampled weight again in backward instead of keeping it",
     ),
     "lrt": Contender("LRT", "ours", _of_case("lrt")),
     "lrt_bf16": Contender(
