@@ -347,7 +347,8 @@ def models_markdown(result: Mapping[str, Any]) -> str:
     parts.append(
         f"One epoch of {first['images']:,} random images of 1 x 32 x 32 in minibatches of {first['batch']}: "
         "forward, cross-entropy and KL, backward, Adam step. All contenders take each minibatch in turn in "
-        "one process; speed-ups and ratios are those of the medians of a minibatch, with the middle 95 % of resampled ones."
+        "one process; speed-ups and ratios are those of the medians of a minibatch, with the middle 95 % of "
+        "resampled ones."
     )
     if not bf16:
         parts.append(NO_BF16)
@@ -396,7 +397,8 @@ def predict_console(table: Mapping[str, Any], count: int) -> str:
             against = row["against_ours"]
             text += (
                 f"{row['over_ours']['ratio']:8.2f} times ours; means differ by "
-                f"{against['mean_abs_difference']:.4f} on average, {against['rms_standardised']:.2f} standard errors (root mean square)"
+                f"{against['mean_abs_difference']:.4f} on average, "
+                f"{against['rms_standardised']:.2f} standard errors (root mean square)"
             )
         lines.append(text)
     return "\n".join(lines)
