@@ -1,7 +1,8 @@
 """Whether one result of benchmarks/layers.py is slower than another, beyond noise.
 
 What is compared is each contender's time over that of its base (torch.nn's layer; for sampling, the eager
-formulas), measured in the same rounds, because raw times drift with the machine.
+formulas), measured in the same rounds, because raw times drift with the machine; of the lower quartiles,
+because what else a machine does only makes times longer.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 
 # Two processes differ by more than their rounds show (where memory lies, what else runs).
 FLOOR = 0.08
-# Standard deviations: a whole comparison asks some two hundred questions.
-DEVIATIONS = 4.0
+# Standard deviations. A comparison asks some two hundred questions, but asks again what looks slower.
+DEVIATIONS = 3.0
 # What has to agree for a comparison to mean anything, in ``provenance``.
 SAME = ("machine", "cpu", "instruction_set", "backend", "torch")
 
@@ -47,8 +48,8 @@ def ratios(result: Mapping[str, Any]) -> Iterator[tuple[Key, Mapping[str, float]
     for run in result["runs"]:
         for table in (*run["sampling"], *run["layers"]):
             for name, row in table["contenders"].items():
-                if "over_base" in row and name != table["base"]:
-                    yield Key(run["threads"], table["case"], name), row["over_base"]
+                if "lower_over_base" in row and name != table["base"]:
+                    yield Key(run["threads"], table["case"], name), row["lower_over_base"]
 
 
 def incompatible(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

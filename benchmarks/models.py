@@ -24,7 +24,7 @@ from harness import (
     interleaved_for,
     out_path,
     provenance,
-    ratio_of_medians,
+    ratio,
     summary,
     threads,
     with_suffix,
@@ -85,11 +85,11 @@ def run_model(case: ModelCase, images: int) -> dict[str, Any]:
         rows[name] = {
             "step": summary(seconds),
             "epoch_s": sum(seconds),
-            "over_nn": ratio_of_medians(seconds, times["nn"]),
+            "over_nn": ratio(seconds, times["nn"]),
             "last_loss": trainers[name].loss,
         }
         if name in EAGER:
-            rows[name]["eager_over_ours"] = ratio_of_medians(times[EAGER[name]], seconds)
+            rows[name]["eager_over_ours"] = ratio(times[EAGER[name]], seconds)
     return {"model": case.architecture, "batch": case.batch, "images": images, "contenders": rows}
 
 

@@ -25,7 +25,7 @@ from harness import (
     interleaved_for,
     out_path,
     provenance,
-    ratio_of_medians,
+    ratio,
     summary,
     threads,
     with_suffix,
@@ -103,7 +103,7 @@ def run_predict(case: ModelCase, images: int, samples: int) -> dict[str, Any]:
     for name, seconds in times.items():
         rows[name] = {"batch": summary(seconds), "total_s": sum(seconds)}
         if name != "ours":
-            rows[name]["over_ours"] = ratio_of_medians(seconds, times["ours"])
+            rows[name]["over_ours"] = ratio(seconds, times["ours"])
             rows[name]["against_ours"] = agreement(predictors["ours"], predictors[name])
     return {
         "model": case.architecture,

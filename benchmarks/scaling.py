@@ -22,7 +22,7 @@ from harness import (
     interleaved_for,
     out_path,
     provenance,
-    ratio_of_medians,
+    ratio,
     summary,
     threads,
     with_suffix,
@@ -101,7 +101,7 @@ def run_draws(case: Case, samples: int, rounds: int) -> dict[str, Any]:
     rows = {
         name: {
             "step": summary(seconds),
-            "over_base": ratio_of_medians(seconds, times["nn"]),
+            "over_base": ratio(seconds, times["nn"]),
             "gflops": PRODUCTS[name] // 3 * product / (summary(seconds)["median_us"] * 1e3),
         }
         for name, seconds in times.items()
