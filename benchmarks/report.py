@@ -80,7 +80,7 @@ def layers_console(table: Mapping[str, Any], count: int) -> str:
     """One case as it is printed during a run."""
     lines = [
         f"\n{table['case']}, {plural(count)}",
-        f"  {'':36}{'forward':>11}{'backward':>11}{'step':>11}{'/ ' + table['base']:>9}{'95 %':>14}"
+        f"  {'':36}{'forward':>12}{'backward':>12}{'step':>12}{'/ ' + table['base']:>9}{'95 %':>14}"
         f"{'saved KiB':>11}{'peak KiB':>11}",
     ]
     for name, row in table["contenders"].items():
@@ -93,7 +93,7 @@ def layers_console(table: Mapping[str, Any], count: int) -> str:
         memory = [row.get(k) for k in ("saved_bytes", "peak_bytes")]
         lines.append(
             f"  {_label(name):36}"
-            + "".join(f"{cell:>11}" for cell in cells)
+            + "".join(f"{cell:>12}" for cell in cells)
             + f"{over['ratio']:9.3f}{over['low']:8.3f}-{over['high']:.3f}"
             + "".join(f"{'' if m is None else format(m / 1024, ',.1f'):>11}" for m in memory)
         )
