@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -362,6 +362,25 @@ class ModelCase:
         if name.startswith("eager_"):
             return eager.EagerModel(self.bayesian, 10, self.channels, name.removeprefix("eager_"))
         return self.bayesian(10, self.channels, layer_type=name)
+
+    def alike(self, names: Sequence[str]) -> dict[str, nn.Module]:
+        """Models that start from one state: the twin's weights as means, and small standard deviations.
+
+        The default posterior, drawn alike for every width, makes the deeper models' outputs so large that the
+        softmax underflows and the backward is full of denormal numbers, on which a CPU is several times slower.
+        """
+        point = self.model("nn").state_dict()
+        found = {}
+        for name in names:
+            model = found[name] = self.model(name)
+            for key, value in model.state_dict().items():
+                if name == "nn":
+                    value.copy_(point[key])
+                elif key.endswith("_rho"):
+                    value.fill_(-5.0)
+                else:
+                    value.copy_(point[key.replace("W_mu", "weight").replace("bias_mu", "bias")])
+        return found
 
     def input(self, device: torch.device | str | None = None) -> Tensor:
         return torch.randn(self.batch, self.channels, 32, 32, device=device)

@@ -4,8 +4,8 @@
 
 Images are random numbers of MNIST's shape padded to 1 x 32 x 32, since only the time counts. Every contender
 takes a minibatch (forward, loss with the KL, backward, Adam step) before the next minibatch begins, in one
-process. The default of 3,840 images, 30 minibatches of 128, keeps the whole run to some minutes; an epoch of
-MNIST's 60,000 takes 15.6 times as long. Writes PATH.json and PATH.md.
+process; all start from the twin's weights. The default of 3,840 images, 30 minibatches of 128, keeps the
+whole run to some minutes; an epoch of MNIST's 60,000 takes 15.6 times as long. Writes PATH.json and PATH.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from harness import (
     write_text,
 )
 from report import models_console, models_markdown
-from torch import Tensor
+from torch import Tensor, nn
 
 CONTENDERS = ("nn", "bbb", "lrt", "lrt_bf16", "eager_bbb", "eager_lrt")
 # What each of ours is set against.
@@ -43,11 +43,10 @@ WARMUP = 3
 class Trainer:
     """One contender, its optimizer, and its way through the minibatches."""
 
-    def __init__(self, case: ModelCase, name: str, images: Tensor, labels: Tensor) -> None:
-        self.model = case.model(name)
-        self.output: Callable[[Tensor], Any] = getattr(self.model, "output_with_kl", self.model)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-        self.batches = list(zip(images.split(case.batch), labels.split(case.batch), strict=True))
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> None:
+        self.output: Callable[[Tensor], Any] = getattr(model, "output_with_kl", model)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        self.batches = list(zip(images.split(batch), labels.split(batch), strict=True))
         self.count = len(images)
         self.next = 0
         self.loss = math.nan
@@ -72,7 +71,7 @@ def run_model(case: ModelCase, images: int) -> dict[str, Any]:
     """Each contender's minibatches of one epoch, after a few that do not count."""
     torch.manual_seed(0)
     x, labels = torch.randn(images, case.channels, 32, 32), torch.randint(10, (images,))
-    trainers = {name: Trainer(case, name, x, labels) for name in CONTENDERS}
+    trainers = {name: Trainer(model, x, labels, case.batch) for name, model in case.alike(CONTENDERS).items()}
     for trainer in trainers.values():
         for _ in range(WARMUP):
             trainer.step()

@@ -78,17 +78,16 @@ def agreement(ours: Predictor, theirs: Predictor) -> dict[str, float]:
 def run_predict(case: ModelCase, images: int, samples: int) -> dict[str, Any]:
     torch.manual_seed(0)
     batches = torch.randn(images, case.channels, 32, 32).split(case.batch)
-    ours = case.model("lrt")
-    eager = {name: case.model(name) for name in ("eager_lrt", "eager_bbb")}
+    found = case.alike(("lrt", "eager_lrt", "eager_bbb"))
 
     def loop(name: str) -> Callable[[Tensor], Tensor]:
-        model = eager[name].eval()
-        model.load_state_dict(ours.state_dict())
+        model = found[name].eval()
         return lambda x: torch.stack([model.output(x) for _ in range(samples)])
 
     draws = {
-        "ours": lambda x: bbb_fast.predict(ours, x, samples=samples, seed=0),
-        **{name: loop(name) for name in eager},
+        "ours": lambda x: bbb_fast.predict(found["lrt"], x, samples=samples, seed=0),
+        "eager_lrt": loop("eager_lrt"),
+        "eager_bbb": loop("eager_bbb"),
     }
     with torch.no_grad():
         for draw in draws.values():

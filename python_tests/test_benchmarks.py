@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bbb_fast import _backend, functional
+from bbb_fast._noise import posterior_means
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -425,6 +426,21 @@ def test_figures_are_written(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the other benchmarks
+
+
+def test_models_start_from_one_state() -> None:
+    case = model_cases(2, channels=1)[0]
+    alike = case.alike(models.CONTENDERS)
+    x = case.input()
+    expected = alike["nn"](x)
+    for name in ("bbb", "lrt"):
+        assert all((rho == -5).all() for key, rho in alike[name].state_dict().items() if key.endswith("_rho"))
+        with posterior_means():
+            torch.testing.assert_close(alike[name](x)[0], expected)
+    for name in ("eager_bbb", "eager_lrt"):
+        assert alike[name].state_dict().keys() == alike["bbb"].state_dict().keys()
+        for key, value in alike["bbb"].state_dict().items():
+            torch.testing.assert_close(alike[name].state_dict()[key], value)
 
 
 def test_models_go_through_every_minibatch() -> None:
