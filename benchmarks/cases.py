@@ -367,7 +367,7 @@ class ModelCase:
         """Models that start from one state: the twin's weights as means, and small standard deviations.
 
         The default posterior, drawn alike for every width, makes the deeper models' outputs so large that the
-        softmax underflows and the backward is full of denormal numbers, on which a CPU is several times slower.
+        softmax underflows and the backward is full of denormal numbers, several times slower on a CPU.
         """
         point = self.model("nn").state_dict()
         found = {}
