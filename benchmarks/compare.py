@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 # Two processes differ by more than their rounds show (where memory lies, what else runs).
-FLOOR = 0.08
+FLOOR = 0.10
 # Standard deviations. A comparison asks some two hundred questions, but asks again what looks slower.
 DEVIATIONS = 3.0
 # What has to agree for a comparison to mean anything, in ``provenance``.
