@@ -7,7 +7,8 @@
 #                  spills, run the CPU tests through that build; sets up build/cuda-check (5 GB a release)
 # make gpu-report  on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizers, benchmarks
 # make lint        ruff and clang-format, checking only;  make format  changes the files
-# make bench       the benchmark of the layers
+# make bench       the benchmark of the layers, against torch.nn, torch.compile and other libraries, which it
+#                  installs; ten minutes or so (BENCH_ARGS=--quick: that it runs; --compare OLD.json)
 # make clean       remove what was built
 #
 # torch comes from the active interpreter if it has one, else torch==2.13.0 is installed. Everything else
@@ -59,8 +60,14 @@ cuda-check:
 gpu-report:
 	$(PYTHON) benchmarks/gpu_report.py $(GPU_REPORT_ARGS)
 
-bench: setup
-	$(PY) benchmarks/layers.py
+# Without their dependencies, so that nothing replaces torch; the benchmark says which of them are missing.
+$(VENV)/.rivals: $(VENV)/.torch benchmarks/rivals.txt
+	$(PY) -m pip install -q --no-deps -r benchmarks/rivals.txt && touch $@ || \
+	  echo "the other libraries could not be installed; their rows will say so"
+
+# torch.profiler, which measures memory, announces every start otherwise.
+bench: setup $(VENV)/.rivals
+	KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR $(PY) benchmarks/layers.py $(BENCH_ARGS)
 
 setup: $(INSTALLED)
 

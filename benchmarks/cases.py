@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import eager
@@ -19,11 +19,29 @@ PRECISIONS = {
     "bfloat16": "bf16 throughout",
 }
 
+# Ours with a flag set: the estimator, the flag and its value.
+VARIANTS: dict[str, tuple[str, str, Any]] = {
+    "bbb_recompute": ("bbb", "recompute_weight", True),
+    "lrt_bf16": ("lrt", "variance_dtype", torch.bfloat16),
+}
+
+
+def _with_flag(name: str, make: Callable[[str], nn.Module]) -> nn.Module:
+    """What ``make`` builds for a name, or for a variant's estimator, with its flag set."""
+    if name not in VARIANTS:
+        return make(name)
+    estimator, flag, value = VARIANTS[name]
+    thing = make(estimator)
+    thing.set_flag(flag, value)
+    return thing
+
 
 @dataclass(frozen=True)
 class Case:
     """A layer and its input: ``kernel`` 0 means linear, else a 2-d convolution on ``size``^2 images.
 
+    ``targets`` says by contender how many times torch.nn's step one may take; ``overhead_us`` how many
+    microseconds more. ``repeat``: calls in a row that are timed as one, where one is too short.
     ``compiled`` names the estimators whose textbook formulas are also timed under torch.compile, where a
     benchmark does that (it takes seconds each); ``autotuned`` also under its mode "max-autotune".
     """
@@ -39,6 +57,9 @@ class Case:
     channels_last: bool = False
     compiled: tuple[str, ...] = ()
     autotuned: bool = False
+    targets: Mapping[str, float] = field(default_factory=dict, hash=False)
+    overhead_us: float | None = None
+    repeat: int = 1
 
     def place(self, thing: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
         """A tensor or module, moved there, in this case's memory format."""
@@ -58,32 +79,53 @@ class Case:
         return self.place(x, device, None if self.precision == "float32" else torch.bfloat16)
 
     def layer(self, name: str, device: torch.device | str | None = None) -> nn.Module:
-        """The contender "nn", "bbb", "lrt", "eager_bbb" or "eager_lrt"."""
-        i, o, k, p = self.inputs, self.outputs, self.kernel, self.padding
+        """The contender "nn", "bbb", "lrt", "eager_bbb", "eager_lrt" or one of VARIANTS."""
         with torch.device(device or "cpu"):
-            if name == "nn":
-                layer = nn.Conv2d(i, o, k, padding=p) if k else nn.Linear(i, o)
-            elif name.startswith("eager_"):
-                estimator = name.removeprefix("eager_")
-                layer = eager.conv2d(i, o, k, p, estimator) if k else eager.linear(i, o, estimator)
-            else:
-                layers = {"bbb": BBB, "lrt": BBB_LRT}[name]
-                layer = layers.BBBConv2d(i, o, k, padding=p) if k else layers.BBBLinear(i, o)
+            layer = _with_flag(name, self._make)
         return self.place(layer, device, torch.bfloat16 if self.precision == "bfloat16" else None)
 
-    def layers(self) -> dict[str, nn.Module]:
-        """Contender name -> layer; "nn" is the one the others are measured against."""
-        return {name: self.layer(name) for name in ("nn", "bbb", "lrt", "eager_bbb", "eager_lrt")}
+    def _make(self, name: str) -> nn.Module:
+        i, o, k, p = self.inputs, self.outputs, self.kernel, self.padding
+        if name == "nn":
+            return nn.Conv2d(i, o, k, padding=p) if k else nn.Linear(i, o)
+        if name.startswith("eager_"):
+            estimator = name.removeprefix("eager_")
+            return eager.conv2d(i, o, k, p, estimator) if k else eager.linear(i, o, estimator)
+        layers = {"bbb": BBB, "lrt": BBB_LRT}[name]
+        return layers.BBBConv2d(i, o, k, padding=p) if k else layers.BBBLinear(i, o)
+
+    def smaller(self) -> Case:
+        """The same layer with a sixteenth of the batch, for a run that only shows that it runs."""
+        batch = max(2, self.batch // 16)
+        name = self.name.replace(f"batch {self.batch}", f"batch {batch}")
+        return replace(self, name=name, batch=batch, repeat=1, targets={}, overhead_us=None)
 
 
+def _targets(bbb: float, lrt: float, lrt_bf16: float) -> dict[str, float]:
+    return {"bbb": bbb, "lrt": lrt, "lrt_bf16": lrt_bf16}
+
+
+# For benchmarks/layers.py: the sizes users meet, then one where nothing but overhead is left.
 CASES = (
-    Case("linear 1200x1200, batch 128", 1200, 1200, 128),
-    Case("linear 784x400, batch 128", 784, 400, 128),
-    Case("linear 1024x1024, batch 512", 1024, 1024, 512),
-    Case("conv 6-16 k5, 14^2, batch 256", 6, 16, 256, kernel=5, size=14),
-    Case("conv 32-64 k5 p2, 15^2, batch 256", 32, 64, 256, kernel=5, padding=2, size=15),
-    Case("conv 64-64 k3 p1, 32^2, batch 128", 64, 64, 128, kernel=3, padding=1, size=32),
-)
+    Case("linear 1200x1200, batch 128", 1200, 1200, 128, targets=_targets(1.8, 2.6, 1.9)),
+    Case("linear 784x400, batch 128", 784, 400, 128, targets=_targets(1.8, 2.6, 1.9)),
+    Case("linear 1024x1024, batch 512", 1024, 1024, 512, targets=_targets(1.25, 2.25, 1.5)),
+    Case(
+        "conv 6-16 k5, 14^2, batch 256", 6, 16, 256,
+        kernel=5, size=14, targets=_targets(1.05, 2.3, 1.8),
+    ),
+    Case(
+        "conv 32-64 k5 p2, 15^2, batch 256", 32, 64, 256,
+        kernel=5, padding=2, size=15, targets=_targets(1.03, 2.15, 1.4),
+    ),
+    Case(
+        "conv 64-64 k3 p1, 32^2, batch 128", 64, 64, 128,
+        kernel=3, padding=1, size=32, targets=_targets(1.03, 2.15, 1.5),
+    ),
+    Case("linear 16x16, batch 8", 16, 16, 8, repeat=20, overhead_us=30.0),
+)  # fmt: skip
+# Milliseconds that sampling + KL of 10^6 weights may take on one thread, by instruction set.
+SAMPLING_TARGETS_MS = {"avx512": 2.0, "avx2": 3.0}
 
 
 def _linear(size: int, batch: int, precision: str, **options: Any) -> Case:
@@ -292,37 +334,77 @@ class ModelCase:
     """A model's training step on ``batch`` images, float32: a class of ``bbb_fast.models`` and its twin.
 
     ``variant`` "compiled" sets it against the formulas under torch.compile; "CUDA graphs" replays it as one.
+    An image has ``channels`` of 32 x 32.
     """
 
     bayesian: type
     point: type
     batch: int
     variant: str = ""
+    channels: int = 3
+
+    @property
+    def architecture(self) -> str:
+        return self.bayesian.__name__.removeprefix("BBB")
 
     @property
     def name(self) -> str:
-        what = self.bayesian.__name__.removeprefix("BBB")
-        return f"{what}, batch {self.batch}, float32{self.variant and f', {self.variant}'}"
+        return f"{self.architecture}, batch {self.batch}, float32{self.variant and f', {self.variant}'}"
 
     def model(self, name: str, device: torch.device | str | None = None) -> nn.Module:
-        """The contender "nn", "bbb", "lrt", "eager_bbb" or "eager_lrt"."""
+        """The contender "nn", "bbb", "lrt", "eager_bbb", "eager_lrt" or one of VARIANTS."""
         with torch.device(device or "cpu"):
-            if name == "nn":
-                return self.point(10, 3)
-            if name.startswith("eager_"):
-                return eager.EagerModel(self.bayesian, 10, 3, name.removeprefix("eager_"))
-            return self.bayesian(10, 3, layer_type=name)
+            return _with_flag(name, self._make)
+
+    def _make(self, name: str) -> nn.Module:
+        if name == "nn":
+            return self.point(10, self.channels)
+        if name.startswith("eager_"):
+            return eager.EagerModel(self.bayesian, 10, self.channels, name.removeprefix("eager_"))
+        return self.bayesian(10, self.channels, layer_type=name)
+
+    def alike(self, names: Sequence[str]) -> dict[str, nn.Module]:
+        """Models that start from one state: the twin's weights as means, and small standard deviations.
+
+        The default posterior, drawn alike for every width, makes the deeper models' outputs so large that the
+        softmax underflows and the backward is full of denormal numbers, several times slower on a CPU.
+        """
+        point = self.model("nn").state_dict()
+        found = {}
+        for name in names:
+            model = found[name] = self.model(name)
+            for key, value in model.state_dict().items():
+                if name == "nn":
+                    value.copy_(point[key])
+                elif key.endswith("_rho"):
+                    value.fill_(-5.0)
+                else:
+                    value.copy_(point[key.replace("W_mu", "weight").replace("bias_mu", "bias")])
+        return found
 
     def input(self, device: torch.device | str | None = None) -> Tensor:
-        return torch.randn(self.batch, 3, 32, 32, device=device)
+        return torch.randn(self.batch, self.channels, 32, 32, device=device)
 
 
-def model_cases(batch: int) -> list[ModelCase]:
-    return [
-        ModelCase(models.BBBLeNet, models.LeNet, batch),
-        ModelCase(models.BBBAlexNet, models.AlexNet, batch),
-        ModelCase(models.BBB3Conv3FC, models.ThreeConvThreeFC, batch),
-    ]
+# How many times faster than eager LRT a training step of LRT must be.
+MODEL_TARGETS = {
+    "LeNet": {"lrt": 1.8, "lrt_bf16": 2.2},
+    "AlexNet": {"lrt": 1.3, "lrt_bf16": 1.7},
+    "3Conv3FC": {"lrt": 1.3, "lrt_bf16": 1.7},
+}
+# How many times its point-estimate twin's step one of BBB may take.
+MODEL_BBB_TARGET = 1.15
+# How many times faster than a loop of eager LRT forwards prediction must be.
+PREDICT_TARGET = 2.5
+
+
+def model_cases(batch: int, channels: int = 3) -> list[ModelCase]:
+    pairs = (
+        (models.BBBLeNet, models.LeNet),
+        (models.BBBAlexNet, models.AlexNet),
+        (models.BBB3Conv3FC, models.ThreeConvThreeFC),
+    )
+    return [ModelCase(*pair, batch, channels=channels) for pair in pairs]
 
 
 @dataclass(frozen=True)

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 import bbb_fast
 
 RESULTS = Path(__file__).parent / "results"
+# Where runs go that measure nothing worth keeping: not under version control.
+SCRATCH = Path(__file__).parent.parent / "runs" / "bench"
 
-
-def interleaved(
-    contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 3
-) -> dict[str, list[float]]:
-    """Runs every contender once a round, in turn, so that the machine's drift hits all alike.
-
-    A contender returns the seconds that count (it may leave its own preparation out).
-    """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for k in range(warmup + rounds):
-        for name, run in contenders.items():
-            seconds = run()
-            if k >= warmup:
-                times[name].append(seconds)
-    return times
+T = TypeVar("T")
 
 
 def clock(function: Callable[[], Any]) -> float:
@@ -121,13 +112,14 @@ class Clock:
 
 
 def interleaved_for(
-    contenders: Mapping[str, Callable[[], Timing]], seconds: float, rounds: int, least: int = 5
-) -> tuple[dict[str, list[Timing]], dict[str, str]]:
-    """As :func:`interleaved`, until ``rounds`` rounds or, after ``least``, ``seconds`` are over.
+    contenders: Mapping[str, Callable[[], T]], seconds: float, rounds: int, least: int = 5
+) -> tuple[dict[str, list[T]], dict[str, str]]:
+    """Runs every contender once a round, in turn, so that the machine's drift hits all alike.
 
-    Contenders come warmed up. One that raises drops out. Returns the timings, and the errors by name.
+    Goes on until ``rounds`` rounds or, after ``least``, ``seconds`` are over. Contenders come warmed up and
+    return their timing; one that raises drops out. Returns the timings, and the errors by name.
     """
-    times: dict[str, list[Timing]] = {name: [] for name in contenders}
+    times: dict[str, list[T]] = {name: [] for name in contenders}
     errors: dict[str, str] = {}
     begin = time.perf_counter()
     for k in range(rounds):
@@ -149,11 +141,41 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:3])}"[:300]
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    """Median and quartiles, in microseconds."""
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and the outer twentieths, in microseconds."""
     t = torch.tensor(times, dtype=torch.float64) * 1e6
-    q = torch.quantile(t, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-    return {"median_us": q[1], "q25_us": q[0], "q75_us": q[2], "runs": len(times)}
+    q = torch.quantile(t, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)).tolist()
+    return {
+        "median_us": q[2],
+        "q05_us": q[0],
+        "q25_us": q[1],
+        "q75_us": q[3],
+        "q95_us": q[4],
+        "runs": len(times),
+    }
+
+
+def ratio(
+    times: Sequence[float], base: Sequence[float], quantile: float = 0.5, resamples: int = 200
+) -> dict[str, float]:
+    """The quantile of ``times`` over that of ``base``, of the same rounds, and how sure it is.
+
+    ``low`` and ``high`` hold the middle 95 % of the ratios of resampled rounds (a bootstrap that keeps the
+    two times of a round together); ``spread`` is the standard deviation of their logarithms.
+    """
+    pairs = torch.tensor([times, base], dtype=torch.float64)
+    rounds = pairs.shape[1]
+    draws = torch.randint(rounds, (resamples, rounds), generator=torch.Generator().manual_seed(0))
+    mine, theirs = pairs[:, draws].quantile(quantile, dim=-1)
+    ratios = mine / theirs
+    center = pairs.quantile(quantile, dim=-1)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {
+        "ratio": (center[0] / center[1]).item(),
+        "low": low,
+        "high": high,
+        "spread": ratios.log().std().item(),
+    }
 
 
 def _command(*words: str) -> str | None:
@@ -163,14 +185,45 @@ def _command(*words: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's fields in /proc/cpuinfo; empty where there is none."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        text = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    fields = (line.partition(":") for line in text.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def _cpu() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+# What tells CPUs apart for these benchmarks, the best first, by the name of the flag in /proc/cpuinfo.
+_FEATURES = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512f": "avx512", "avx2": "avx2"}
+
+
+def machine_slug(model: str, flags: Iterable[str]) -> str:
+    """A short name for result files: the CPU's model in plain words and its best vector instructions.
+
+    "Intel(R) Xeon(R) Processor @ 2.80GHz" with AVX-512 gives "intel-xeon-2.80ghz-avx512".
+    """
+    words = re.sub(r"\((r|tm|c)\)", " ", model.lower())
+    words = re.sub(r"\b(\d+-core|processor|cpu|core)\b", " ", words)
+    flags = set(flags)
+    best = next((short for flag, short in _FEATURES.items() if flag in flags), "")
+    return "-".join([*re.findall(r"[a-z0-9]+(?:\.[a-z0-9]+)*", words), *([best] if best else [])])
+
+
+def this_machine() -> str:
+    """:func:`machine_slug` of the CPU at hand."""
+    return machine_slug(_cpu(), _cpuinfo().get("flags", "").split())
+
+
+def bf16_instructions() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers itself. If not, a product in bfloat16 gains nothing."""
+    cpu = torch.cpu
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
 
 
 def provenance() -> dict[str, Any]:
@@ -179,7 +232,9 @@ def provenance() -> dict[str, Any]:
     changes = _command("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "cpu": _cpu(),
+        "machine": this_machine(),
         "cpu_features": torch.backends.cpu.get_cpu_capability(),
+        "bf16_instructions": bf16_instructions(),
         "instruction_set": info.get("extension", {}).get("instruction_set"),
         "backend": info["backend"],
         "threads": torch.get_num_threads(),
@@ -219,3 +274,36 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch runs on that many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """--threads, --quick and --out, the same for every benchmark of the CPU."""
+    counts = sorted({1, torch.get_num_threads()})
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=counts, help="numbers of threads (default: one, and all)"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, no more")
+    parser.add_argument(
+        "--out", type=Path, help=f"result files, without a suffix (default results/{name}-{this_machine()})"
+    )
+
+
+def out_path(out: Path | None, name: str, quick: bool) -> Path:
+    """Where a benchmark's files go, without a suffix. A quick run never replaces a result."""
+    return out or (SCRATCH / f"{name}-quick" if quick else RESULTS / f"{name}-{this_machine()}")
+
+
+def with_suffix(path: Path, suffix: str) -> Path:
+    """``path`` with a suffix added: a CPU's name may hold dots."""
+    return path.with_name(path.name + suffix)

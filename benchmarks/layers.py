@@ -1,136 +1,362 @@
-"""Times each layer against torch.nn's and against the textbook formulas; prints a table, writes JSON.
+"""Times each layer against torch.nn's, the textbook formulas, torch.compile and other libraries.
 
-    python benchmarks/layers.py [--threads 1] [--rounds 30] [--case linear] [--out results/layers.json]
+    python benchmarks/layers.py [--threads 1 2] [--case TEXT] [--contenders NAME ...] [--quick] [--out PATH]
+    python benchmarks/layers.py --compare OLD.json [NEW.json]
 
-Every contender of a case runs once a round, in one process. "forward" is the layer's forward; "backward"
-the gradient of sum(y * g) + KL from there; "step" both, with the KL. Ratios are ratios of medians.
+Every contender of a case runs once a round, in one process. Prints a table and writes PATH.json, PATH.md and
+PATH.png. With --compare, measures what OLD.json holds again (or reads NEW.json) and exits with 1 if anything
+became slower beyond noise, with 2 if the two cannot be compared; writes files only where --out says.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import compare
 import eager
 import torch
 from cases import CASES, Case
-from harness import RESULTS, clock, interleaved, provenance, summary, write_json
-from torch import Tensor, nn
+from harness import (
+    add_common_arguments,
+    clock,
+    describe,
+    interleaved_for,
+    out_path,
+    provenance,
+    ratio,
+    summary,
+    threads,
+    with_suffix,
+    write_json,
+    write_text,
+)
+from memory import peak_bytes, saved_for_backward
+from report import layers_console, layers_figure, layers_markdown
+from rivals import CONTENDERS, Layer, compiled, versions
+from torch import Tensor
 
-from bbb_fast import functional
+from bbb_fast import _backend, functional
+
+METHOD = {
+    "forward": "the layer's output, and the KL as its library forms it (torch.nn has none)",
+    "backward": "all parameters' and the input's gradients, for a given one of the output and 1 for the KL",
+    "step": "forward and backward",
+    "over_base": "the step's median over torch.nn's (sampling: over the eager formulas') in the same rounds; "
+    "low and high: the middle 95 % of the ratios of resampled rounds",
+    "lower_over_base": "the same of the lower quartiles, for --compare: other work only makes times longer",
+    "saved_bytes": "bytes autograd keeps from forward to backward, KL included, each storage once, without "
+    "the parameters and the layer's input",
+    "peak_bytes": "the most that a step's own tensors take at one time, gradients included, from "
+    "torch.profiler's record; scratch space past torch's allocator is not in it",
+}
+ISAS = ("avx512", "avx2", "base")
+COUNTS = (10_000, 1_000_000)
 
 
-def _step(layer: nn.Module, x: Tensor, g: Tensor, times: dict[str, list[float]], warm: list[int]) -> float:
-    for p in layer.parameters():
-        p.grad = None
-    start = time.perf_counter()
-    y = layer(x)
-    middle = time.perf_counter()
-    loss = (y * g).sum()
-    if hasattr(layer, "kl_loss"):
-        loss = loss + layer.kl_loss()
-    before = time.perf_counter()
-    loss.backward()
-    stop = time.perf_counter()
-    if warm[0] <= 0:
-        times["forward"].append(middle - start)
-        times["backward"].append(stop - before)
-    warm[0] -= 1
-    return stop - start
+class Times(NamedTuple):
+    """Seconds of one step."""
+
+    forward: float
+    backward: float
+    step: float
 
 
-def run_case(case: Case, rounds: int) -> dict[str, Any]:
-    """Medians of every contender's forward, backward and step, and the ratios to torch.nn's step."""
+Wrap = Callable[[str, Callable[[], Times]], Callable[[], Times]]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds go on to ``rounds`` or, after ``least``, until ``seconds`` are over."""
+
+    rounds: int = 100
+    seconds: float = 15.0
+    least: int = 6
+    warmup: int = 2
+
+
+QUICK = Effort(rounds=3, seconds=1.0, least=2, warmup=1)
+
+
+class Stepper:
+    """Runs one contender's training steps on one input."""
+
+    def __init__(self, layer: Layer, x: Tensor, g: Tensor, repeat: int) -> None:
+        self.layer = layer
+        self.x = x
+        self.g = g
+        self.repeat = repeat
+        self.leaves = [x, *layer.module.parameters()]
+
+    def clear(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.layer.output_with_kl(self.x)
+
+    def backward(self, y: Tensor, kl: Tensor | None) -> None:
+        outputs, grads = ((y,), (self.g,)) if kl is None else ((y, kl), (self.g, None))
+        torch.autograd.backward(outputs, grads)
+
+    def step(self) -> None:
+        self.backward(*self.forward())
+
+    def timed(self) -> Times:
+        """One step, or the mean of ``repeat`` in a row."""
+        forward = backward = 0.0
+        for _ in range(self.repeat):
+            self.clear()
+            start = time.perf_counter()
+            result = self.forward()
+            middle = time.perf_counter()
+            self.backward(*result)
+            stop = time.perf_counter()
+            forward += middle - start
+            backward += stop - middle
+            del result
+        return Times(forward / self.repeat, backward / self.repeat, (forward + backward) / self.repeat)
+
+    def memory(self) -> dict[str, int]:
+        self.clear()
+        saved = saved_for_backward(self.forward, self.leaves)
+        peak = peak_bytes(self.step)
+        self.clear()
+        return {"saved_bytes": saved, "peak_bytes": peak}
+
+
+def _over_base(times: Sequence[float], base: Sequence[float]) -> dict[str, dict[str, float]]:
+    return {"over_base": ratio(times, base), "lower_over_base": ratio(times, base, quantile=0.25)}
+
+
+def unchanged(_: str, run: Callable[[], Times]) -> Callable[[], Times]:
+    return run
+
+
+def run_case(case: Case, contenders: Sequence[str], effort: Effort, wrap: Wrap = unchanged) -> dict[str, Any]:
+    """Forward, backward, step and memory of every contender, and the ratio to torch.nn's step.
+
+    ``wrap`` may put something around a contender's timed step, by name: how tests slow one down.
+    """
     torch.manual_seed(0)
+    torch.compiler.reset()
     # The input wants a gradient too, as it does anywhere but in a first layer.
     x = case.input().requires_grad_()
-    layers = case.layers()
+    plain = case.layer("nn")
     with torch.no_grad():
-        g = torch.randn_like(layers["nn"](x))
-    parts = {name: {"forward": [], "backward": []} for name in layers}
-    warmup = 3
+        g = torch.randn_like(plain(x))
+    rows: dict[str, dict[str, Any]] = {}
+    steppers: dict[str, Stepper] = {}
+    for name in dict.fromkeys(("nn", *contenders)):
+        try:
+            stepper = Stepper(CONTENDERS[name].build(case), x, g, case.repeat)
+            for _ in range(effort.warmup):
+                stepper.timed()
+            rows[name] = stepper.memory()
+            steppers[name] = stepper
+        except Exception as error:
+            rows[name] = {"error": describe(error)}
+    runs = {name: wrap(name, stepper.timed) for name, stepper in steppers.items()}
+    times, errors = interleaved_for(runs, effort.seconds, effort.rounds, effort.least)
+    for name, error in errors.items():
+        rows[name] = {"error": error}
+    for name, steps in times.items():
+        if name in errors:
+            continue
+        for part in Times._fields:
+            rows[name][part] = summary([getattr(t, part) for t in steps])
+        rows[name] |= _over_base([t.step for t in steps], [t.step for t in times["nn"]])
+    return {
+        "case": case.name,
+        "base": "nn",
+        "weight_bytes": plain.weight.nbytes,
+        "output_bytes": g.nbytes,
+        "contenders": rows,
+    }
 
-    def contender(name: str) -> Callable[[], float]:
-        warm = [warmup]
 
-        def run() -> float:
-            x.grad = None
-            return _step(layers[name], x, g, parts[name], warm)
+@contextlib.contextmanager
+def _instruction_set(name: str) -> Iterator[None]:
+    before = _backend._C.build_info()["instruction_set"]
+    _backend._C.set_isa(name)
+    try:
+        yield
+    finally:
+        _backend._C.set_isa(before)
+
+
+def _ours_by_instruction_set(draw: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """Our draw on each instruction set that this CPU has; on the reference path where there is no other."""
+    if _backend.backend() != "native":
+        return {"ours_reference": draw}
+
+    def on(isa: str) -> Callable[[], Any]:
+        def run() -> None:
+            with _instruction_set(isa):
+                draw()
 
         return run
 
-    steps = interleaved({name: contender(name) for name in layers}, rounds, warmup)
-    rows = {
-        name: {
-            "forward": summary(parts[name]["forward"]),
-            "backward": summary(parts[name]["backward"]),
-            "step": summary(steps[name]),
-        }
-        for name in layers
-    }
-    base = rows["nn"]["step"]["median_us"]
-    for row in rows.values():
-        row["step_over_nn"] = row["step"]["median_us"] / base
-    return {"case": case.name, "contenders": rows}
+    found = {}
+    for isa in ISAS:
+        with contextlib.suppress(ValueError), _instruction_set(isa):
+            found[f"ours_{isa}"] = on(isa)
+    return found
 
 
-def run_sampling(count: int, rounds: int) -> dict[str, Any]:
+def run_sampling(count: int, effort: Effort) -> dict[str, Any]:
     """One weight draw with its KL: forward alone, no gradient."""
+    torch.compiler.reset()
     mu, rho = torch.randn(count) * 0.1, torch.randn(count) * 0.1 - 3
     rng = functional.draw_rng()
-    times = interleaved(
-        {
-            "ours": lambda: clock(lambda: functional.sample_weight(mu, rho, rng, with_kl=True)),
-            "eager": lambda: clock(lambda: eager.sample_and_kl(mu, rho)),
-        },
-        rounds,
-    )
-    rows = {name: summary(t) for name, t in times.items()}
+    compiled_draw = compiled(eager.sample_and_kl)
+    draws = {
+        "eager": lambda: eager.sample_and_kl(mu, rho),
+        **_ours_by_instruction_set(lambda: functional.sample_weight(mu, rho, rng, with_kl=True)),
+        "compiled": lambda: compiled_draw(mu, rho),
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Callable[[], float]] = {}
+    for name, draw in draws.items():
+        try:
+            for _ in range(effort.warmup + 1):
+                draw()
+            runs[name] = lambda draw=draw: clock(draw)
+            rows[name] = {}
+        except Exception as error:
+            rows[name] = {"error": describe(error)}
+    times, errors = interleaved_for(runs, effort.seconds / 5, 3 * effort.rounds, effort.least)
+    for name, seconds in times.items():
+        if name in errors:
+            rows[name] = {"error": errors[name]}
+        else:
+            rows[name] = {"step": summary(seconds), **_over_base(seconds, times["eager"])}
     return {
         "case": f"sampling + KL of {count:,} weights",
+        "count": count,
+        "base": "eager",
         "contenders": rows,
-        "eager_over_ours": rows["eager"]["median_us"] / rows["ours"]["median_us"],
     }
 
 
-def print_case(result: dict[str, Any]) -> None:
-    print(f"\n{result['case']}")
-    print(f"  {'':10} {'forward':>10} {'backward':>10} {'step':>10} {'step / nn':>10}")
-    for name, row in result["contenders"].items():
-        numbers = [row[part]["median_us"] / 1e3 for part in ("forward", "backward", "step")]
-        print(f"  {name:10} " + " ".join(f"{n:7.2f} ms" for n in numbers) + f" {row['step_over_nn']:10.2f}")
+def measure(
+    counts: Sequence[int],
+    cases: Sequence[Case],
+    sampling: Sequence[int],
+    contenders: Sequence[str],
+    effort: Effort,
+) -> dict[str, Any]:
+    """The whole table, for each number of threads; prints each part as it comes."""
+    result: dict[str, Any] = {
+        "provenance": {**provenance(), "threads": list(counts), "libraries": versions()},
+        "quick": effort is QUICK,
+        "method": METHOD,
+        "contenders": {name: CONTENDERS[name].note for name in contenders},
+        "runs": [],
+    }
+    for count in counts:
+        run: dict[str, Any] = {"threads": count, "sampling": [], "layers": []}
+        result["runs"].append(run)
+        with threads(count):
+            for weights in sampling:
+                run["sampling"].append(run_sampling(weights, effort))
+                print(layers_console(run["sampling"][-1], count), flush=True)
+            for case in cases:
+                run["layers"].append(run_case(case, contenders, effort))
+                print(layers_console(run["layers"][-1], count), flush=True)
+    return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=30, help="measured rounds a case (default 30)")
-    parser.add_argument("--case", default="", help="only the cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="JSON file (default results/layers-THREADSthreads.json)")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    where = provenance()
-    print(
-        f"{where['cpu']}, {where['instruction_set']} kernels, torch {where['torch']}, {args.threads} threads"
+def measure_again(
+    old: Mapping[str, Any], effort: Effort, select: Callable[[compare.Key], bool] = lambda key: True
+) -> dict[str, Any]:
+    """Those cases and contenders of a result that ``select`` takes (and their bases), measured now."""
+    wanted = [key for key, _ in compare.ratios(old) if select(key)]
+    counts = list(dict.fromkeys(key.threads for key in wanted))
+    names = {key.case for key in wanted}
+    known = [*CASES, *(case.smaller() for case in CASES)]
+    return measure(
+        counts,
+        [case for case in known if case.name in names],
+        [n for n in COUNTS if f"sampling + KL of {n:,} weights" in names],
+        [name for name in CONTENDERS if any(key.contender == name for key in wanted)],
+        effort,
     )
-    result: dict[str, Any] = {"provenance": where, "sampling": [], "layers": []}
-    if args.case in "sampling":
-        for count in (10_000, 1_000_000):
-            row = run_sampling(count, max(args.rounds, 30))
-            result["sampling"].append(row)
-            ours, theirs = (row["contenders"][n]["median_us"] / 1e3 for n in ("ours", "eager"))
-            print(f"{row['case']}: {ours:.3f} ms, eager {theirs:.3f} ms, {row['eager_over_ours']:.1f} times")
-    for case in CASES:
-        if args.case in case.name:
-            result["layers"].append(run_case(case, args.rounds))
-            print_case(result["layers"][-1])
-    out = args.out or RESULTS / f"layers-{args.threads}threads.json"
-    write_json(out, result)
-    print(f"\nwrote {out}")
+
+
+def judge(old: Mapping[str, Any], new: Mapping[str, Any], effort: Effort, again: bool) -> int:
+    """Prints what became slower; with ``again``, only what is slower in a second measurement too."""
+    if reasons := compare.incompatible(old, new):
+        print("these results cannot be compared:", *reasons, sep="\n  ")
+        return 2
+    found = compare.changes(old, new)
+    slower = compare.regressions(found)
+    if slower and again:
+        suspects = {change.key for change in slower}
+        print(f"\n{len(suspects)} suspected, measuring them again")
+        second = measure_again(old, effort, suspects.__contains__)
+        slower = [c for c in compare.regressions(compare.changes(old, second)) if c.key in suspects]
+    failed = compare.missing(old, new)
+    print(f"\n{len(found)} ratios compared")
+    for change in compare.blind(found):
+        print(f"too noisy to see a slow-down by 20 %: {change}")
+    for key in failed:
+        print(f"failed now, ran before: {key}")
+    for change in slower:
+        print(f"slower: {change}")
+    if not slower and not failed:
+        print("nothing became slower beyond noise")
+    return 1 if slower or failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_common_arguments(parser, "layers")
+    parser.add_argument("--case", default="", help='only the cases with this in their names ("sampling" too)')
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
+        help=f"which (torch.nn always runs): {', '.join(CONTENDERS)}",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=Effort.rounds, help="rounds a case at most")
+    parser.add_argument("--seconds", type=float, default=Effort.seconds, help="seconds a case, about")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="OLD.json [NEW.json]")
+    args = parser.parse_args()
+    if args.compare and len(args.compare) > 2:
+        parser.error("--compare takes one or two files")
+    # The formulas on many shapes: torch.compile has a lot to say that is no result.
+    warnings.filterwarnings("ignore", module="torch")
+    effort = QUICK if args.quick else Effort(rounds=args.rounds, seconds=args.seconds)
+    if args.compare:
+        old, *rest = (json.loads(path.read_text()) for path in args.compare)
+        new = rest[0] if rest else measure_again(old, effort)
+        if args.out:
+            write_json(with_suffix(args.out, ".json"), new)
+        return judge(old, new, effort, again=not rest)
+    cases = [case for case in CASES if args.case in case.name]
+    if args.quick:
+        cases = [case.smaller() for case in cases if case in (CASES[1], CASES[3], CASES[-1])]
+    result = measure(
+        args.threads,
+        cases,
+        [n for n in COUNTS if args.case in f"sampling + KL of {n:,} weights"],
+        args.contenders,
+        effort,
+    )
+    out = out_path(args.out, "layers", args.quick)
+    write_json(with_suffix(out, ".json"), result)
+    write_text(with_suffix(out, ".md"), layers_markdown(result))
+    layers_figure(result, with_suffix(out, ".png"))
+    print(f"\nwrote {out}.json, .md and .png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
