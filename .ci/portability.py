@@ -124,7 +124,7 @@ def binary() -> str:
     if len(built) != 1:
         raise CheckError(f"expected one extension built in place, bbb_fast/_C.*.so; found {built}")
     # VEX and EVEX instructions begin with a v (but for verr and verw); the others are BMI's.
-    past_base = re.compile(r"\t(v(?!err|erw)\w+|andn|bzhi|mulx|pdep|pext|rorx|s[ah][lr]x)\s")
+    past_base = re.compile(r"\t(v(?!err|erw)\w+|andn|bzhi|mulx|pdep|pext|rorx|s[ah][lr]x)\b")
     past_avx2 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])")
     counts = {"base": 0, "avx2": 0, "avx512": 0}
     wrong: set[str] = set()
@@ -150,7 +150,7 @@ def binary() -> str:
     return f"{counts} instructions"
 
 
-def tests(*names: str, isa: str | None = None, before: tuple[str, ...] = ()) -> str:
+def tests(*names: str, isa: str, before: tuple[str, ...] = ()) -> str:
     """Runs test files where the instruction set in use is ``isa``, asked for or found."""
     files = [f"python_tests/test_{name}.py" for name in names]
     start = (
