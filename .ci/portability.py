@@ -162,7 +162,8 @@ def tests(*names: str, isa: str, before: tuple[str, ...] = ()) -> str:
     env.pop("BBB_FAST_ISA", None)
     if not before:
         env["BBB_FAST_ISA"] = isa
-    options = ("-p", "no:cacheprovider", "--tb=short", "-o", "addopts=")
+    # opcheck is about the registration of ops, the same everywhere, and slow.
+    options = ("-p", "no:cacheprovider", "--tb=short", "-o", "addopts=", "-k", "not opcheck")
     text = run(*before, sys.executable, "-c", start, isa, *options, *files, env=env)
     return text.strip().splitlines()[-1].strip("= ")
 
