@@ -3,6 +3,8 @@
 # make test-slow   the tests marked slow too
 # make test-cpp    the C++ tests, through CMake and ctest
 # make test-blocks the tests of the ops, on the CUDA kernels run block by block on the CPU
+# make portability each instruction set, an emulated CPU without AVX, compilers for other CPUs; x86-64 Linux,
+#                  takes emulators and compilers from Debian's packages (PORTABILITY_ARGS="--only avx2" chooses)
 # make cuda-check  without a GPU: build for sm_80 and sm_90 against PyPI's CUDA torch, list registers, fail on
 #                  spills, run the CPU tests through that build; sets up build/cuda-check (5 GB a release)
 # make gpu-report  on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizers, benchmarks
@@ -28,7 +30,7 @@ NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csr
 OP_TESTS := $(addprefix python_tests/test_,noise.py sample_weights.py kl_divergence.py lrt.py layers.py \
   losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
 
-.PHONY: demo test test-slow test-cpp test-blocks cuda-check gpu-report lint format bench setup clean
+.PHONY: demo test test-slow test-cpp test-blocks portability cuda-check gpu-report lint format bench setup clean
 
 demo: setup
 	$(PY) benchmarks/demo.py
@@ -53,6 +55,9 @@ test-cpp: build/cmake/build.ninja
 test-blocks: build/cmake/build.ninja
 	$(CMAKE) --build build/cmake --target bbb_fast_blocks
 	$(PY) -m pytest $(OP_TESTS) --kernels-on-cpu build/cmake/libbbb_fast_blocks.so $(PYTEST_ARGS)
+
+portability: setup
+	$(PY) .ci/portability.py $(PORTABILITY_ARGS)
 
 cuda-check:
 	$(PYTHON) .ci/cuda_check.py $(CUDA_CHECK_ARGS)

@@ -195,14 +195,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest, native: None) -> Iterator[str | None]:
+def isa_restored(native: None) -> Iterator[None]:
+    """Restores the instruction set, which need not be the best one: BBB_FAST_ISA."""
+    before = _backend._C.build_info()["instruction_set"]
+    yield
+    _backend._C.set_isa(before)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, isa_restored: None) -> str | None:
     """Runs the test on each instruction set this CPU has; once where others than its kernels run."""
-    if request.param is None:
-        yield None
-        return
-    _backend._C.set_isa(request.param)
-    yield request.param
-    _backend._C.set_isa("auto")
+    if request.param is not None:
+        _backend._C.set_isa(request.param)
+    return request.param
 
 
 @pytest.fixture

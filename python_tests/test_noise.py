@@ -8,8 +8,7 @@ import pytest
 import torch
 from helpers import DTYPES, on, rng
 
-import bbb_fast
-from bbb_fast import _backend, functional, reference
+from bbb_fast import functional, reference
 
 # Known-answer vectors of Philox4x32-10 published with the generator: counter, key, output.
 KNOWN_ANSWERS = [
@@ -245,9 +244,3 @@ def test_draw_rng_follows_the_generator() -> None:
 
 def test_opcheck(native: None) -> None:
     torch.library.opcheck(torch.ops.bbb_fast.normal, ((3, 5), rng(), torch.float32))
-
-
-def test_isa_is_reported_and_checked(native: None) -> None:
-    assert bbb_fast.build_info()["extension"]["instruction_set"] in ("base", "avx2", "avx512")
-    with pytest.raises(ValueError, match="unknown instruction set 'mmx'"):
-        _backend._C.set_isa("mmx")

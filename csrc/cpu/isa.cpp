@@ -40,7 +40,11 @@ Isa parse(const std::string& name) {
 std::atomic<Isa>& chosen() {
   static std::atomic<Isa> isa = [] {
     const char* asked = std::getenv("BBB_FAST_ISA");
-    return parse(asked == nullptr ? "auto" : asked);
+    try {
+      return parse(asked == nullptr ? "auto" : asked);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string("BBB_FAST_ISA: ") + error.what());
+    }
   }();
   return isa;
 }

@@ -1,27 +1,17 @@
 // Unit tests of the shared mathematics and of the CPU kernels' building blocks, without Python; run by
-// ctest. A failed check prints its line and makes the program exit with 1.
+// ctest.
 #include <torch/library.h>
 #include <torch/torch.h>
 
 #include <cmath>
-#include <cstdio>
 #include <vector>
 
 #include "../cpu/isa.h"
 #include "../cpu/span.h"
 #include "../scalar.h"
+#include "expect.h"
 
 namespace {
-
-int failures = 0;
-
-#define EXPECT(condition)                                                 \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                         \
-    }                                                                     \
-  } while (false)
 
 namespace s = bbb_fast::scalar;
 
@@ -158,6 +148,5 @@ int main() {
   box_muller_extremes();
   vector_noise_equals_scalar_noise();
   unknown_instruction_set_is_refused();
-  std::printf(failures == 0 ? "all tests passed\n" : "%d checks failed\n", failures);
-  return failures == 0 ? 0 : 1;
+  return report();
 }
