@@ -7,6 +7,7 @@
 #include <array>
 #include <tuple>
 
+#include "cpu/direct_conv.h"
 #include "passes.h"
 
 namespace bbb_fast {
@@ -61,6 +62,9 @@ class Convolution {
       const std::array<bool, 3>& wanted) const;
 
  private:
+  // Where the library is slow on the CPU.
+  std::optional<ConvShape> direct(const at::Tensor& input, const at::Tensor& weight) const;
+
   c10::SymIntArrayRef stride_, padding_, dilation_;
   bool transposed_;
   c10::SymIntArrayRef output_padding_;
