@@ -261,16 +261,22 @@ class LayerOp {
 
     torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
       const std::lock_guard<std::mutex> lock(mutex_);
+      torch::autograd::variable_list result(5);
+      const bool output = grads[0].defined();
+      const at::Tensor grad_kl = grads.size() > 1 ? grads[1] : at::Tensor();
+      if (!output && !grad_kl.defined()) return result;
+      // First, since unpacking may run a forward (activation checkpointing).
+      const at::Tensor m = W_mu.unpack(), r = W_rho.unpack();
+      const OptionalTensor b_m = optional(bias_mu.unpack()), b_r = optional(bias_rho.unpack());
+      const at::Tensor x = output ? input.unpack() : at::Tensor();
+      const OptionalTensor kept_ = output ? optional(kept.unpack()) : std::nullopt;
+      const at::Tensor rng_ = rng.unpack();
       // The ops below have no derivative of their own: asked for one, their autograd raises. Otherwise passing
       // it by saves a microsecond or more an op.
       std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
       if (!at::GradMode::is_enabled()) guard.emplace();
-      torch::autograd::variable_list result(5);
-      const at::Tensor grad_kl = grads.size() > 1 ? grads[1] : at::Tensor();
-      const at::Tensor m = W_mu.unpack(), r = W_rho.unpack();
-      const OptionalTensor b_m = optional(bias_mu.unpack()), b_r = optional(bias_rho.unpack());
-      if (!grads[0].defined()) {
-        if (grad_kl.defined()) kl_gradients(grad_kl, m, r, b_m, b_r, result);
+      if (!output) {
+        kl_gradients(grad_kl, m, r, b_m, b_r, result);
         return result;
       }
       static const auto op = c10::Dispatcher::singleton()
@@ -282,8 +288,8 @@ class LayerOp {
       auto computed = std::apply(
           [&](const auto&... g) {
             return op.call(
-                grads[0], optional(grad_kl), input.unpack(), m, r, b_m, b_r, optional(kept.unpack()),
-                rng.unpack(), g.get()..., prior_mu, prior_sigma, mask);
+                grads[0], optional(grad_kl), x, m, r, b_m, b_r, kept_, rng_, g.get()..., prior_mu,
+                prior_sigma, mask);
           },
           *geometry);
       for (size_t i = 0, next = 0; i < 5; ++i) {

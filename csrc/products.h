@@ -64,6 +64,9 @@ class Convolution {
  private:
   // Where the library is slow on the CPU.
   std::optional<ConvShape> direct(const at::Tensor& input, const at::Tensor& weight) const;
+  bool few_pixels(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const;
+  at::Tensor weight_gradient_by_pixels(
+      const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const;
 
   c10::SymIntArrayRef stride_, padding_, dilation_;
   bool transposed_;
