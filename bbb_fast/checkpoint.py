@@ -29,7 +29,7 @@ from .models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeConv
 from .models.build import LAYER_TYPES, choose
 
 __all__ = [
-    "MODELS", "MODEL_LAYER_TYPES", "CheckpointError", "LoadedModel",
+    "MODELS", "MODEL_LAYER_TYPES", "VARIANCE_DTYPES", "CheckpointError", "LoadedModel",
     "atomic_write", "build_model", "load", "load_model", "restore_model", "save",
 ]  # fmt: skip
 
@@ -58,6 +58,8 @@ MODELS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 }
 # What a model may be made of: the estimators of the Bayesian layers, or "none", the twin.
 MODEL_LAYER_TYPES: tuple[str, ...] = (*LAYER_TYPES, "none")
+# The type of the variance product of LRT layers; float32 is the type of their input.
+VARIANCE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class CheckpointError(ValueError):
@@ -169,7 +171,8 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
 
     Args: ``config`` with ``model`` (a key of :data:`MODELS`), ``layer_type`` (one of
     :data:`MODEL_LAYER_TYPES`), ``activation``, ``inputs`` (channels), ``outputs`` (classes) and any of
-    the four keys of ``priors``; other keys are ignored. Raises ValueError for a missing or wrong value.
+    the four keys of ``priors`` and of ``variance_dtype`` (a key of :data:`VARIANCE_DTYPES`); other keys are
+    ignored. Raises ValueError for a missing or wrong value.
     """
     missing = [k for k in ("model", "layer_type", "activation", "inputs", "outputs") if k not in config]
     if missing:
@@ -184,7 +187,10 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
     if layer_type == "none":
         return twin(*sizes, activation_type=config["activation"])
     priors = {key: config[key] for key in DEFAULT_PRIORS if key in config}
-    return bayesian(*sizes, priors, layer_type, config["activation"])
+    model = bayesian(*sizes, priors, layer_type, config["activation"])
+    variance_dtype = config.get("variance_dtype", "float32")
+    model.set_flag("variance_dtype", choose("variance_dtype", variance_dtype, VARIANCE_DTYPES))
+    return model
 
 
 def load_model(path: str | os.PathLike[str]) -> LoadedModel:

@@ -61,6 +61,8 @@ class TrainConfig:
         dataset: a name for messages and records; :func:`fit` takes it from the training set.
         model, layer_type: see :data:`bbb_fast.checkpoint.MODELS` and ``MODEL_LAYER_TYPES``.
         activation: "softplus" or "relu".
+        variance_dtype: "float32", or "bfloat16" for the variance products of layer_type "lrt": faster where
+            the machine multiplies bfloat16 faster (docs/mnist.md has its effect on the results).
         prior_mu ... posterior_rho_initial: the ``priors`` of the Bayesian layers.
         epochs, batch_size: at least 1; the last batch of an epoch may be short.
         train_samples, valid_samples, test_samples: draws of the weights a minibatch, and a prediction.
@@ -79,6 +81,7 @@ class TrainConfig:
     model: str = "lenet"
     layer_type: str = "lrt"
     activation: str = "softplus"
+    variance_dtype: str = "float32"
     prior_mu: float = DEFAULT_PRIORS["prior_mu"]
     prior_sigma: float = DEFAULT_PRIORS["prior_sigma"]
     posterior_mu_initial: tuple[float, float] = DEFAULT_PRIORS["posterior_mu_initial"]
@@ -109,6 +112,7 @@ class TrainConfig:
             ("model", checkpoint.MODELS),
             ("layer_type", checkpoint.MODEL_LAYER_TYPES),
             ("activation", ACTIVATIONS),
+            ("variance_dtype", checkpoint.VARIANCE_DTYPES),
             ("lr_schedule", LR_SCHEDULES),
         ):
             choose(name, getattr(self, name), dict.fromkeys(allowed))
@@ -130,6 +134,10 @@ class TrainConfig:
             raise ValueError(
                 f"weight_decay = {self.weight_decay} needs layer_type 'none': the KL takes its place "
                 "in a Bayesian model"
+            )
+        if self.variance_dtype != "float32" and self.layer_type != "lrt":
+            raise ValueError(
+                f"variance_dtype = {self.variance_dtype} needs layer_type 'lrt', got {self.layer_type!r}"
             )
         parse_device(self.device)
 
@@ -322,7 +330,8 @@ def _check_resume(
 ) -> None:
     was = previous["config"]
     for key, value in config.to_dict().items():
-        old = was.get(key)
+        # Runs from before there was this option were float32.
+        old = was.get(key, "float32" if key == "variance_dtype" else None)
         if key in _FREE_ON_RESUME or (key == "threads" and value is None):
             continue
         if key == "device" and value.startswith("cuda") and str(old).startswith("cuda"):

@@ -1,4 +1,4 @@
-"""Trains LeNet on MNIST under both estimators with three seeds, judges it, and meets notMNIST with it.
+"""Trains LeNet on MNIST, of each kind with several seeds, judges it, and meets notMNIST with it.
 
     python benchmarks/mnist.py --data-dir DIR [--runs runs/mnist] [--threads 1]
 
@@ -18,9 +18,12 @@ from harness import RESULTS, provenance, write_json
 
 from bbb_fast import cli
 
-SEEDS = (0, 1, 2)
-# KL weight by estimator.
-BETA = {"lrt": 0.1, "bbb": 0.1}
+# By name: how many seeds, and the options of `train` beside the recipe.
+KINDS = {
+    "lrt": (5, ["--layer-type", "lrt", "--beta", "0.1"]),
+    "lrt_bf16": (5, ["--layer-type", "lrt", "--beta", "0.1", "--variance-dtype", "bfloat16"]),
+    "bbb": (3, ["--layer-type", "bbb", "--beta", "0.1"]),
+}
 RECIPE = (
     "--model lenet --activation relu --epochs 15 --batch-size 128 --lr 2e-3 --lr-schedule cosine "
     "--posterior-rho-initial -5 0.1 --valid-size 2000"
@@ -33,16 +36,15 @@ def _run(arguments: list[str]) -> None:
         sys.exit(status)
 
 
-def judge(layer_type: str, seed: int, data_dir: Path, runs: Path, threads: int) -> dict[str, float]:
+def judge(kind: str, seed: int, data_dir: Path, runs: Path, threads: int) -> dict[str, float]:
     """Trains one model (or takes up the finished run) and returns its numbers."""
-    folder = runs / f"{layer_type}-{seed}"
-    ood = runs / f"{layer_type}-{seed}-ood"
+    folder = runs / f"{kind}-{seed}"
+    ood = runs / f"{kind}-{seed}-ood"
     common = ["--data-dir", str(data_dir), "--threads", str(threads), "--seed", str(seed)]
     if not (folder / "metrics.json").exists():
         resume = ["--resume"] if (folder / "last.pt").exists() else []
         _run(
-            ["train", "--dataset", "mnist", "--layer-type", layer_type, "--beta", str(BETA[layer_type])]
-            + [*RECIPE, *common, "--out", str(folder), *resume]
+            ["train", "--dataset", "mnist", *KINDS[kind][1], *RECIPE, *common, "--out", str(folder), *resume]
         )
     if not (ood / "uncertainty.json").exists():
         _run(
@@ -50,10 +52,13 @@ def judge(layer_type: str, seed: int, data_dir: Path, runs: Path, threads: int) 
             + ["--out-of-distribution", "notmnist", "--samples", "50", *common, "--out", str(ood)]
         )
     metrics = json.loads((folder / "metrics.json").read_text())
+    last = metrics["history"][-1]
     detection = json.loads((ood / "uncertainty.json").read_text())["detection"]
     return {
         "seed": seed,
         "kl_weight": metrics["config"]["beta"],
+        # Of the last epoch, a training image: mean NLL under the noise of training + KL / images.
+        "negative_elbo": last["nll"] + last["kl"] / metrics["images"]["train"],
         **{name: metrics["test"][name] for name in ("accuracy", "nll", "brier", "ece")},
         **{f"auroc_{score}": numbers["auroc"] for score, numbers in detection.items()},
     }
@@ -71,11 +76,13 @@ def main() -> None:
         "test_draws": 100,
         "ood_draws": 50,
     }
-    for layer_type in BETA:
-        rows = [judge(layer_type, seed, args.data_dir, args.runs, args.threads) for seed in SEEDS]
-        mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0] if key != "seed"}
-        result[layer_type] = {"seeds": rows, "mean": mean}
-        print(layer_type, json.dumps(mean, indent=1))
+    for kind, (seeds, _) in KINDS.items():
+        rows = [judge(kind, seed, args.data_dir, args.runs, args.threads) for seed in range(seeds)]
+        keys = [key for key in rows[0] if key != "seed"]
+        mean = {key: statistics.mean(row[key] for row in rows) for key in keys}
+        spread = {key: statistics.stdev(row[key] for row in rows) for key in keys}
+        result[kind] = {"seeds": rows, "mean": mean, "standard_deviation": spread}
+        print(kind, json.dumps(mean, indent=1))
     write_json(RESULTS / "mnist.json", result)
 
 

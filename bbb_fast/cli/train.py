@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
-from ..checkpoint import MODEL_LAYER_TYPES, MODELS
+from ..checkpoint import MODEL_LAYER_TYPES, MODELS, VARIANCE_DTYPES
 from ..models.build import ACTIVATIONS
 from ..training import LAST, LR_SCHEDULES, TrainConfig, fit
 
@@ -65,6 +65,13 @@ def add_parser(subparsers: Any) -> None:
         help="estimator of the Bayesian layers; none: the point-estimate twin",
     )
     model.add_argument("--activation", choices=ACTIVATIONS, default=default.activation, help="between layers")
+    model.add_argument(
+        "--variance-dtype",
+        choices=VARIANCE_DTYPES,
+        default=default.variance_dtype,
+        help="of the variance products under --layer-type lrt; bfloat16 is faster where the machine "
+        "multiplies it faster",
+    )
     model.add_argument("--prior-mu", type=float, default=default.prior_mu, help="mean of the prior")
     model.add_argument(
         "--prior-sigma", type=float, default=default.prior_sigma, help="standard deviation of the prior"
