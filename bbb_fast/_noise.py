@@ -104,8 +104,10 @@ class fixed_noise:
     def _rng_for(self, layer: nn.Module, device: torch.device) -> Tensor:
         index = self._order.setdefault(layer, len(self._order))
         # 2^8 streams a layer: its tensors take consecutive ones.
-        if device.type == "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return (self._rng + torch.tensor([0, index << 8], device="cpu")).to(device)
+        if device.type == "cpu":
+            return torch.tensor([self.seed, (self.sample << 32) + (index << 8)], device="cpu")
         # Filled in on the device: a copy from the host would wait for it, and could not be captured in a
         # CUDA graph.
         rng = torch.empty(2, dtype=torch.int64, device=device)

@@ -39,13 +39,14 @@ def predict(
         raise ValueError(f"predict: batch_size must be >= 1, got {batch_size!r}")
     if seed is None:
         seed = int(torch.randint(0, _INT64_MAX, ()).item())
+    batches = (x,) if batch_size is None else x.split(batch_size)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         draws = []
         for k in range(samples):
             with fixed_noise(seed, sample=k):
-                parts = [_output(model(part)) for part in x.split(batch_size or max(len(x), 1))]
+                parts = [_output(model(batch)) for batch in batches]
             draws.append(torch.cat(parts) if len(parts) > 1 else parts[0])
         return torch.stack(draws)
     finally:
