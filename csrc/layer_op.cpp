@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
+#include "cpu/huge_pages.h"
 
 namespace bbb_fast {
 
@@ -33,8 +34,10 @@ std::vector<at::Tensor> posterior_gradients(
   const std::vector<at::Tensor> mu = layer.mu(), rho = layer.rho();
   std::vector<at::Tensor> grad_w, grad_variance, grad_mu, grad_rho;
   const auto reused = [](const at::Tensor& grad, const at::Tensor& like) {
-    const bool fits = grad.defined() && grad.scalar_type() == like.scalar_type() && grad.is_contiguous();
-    return fits ? grad : at::empty(like.sizes(), like.options());
+    if (grad.defined() && grad.scalar_type() == like.scalar_type() && grad.is_contiguous()) return grad;
+    at::Tensor fresh = at::empty(like.sizes(), like.options());
+    hint_huge_pages(fresh);
+    return fresh;
   };
   for (size_t k = 0; k < mu.size(); ++k) {
     grad_w.push_back(k == 0 ? grads.W : grads.bias);

@@ -73,7 +73,7 @@ inline void kl_chunks(const KlArgs& a, int64_t begin, int64_t end) {
       const auto vectors = [&](auto whole) BBB_ALWAYS_INLINE {
         constexpr bool kWhole = decltype(whole)::value;
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < kVectors; ++r) {
           const vfloat rho = load(rho_tile + r * kWidth);
           kl.add<kWhole>(load(mu_tile + r * kWidth), rho, softplus(rho), prior, r, count);
         }

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "huge_pages.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -42,6 +43,7 @@ at::Tensor lrt_sample_backward_cpu(const at::Tensor& grad, const at::Tensor& v, 
   const at::Tensor numbers = rng.contiguous();
   const int64_t* seed_stream = numbers.const_data_ptr<int64_t>();
   at::Tensor grad_v = at::empty_like(v);
+  hint_huge_pages(grad_v);
   const LrtSampleBackwardArgs args{
       Span(grad), Span(v), Span(grad_v), static_cast<uint64_t>(seed_stream[0]),
       static_cast<uint64_t>(seed_stream[1])};
@@ -66,10 +68,10 @@ inline void lrt_sample_chunks(const LrtSampleArgs& a, int64_t begin, int64_t end
   const int64_t stop = std::min(end * kChunk, a.m.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
-    vfloat z[4];
+    vfloat z[kVectors];
     noise.tile(i / 4, z);
     if (wide) {
-      for (int r = 0; r < 4; ++r) store(m_buffer + r * kWidth, z[r]);
+      for (int r = 0; r < kVectors; ++r) store(m_buffer + r * kWidth, z[r]);
       for (int64_t j = 0; j < count; ++j) {
         const double y = read_double(a.m, i + j) + f64::lrt_noise(read_any(a.v, i + j), m_buffer[j]);
         write_double(a.out, i + j, y);
@@ -79,7 +81,7 @@ inline void lrt_sample_chunks(const LrtSampleArgs& a, int64_t begin, int64_t end
     const float* m = read_tile(a.m, i, count, m_buffer);
     const float* v = read_tile(a.v, i, count, v_buffer);
     float* out = write_tile(a.out, i, count, out_buffer);
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kVectors; ++r) {
       const int at = r * kWidth;
       store(out + at, load(m + at) + lrt_noise(load(v + at), z[r]));
     }
@@ -94,10 +96,10 @@ inline void lrt_sample_backward_chunks(const LrtSampleBackwardArgs& a, int64_t b
   const int64_t stop = std::min(end * kChunk, a.v.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
-    vfloat z[4];
+    vfloat z[kVectors];
     noise.tile(i / 4, z);
     if (wide) {
-      for (int r = 0; r < 4; ++r) store(v_buffer + r * kWidth, z[r]);
+      for (int r = 0; r < kVectors; ++r) store(v_buffer + r * kWidth, z[r]);
       for (int64_t j = 0; j < count; ++j) {
         const double slope = f64::lrt_noise_derivative(read_any(a.v, i + j), v_buffer[j]);
         write_double(a.grad_v, i + j, read_double(a.grad, i + j) * slope);
@@ -107,7 +109,7 @@ inline void lrt_sample_backward_chunks(const LrtSampleBackwardArgs& a, int64_t b
     const float* grad = read_tile(a.grad, i, count, grad_buffer);
     const float* v = read_tile(a.v, i, count, v_buffer);
     float* out = write_tile(a.grad_v, i, count, out_buffer);
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kVectors; ++r) {
       const int at = r * kWidth;
       store(out + at, load(grad + at) * lrt_noise_derivative(load(v + at), z[r]));
     }

@@ -96,9 +96,9 @@ void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
         kThrough == Through::moments ? read_tile(a.grad_variance, i, count, v_buffer) : nullptr;
     float* g_mu_tile = write_tile(a.grad_mu, i, count, g_mu_buffer);
     float* g_rho_tile = write_tile(a.grad_rho, i, count, g_rho_buffer);
-    vfloat z[4];
+    vfloat z[kVectors];
     if constexpr (kThrough == Through::weight) noise.tile(i / 4, z);
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kVectors; ++r) {
       const int at = r * kWidth;
       const vfloat mu = load(mu_tile + at);
       const vfloat rho = load(rho_tile + at);
@@ -128,9 +128,9 @@ inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
   alignas(64) float eps[kTile];
   const int64_t stop = std::min(end * kChunk, a.mu.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
-    vfloat z[4];
+    vfloat z[kVectors];
     noise.tile(i / 4, z);
-    for (int r = 0; r < 4; ++r) store(eps + r * kWidth, z[r]);
+    for (int r = 0; r < kVectors; ++r) store(eps + r * kWidth, z[r]);
     for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
       const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
       const f64::Sigma s = f64::softplus(rho);

@@ -7,6 +7,7 @@
 
 #include "../checks.h"
 #include "../kl_sum.h"
+#include "huge_pages.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -47,6 +48,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_cpu(
     const at::Tensor m = mu[k].contiguous();
     const at::Tensor r = rho[k].contiguous();
     at::Tensor w = at::empty(m.sizes(), m.options().dtype(dtype.value_or(m.scalar_type())));
+    hint_huge_pages(w);
     const int64_t chunks = chunk_count(m.numel());
     if (with_kl) partial.resize(chunks);
     const SampleArgs args{
@@ -89,12 +91,12 @@ void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
       const float* mu_tile = read_tile(a.mu, i, count, mu_buffer);
       const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
       float* out = write_tile(a.out, i, count, out_buffer);
-      vfloat z[4];
+      vfloat z[kVectors];
       noise.tile(i / 4, z);
       const auto vectors = [&](auto whole) BBB_ALWAYS_INLINE {
         constexpr bool kWhole = decltype(whole)::value;
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < kVectors; ++r) {
           const vfloat mu = load(mu_tile + r * kWidth);
           const vfloat rho = load(rho_tile + r * kWidth);
           const Sigma<vfloat> s = softplus(rho);
@@ -117,9 +119,9 @@ inline void sample_chunks_double(const SampleArgs& a, int64_t begin, int64_t end
     double kl = 0.0;
     const int64_t stop = std::min((chunk + 1) * kChunk, a.mu.numel);
     for (int64_t i = chunk * kChunk; i < stop; i += kTile) {
-      vfloat z[4];
+      vfloat z[kVectors];
       noise.tile(i / 4, z);
-      for (int r = 0; r < 4; ++r) store(eps + r * kWidth, z[r]);
+      for (int r = 0; r < kVectors; ++r) store(eps + r * kWidth, z[r]);
       for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
         const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
         const f64::Sigma s = f64::softplus(rho);

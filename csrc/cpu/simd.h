@@ -2,9 +2,12 @@
 // Text without include guard: foreach_isa.h includes it once per instruction set, inside its namespace.
 
 constexpr int kWidth = BBB_WIDTH;
-// One call of the generator fills four vectors; kernels work in such tiles, padding the last one, so that
-// every element is computed by the same instructions wherever threads split the range.
-constexpr int kTile = 4 * kWidth;
+// Kernels work in tiles of so many vectors, padding the last one, so that every element is computed by the
+// same instructions wherever threads split the range. Two quads: one quad's chain of dependent instructions
+// would leave the CPU waiting.
+constexpr int kQuads = 2;
+constexpr int kVectors = 4 * kQuads;
+constexpr int kTile = kVectors * kWidth;
 
 typedef float vfloat __attribute__((vector_size(4 * BBB_WIDTH)));
 typedef int32_t vint __attribute__((vector_size(4 * BBB_WIDTH)));
@@ -126,6 +129,21 @@ BBB_INLINE vword mix(vword high, vword c, uint32_t key) {
   return high ^ c ^ static_cast<uint64_t>(key);
 }
 
+// The generator's words for a tile: even lanes are computed in one vector of a quad, odd ones in another.
+struct Words {
+  vword v[2 * kQuads];
+};
+BBB_INLINE void multiply(const Words& a, uint32_t m, Words& high, Words& low) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 2 * kQuads; ++i) multiply(a.v[i], m, high.v[i], low.v[i]);
+}
+BBB_INLINE Words mix(const Words& high, const Words& c, uint32_t key) {
+  Words result;
+#pragma GCC unroll 8
+  for (int i = 0; i < 2 * kQuads; ++i) result.v[i] = mix(high.v[i], c.v[i], key);
+  return result;
+}
+
 #include "../gaussian.h"
 #include "../philox.h"
 
@@ -159,41 +177,51 @@ struct Noise {
 
   explicit Noise(uint64_t seed, uint64_t stream_) : key(philox_key(seed)), stream(stream_) {}
 
-  BBB_INLINE void tile(uint64_t block, vfloat z[4]) const {
-    // 32-bit lane 4 g + i works on block (kWidth / 4) i + g: then a 4 x 4 transpose within each group of
-    // lanes puts the outputs in order. Even lanes are computed in one set of words, odd ones in another.
+  BBB_INLINE void tile(uint64_t block, vfloat z[kVectors]) const {
+    // 32-bit lane 4 g + i of a quad works on its block (kWidth / 4) i + g: then a 4 x 4 transpose within each
+    // group of lanes puts the outputs in order.
     vword even, odd;
     for (int l = 0; l < kWidth / 2; ++l) {
       even[l] = (kWidth / 4) * (2 * (l % 2)) + l / 2;
       odd[l] = (kWidth / 4) * (2 * (l % 2) + 1) + l / 2;
     }
-    even += block;
-    odd += block;
-    vuint x[4];
-    words(even, odd, x);
-    vfloat n[4];
-    box_muller(x[0], x[1], n[0], n[1]);
-    box_muller(x[2], x[3], n[2], n[3]);
-    const vfloat a = BBB_SHUFFLE(n[0], n[1], 0, 4, 1, 5);
-    const vfloat b = BBB_SHUFFLE(n[2], n[3], 0, 4, 1, 5);
-    const vfloat c = BBB_SHUFFLE(n[0], n[1], 2, 6, 3, 7);
-    const vfloat d = BBB_SHUFFLE(n[2], n[3], 2, 6, 3, 7);
-    z[0] = BBB_SHUFFLE(a, b, 0, 1, 4, 5);
-    z[1] = BBB_SHUFFLE(a, b, 2, 3, 6, 7);
-    z[2] = BBB_SHUFFLE(c, d, 0, 1, 4, 5);
-    z[3] = BBB_SHUFFLE(c, d, 2, 3, 6, 7);
+    Words c[4];
+#pragma GCC unroll 8
+    for (int q = 0; q < kQuads; ++q) {
+      c[0].v[2 * q] = even + (block + q * kWidth);
+      c[0].v[2 * q + 1] = odd + (block + q * kWidth);
+      for (int i = 2 * q; i < 2 * q + 2; ++i) {
+        c[1].v[i] = c[0].v[i] >> 32;
+        c[2].v[i] = vword{} + stream;
+        c[3].v[i] = vword{} + (stream >> 32);
+      }
+    }
+    philox4x32(c[0], c[1], c[2], c[3], key);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQuads; ++q) {
+      vuint x[4];
+      for (int j = 0; j < 4; ++j) x[j] = joined(c[j].v[2 * q], c[j].v[2 * q + 1]);
+      vfloat n[4];
+      box_muller(x[0], x[1], n[0], n[1]);
+      box_muller(x[2], x[3], n[2], n[3]);
+      const vfloat a = BBB_SHUFFLE(n[0], n[1], 0, 4, 1, 5);
+      const vfloat b = BBB_SHUFFLE(n[2], n[3], 0, 4, 1, 5);
+      const vfloat c = BBB_SHUFFLE(n[0], n[1], 2, 6, 3, 7);
+      const vfloat d = BBB_SHUFFLE(n[2], n[3], 2, 6, 3, 7);
+      z[4 * q] = BBB_SHUFFLE(a, b, 0, 1, 4, 5);
+      z[4 * q + 1] = BBB_SHUFFLE(a, b, 2, 3, 6, 7);
+      z[4 * q + 2] = BBB_SHUFFLE(c, d, 0, 1, 4, 5);
+      z[4 * q + 3] = BBB_SHUFFLE(c, d, 2, 3, 6, 7);
+    }
   }
 
  private:
-  BBB_INLINE void words(vword even, vword odd, vuint x[4]) const {
-    vword a[4] = {even, even >> 32, vword{} + stream, vword{} + (stream >> 32)};
-    vword b[4] = {odd, odd >> 32, vword{} + stream, vword{} + (stream >> 32)};
-    philox4x32(a[0], a[1], a[2], a[3], key);
-    philox4x32(b[0], b[1], b[2], b[3], key);
+  // The low halves of even and odd lanes, in turn.
+  static BBB_INLINE vuint joined(vword even, vword odd) {
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    for (int j = 0; j < 4; ++j) x[j] = (vuint)((a[j] << 32) | (b[j] & 0xFFFFFFFFu));
+    return (vuint)((even << 32) | (odd & 0xFFFFFFFFu));
 #else
-    for (int j = 0; j < 4; ++j) x[j] = (vuint)((a[j] & 0xFFFFFFFFu) | (b[j] << 32));
+    return (vuint)((even & 0xFFFFFFFFu) | (odd << 32));
 #endif
   }
 };

@@ -6,6 +6,7 @@
 
 #include "../checks.h"
 #include "../layout.h"
+#include "huge_pages.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -31,6 +32,7 @@ at::Tensor square_cpu(const at::Tensor& input, at::ScalarType dtype) {
   at::Tensor x = dense(input);
   if (dtype == at::kDouble) x = x.to(at::kDouble);
   at::Tensor out = at::empty_like(x, x.options().dtype(dtype));
+  hint_huge_pages(out);
   const SquareArgs args{Span(x), Span(out)};
   for_each_chunk(x.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(square_chunks, args, begin, end) });
   return out;
@@ -68,7 +70,7 @@ inline void square_chunks(const SquareArgs& a, int64_t begin, int64_t end) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
     const float* x_tile = read_tile(a.x, i, count, x_buffer);
     float* out = write_tile(a.out, i, count, out_buffer);
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kVectors; ++r) {
       const vfloat x = load(x_tile + r * kWidth);
       store(out + r * kWidth, x * x);
     }
@@ -91,7 +93,7 @@ inline void square_backward_chunks(const SquareBackwardArgs& a, int64_t begin, i
     const float* x = read_tile(a.x, i, count, x_buffer);
     const float* grad = read_tile(a.grad, i, count, grad_buffer);
     float* out = write_tile(a.grad_x, i, count, out_buffer);
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kVectors; ++r) {
       const int at = r * kWidth;
       store(out + at, load(grad_x + at) + load(x + at) * 2.0f * load(grad + at));
     }

@@ -9,6 +9,7 @@
 #include "../checks.h"
 #include "../kl_sum.h"
 #include "../layout.h"
+#include "huge_pages.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -45,6 +46,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> variance_cpu(
     const at::Tensor r = dense(rho[k]);
     const at::Tensor m = with_kl ? in_order_of(r, mu[k]) : r;
     at::Tensor out = at::empty_like(r, r.options().dtype(dtype));
+    hint_huge_pages(out);
     if (with_kl) partial.resize(chunk_count(r.numel()));
     const VarianceArgs args{
         Span(m), Span(r), Span(out), {prior_mu, prior_sigma}, with_kl ? partial.data() : nullptr};
@@ -81,7 +83,7 @@ void variance_chunks_float(const VarianceArgs& a, int64_t begin, int64_t end) {
       const auto vectors = [&](auto whole) BBB_ALWAYS_INLINE {
         constexpr bool kWhole = decltype(whole)::value;
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < kVectors; ++r) {
           const vfloat rho = load(rho_tile + r * kWidth);
           const Sigma<vfloat> s = softplus(rho);
           store(out + r * kWidth, s.value * s.value);
