@@ -21,6 +21,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "kl_node.h"
 #include "passes.h"
 #include "products.h"
 
@@ -219,6 +220,7 @@ class LayerOp {
           input, W_mu, W_rho, bias_mu, bias_rho, rng, geometry..., prior_mu, prior_sigma, with_kl, option);
     }
     if (node) {
+      const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
       auto& [output, kept, kl] = outputs;
       node->input = ag::SavedVariable(input, false);
       node->W_mu = ag::SavedVariable(W_mu, false);
@@ -231,7 +233,19 @@ class LayerOp {
       node->prior_mu = prior_mu;
       node->prior_sigma = prior_sigma;
       ag::set_history(output, node);
-      if (with_kl) ag::set_history(kl, node);
+      if (with_kl && ag::compute_requires_grad(W_mu, W_rho, b_mu, b_rho)) {
+        // After the output's node, so that the engine runs it first.
+        auto kl_node = make_node<KlNode>();
+        kl_node->set_next_edges(
+            has(bias_mu) ? ag::collect_next_edges(W_mu, W_rho, b_mu, b_rho)
+                         : ag::collect_next_edges(W_mu, W_rho));
+        for (const at::Tensor& t : layer.mu()) kl_node->mu.emplace_back(t, false);
+        for (const at::Tensor& t : layer.rho()) kl_node->rho.emplace_back(t, false);
+        kl_node->prior_mu = prior_mu;
+        kl_node->prior_sigma = prior_sigma;
+        kl_node->meeting = node->meeting = std::make_shared<KlMeeting>(node.get());
+        ag::set_history(kl, kl_node);
+      }
     }
     return outputs;
   }
@@ -243,40 +257,41 @@ class LayerOp {
   static void implement_autograd(torch::Library& m) { m.impl(name().c_str(), &autograd); }
 
  private:
-  // Not a torch::autograd::Function: its bookkeeping takes longer than a small layer's product, and the
-  // output's and the KL's backward may be asked for one after the other, which the saved parameters
-  // outlive.
+  // Not a torch::autograd::Function: its bookkeeping takes longer than a small layer's product.
   struct Node : torch::autograd::Node {
     torch::autograd::SavedVariable input, W_mu, W_rho, bias_mu, bias_rho, kept, rng;
     std::optional<std::tuple<Owned<Geometry>...>> geometry;
     double prior_mu = 0.0, prior_sigma = 1.0;
+    std::shared_ptr<KlMeeting> meeting;
+
+    ~Node() override {
+      if (meeting) meeting->forget_output();
+    }
 
     std::string name() const override { return LayerOp::name() + "_backward"; }
 
     void release_variables() override {
       const std::lock_guard<std::mutex> lock(mutex_);
-      input.reset_data();
-      kept.reset_data();
+      for (auto* saved : {&input, &W_mu, &W_rho, &bias_mu, &bias_rho, &kept, &rng}) saved->reset_data();
     }
 
     torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
       const std::lock_guard<std::mutex> lock(mutex_);
       torch::autograd::variable_list result(5);
-      const bool output = grads[0].defined();
-      const at::Tensor grad_kl = grads.size() > 1 ? grads[1] : at::Tensor();
-      if (!output && !grad_kl.defined()) return result;
+      const at::Tensor grad_kl = meeting ? meeting->take() : at::Tensor();
+      if (!grads[0].defined() && !grad_kl.defined()) return result;
       // First, since unpacking may run a forward (activation checkpointing).
-      const at::Tensor m = W_mu.unpack(), r = W_rho.unpack();
+      const at::Tensor x = input.unpack(), m = W_mu.unpack(), r = W_rho.unpack(), rng_ = rng.unpack();
       const OptionalTensor b_m = optional(bias_mu.unpack()), b_r = optional(bias_rho.unpack());
-      const at::Tensor x = output ? input.unpack() : at::Tensor();
-      const OptionalTensor kept_ = output ? optional(kept.unpack()) : std::nullopt;
-      const at::Tensor rng_ = rng.unpack();
+      const OptionalTensor kept_ = optional(kept.unpack());
       // The ops below have no derivative of their own: asked for one, their autograd raises. Otherwise passing
       // it by saves a microsecond or more an op.
       std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
       if (!at::GradMode::is_enabled()) guard.emplace();
-      if (!output) {
-        kl_gradients(grad_kl, m, r, b_m, b_r, result);
+      if (!grads[0].defined()) {
+        const Layer layer{x, m, r, b_m, b_r, rng_, prior_mu, prior_sigma};
+        auto parameters = kl_gradients(layer.mu(), layer.rho(), grad_kl, prior_mu, prior_sigma);
+        std::move(parameters.begin(), parameters.end(), result.begin() + 1);
         return result;
       }
       static const auto op = c10::Dispatcher::singleton()
@@ -296,29 +311,6 @@ class LayerOp {
         if (mask[i]) result[i] = std::move(computed[next++]);
       }
       return result;
-    }
-
-   private:
-    void kl_gradients(
-        const at::Tensor& grad_kl,
-        const at::Tensor& m,
-        const at::Tensor& r,
-        const OptionalTensor& b_m,
-        const OptionalTensor& b_r,
-        torch::autograd::variable_list& result) const {
-      std::vector<at::Tensor> mu{m}, rho{r};
-      if (b_m) {
-        mu.push_back(*b_m);
-        rho.push_back(*b_r);
-      }
-      const std::vector<at::Tensor> no_weights(mu.size());
-      auto [g_mu, g_rho] = posterior_backward(
-          no_weights, grad_kl, mu, rho, at::Tensor(), std::vector<double>(mu.size(), prior_mu),
-          std::vector<double>(mu.size(), prior_sigma));
-      for (size_t k = 0; k < mu.size(); ++k) {
-        result[1 + 2 * k] = std::move(g_mu[k]);
-        result[2 + 2 * k] = std::move(g_rho[k]);
-      }
     }
   };
 };

@@ -63,8 +63,18 @@ def resolve_priors(priors: Mapping[str, Any] | None) -> dict[str, Any]:
 _Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _versions(parameters: _Parameters) -> tuple[int, ...]:
-    return tuple([0 if p is None else p._version for p in parameters])
+def _state_of(parameters: _Parameters) -> list[tuple[Any, ...] | None]:
+    """Changes with the parameters' values, unless someone writes to their ``.data`` in place."""
+    return [None if p is None else (p._version, p.data_ptr(), p.requires_grad) for p in parameters]
+
+
+def _plain_autograd() -> bool:
+    """Whether a gradient is recorded as usual: not by a compiler, nor inside a torch.func transform."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 class BayesianLayer(nn.Module):
@@ -86,8 +96,8 @@ class BayesianLayer(nn.Module):
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
     variance_dtype: torch.dtype | None = None
-    # The KL of the last forward, with what it depends on: prior, parameters, their versions.
-    _forward_kl: tuple[Tensor, float, float, _Parameters, tuple[int, ...]] | None = None
+    # The KL of the last forward, with what it depends on: prior, parameters, their state.
+    _forward_kl: tuple[Tensor, float, float, _Parameters, list[Any]] | None = None
 
     def __init__(
         self,
@@ -153,7 +163,8 @@ class BayesianLayer(nn.Module):
         """KL(q || p), summed over the layer's weights and biases: a differentiable scalar.
 
         A forward that a gradient is recorded for has formed it in its own pass over the parameters; it is
-        taken from there if they have not changed since.
+        taken from there if they have not changed since. (A write to a parameter's ``.data`` between the two
+        goes unnoticed, as autograd does not notice it; under ``torch.no_grad()`` it is noticed.)
         """
         kl = self.take_forward_kl()
         if kl is not None:
@@ -167,12 +178,12 @@ class BayesianLayer(nn.Module):
         Once: its graph is that of the forward's output, and a second loss must not meet a graph that the
         first one's backward has released.
         """
-        if self._forward_kl is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self._forward_kl is None or not _plain_autograd():
             return None
-        kl, prior_mu, prior_sigma, parameters, versions = self._forward_kl
+        kl, prior_mu, prior_sigma, parameters, state = self._forward_kl
         self.__dict__["_forward_kl"] = None
         now = (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho)
-        same = all(map(operator.is_, parameters, now)) and versions == _versions(now)
+        same = all(map(operator.is_, parameters, now)) and state == _state_of(now)
         return kl if same and (prior_mu, prior_sigma) == (self.prior_mu, self.prior_sigma) else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,8 +224,8 @@ class BayesianLayer(nn.Module):
         estimator = "bbb" if pinned else self.estimator
         options = self._options(estimator)
         parameters = (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho)
-        # Not traced: a graph that torch.compile made has no use for what a later call may find here.
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # A KL that a transform or a trace made is of no use to whoever asks for it outside.
+        if not _plain_autograd() or any(p is not None and p.is_inference() for p in parameters):
             return self._draw_output(estimator, input, parameters, rng, **options)
         output, kl = self._draw_output(
             estimator,
@@ -226,14 +237,11 @@ class BayesianLayer(nn.Module):
             with_kl=True,
             **options,
         )
+        left = None
+        if type(kl) is Tensor:  # not a fake one
+            left = (kl, self.prior_mu, self.prior_sigma, parameters, _state_of(parameters))
         # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
-        self.__dict__["_forward_kl"] = (
-            kl,
-            self.prior_mu,
-            self.prior_sigma,
-            parameters,
-            _versions(parameters),
-        )
+        self.__dict__["_forward_kl"] = left
         return output
 
 
