@@ -232,7 +232,7 @@ def test_incoming_gradients_of_any_strides(native: None, kind: str, recompute_we
     case = small(kind)
     for use in (
         lambda y: y.sum(),
-        lambda y: y.transpose(0, -1).reshape(-1) @ torch.arange(1.0, 1 + y.numel()),
+        lambda y: y.transpose(0, -1).reshape(-1) @ torch.linspace(-1, 1, y.numel()),
         lambda y: y[..., ::2].square().sum(),
         lambda y: y.expand(3, *y.shape).sum(),
     ):
@@ -241,7 +241,8 @@ def test_incoming_gradients_of_any_strides(native: None, kind: str, recompute_we
             y, kl = op(kind)(*case, rng(), **KL, recompute_weight=recompute_weight)
             return [use(y), kl]
 
-        compare(run, case, torch.float32)
+        # Sums over the output, whose terms cancel.
+        compare(run, case, torch.float32, 10)
 
 
 @pytest.mark.parametrize("spatial", [2, 3])
