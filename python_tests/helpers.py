@@ -205,6 +205,91 @@ def assert_same(
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol * size, equal_nan=False)
 
 
+def compare(
+    run: Callable[[], Any], leaves: Sequence[Tensor | None], dtype: torch.dtype, loosen: float = 1.0
+) -> None:
+    """Outputs, their strides and the gradients of ``leaves``: native against reference."""
+    with torch.no_grad():
+        shapes = flat(run())
+    # The same memory format as the output, so that gradients of both formats are covered.
+    grad = [torch.randn_like(t, dtype=torch.float32).to(t.dtype) for t in shapes]
+    native = on("native", grads, run, leaves, grad)
+    expected = on("reference", grads, run, leaves, grad)
+    for a, b in zip(native[0] + native[1], expected[0] + expected[1], strict=True):
+        # Gradients of parameters sum over the batch: an entry that cancels keeps the others' rounding.
+        size = 1.0 if b is None or not b.numel() else max(1.0, float(b.detach().float().abs().max()))
+        assert_same(a, b, dtype, loosen, size)
+    assert [t.stride() for t in native[0]] == [t.stride() for t in expected[0]]
+
+
+def linear_case(
+    batch: tuple[int, ...],
+    i: int,
+    o: int,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype | None = None,
+) -> list[Tensor | None]:
+    """Input, W_mu, W_rho, bias_mu and bias_rho of a linear layer."""
+    parameter_dtype = parameter_dtype or dtype
+    W = posterior(o, i, dtype=parameter_dtype)
+    b = posterior(o, dtype=parameter_dtype) if bias else (None, None)
+    return [leaf(*batch, i, dtype=dtype), *W, *b]
+
+
+def conv_case(
+    spatial: int,
+    n: int,
+    i: int,
+    o: int,
+    kernel: tuple[int, ...],
+    size: tuple[int, ...],
+    groups: int = 1,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype | None = None,
+) -> list[Tensor | None]:
+    """Input, W_mu, W_rho, bias_mu and bias_rho of a convolution."""
+    parameter_dtype = parameter_dtype or dtype
+    W = posterior(o, i // groups, *kernel, dtype=parameter_dtype)
+    b = posterior(o, dtype=parameter_dtype) if bias else (None, None)
+    return [leaf(n, i, *size, dtype=dtype), *W, *b]
+
+
+# Batch dimensions, in_features, out_features.
+LINEAR_CASES = [
+    ((5,), 7, 3),
+    ((1,), 1, 1),
+    ((0,), 4, 3),
+    ((4, 3), 5, 2),
+    ((), 6, 5),
+    ((65,), 33, 17),
+    ((3,), 0, 2),
+    ((3,), 2, 0),
+    ((2, 0, 3), 4, 5),
+]
+# Spatial dimensions, batch, channels in and out, kernel, size, options.
+CONV_CASES: list[tuple[int, int, int, int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    (1, 3, 4, 6, (3,), (11,), {}),
+    (1, 2, 4, 6, (3,), (11,), {"stride": 2, "padding": 2, "groups": 2}),
+    (2, 2, 3, 5, (3, 3), (7, 9), {}),
+    (
+        2,
+        3,
+        4,
+        6,
+        (5, 2),
+        (9, 8),
+        {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2},
+    ),
+    (2, 2, 1, 6, (5, 5), (12, 12), {}),
+    (2, 0, 3, 4, (3, 3), (6, 6), {}),
+    (2, 2, 4, 4, (1, 1), (5, 5), {"groups": 4}),
+    (2, 2, 3, 5, (4, 3), (7, 7), {"padding": "same"}),
+    (3, 2, 2, 3, (2, 3, 2), (4, 5, 6), {"padding": 1}),
+]
+
+
 def variance_of(rho: Tensor, dtype: torch.dtype) -> Tensor:
     """The op ``variance`` of one tensor, without KL."""
     return torch.ops.bbb_fast.variance([rho], [rho], 0.0, 0.1, False, dtype)[0][0]

@@ -53,6 +53,51 @@ def test_compiled_op_equals_eager() -> None:
     torch.testing.assert_close((W_mu.grad, W_rho.grad), expected)
 
 
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+def test_compiled_kl_is_that_of_the_parameters(layers: object) -> None:
+    """Eager and compiled calls may alternate: neither takes a KL of other parameters from the other."""
+    torch._dynamo.reset()
+    layer: nn.Module = layers.BBBLinear(6, 4)
+    x = torch.randn(5, 6)
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return layer(x).square().mean(), layer.kl_loss()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for run in (step, compiled, step, compiled):
+        layer(x)
+        with torch.no_grad():
+            layer.W_mu.add_(0.1)
+        _, kl = run(x)
+        mu, rho = zip(*layer.posterior(), strict=True)
+        expected = functional.kl_divergence(mu, rho)
+        torch.testing.assert_close(kl, expected)
+        parameters = list(layer.parameters())
+        torch.testing.assert_close(
+            torch.autograd.grad(kl, parameters), torch.autograd.grad(expected, parameters)
+        )
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("estimator", ["bbb", "lrt"])
+def test_compiled_op_with_kl_equals_eager(estimator: str, kind: str) -> None:
+    torch._dynamo.reset()
+    linear = kind == "linear"
+    op = getattr(functional, f"{estimator}_linear" if linear else f"{estimator}_conv2d")
+    x = torch.randn(5, 6) if linear else torch.randn(2, 2, 6, 6)
+    W_mu, W_rho = (torch.randn((4, 6) if linear else (4, 2, 3, 3), requires_grad=True) for _ in range(2))
+    b_mu, b_rho = (torch.randn(4, requires_grad=True) for _ in range(2))
+    rng, leaves = torch.tensor([3, 4]), [W_mu, W_rho, b_mu, b_rho]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y, kl = op(x, *leaves, rng, with_kl=True)
+        return y.square().mean() + kl
+
+    eager, compiled = run(x), torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layer_type", ["bbb", "lrt"])
 def test_inductor_compiles_a_model(layer_type: str) -> None:

@@ -32,7 +32,7 @@ from helpers import (
     variance_of,
     variance_slope,
 )
-from test_errors import LRT, SAMPLERS, message_of, valid
+from test_errors import LAYERS, SAMPLERS, message_of, valid
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -841,7 +841,7 @@ class TestManyElements:
 
 def elsewhere() -> list[tuple[str, str]]:
     """An op and the argument of it that is on the CPU while the others are on the GPU."""
-    cases = [(op, name) for op in LRT for name in ("W_mu", "W_rho", "bias_mu", "bias_rho", "rng")]
+    cases = [(op, name) for op in LAYERS for name in ("W_mu", "W_rho", "bias_mu", "bias_rho", "rng")]
     cases += [(op, name) for op in SAMPLERS for name in ("rho", "rng")]
     return [*cases, ("kl_divergence", "rho")]
 

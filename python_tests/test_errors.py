@@ -15,6 +15,13 @@ from bbb_fast import functional
 f32, f64, bf16, i64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
 
 
+LINEARS = ["bbb_linear", "lrt_linear"]
+CONVS = [f"{estimator}_conv{spatial}d" for estimator in ("bbb", "lrt") for spatial in (1, 2, 3)]
+LAYERS = LINEARS + CONVS
+SAMPLERS = ["sample_weights", "sample_weight"]
+OPS = ["normal", *SAMPLERS, "kl_divergence", *LAYERS]
+
+
 def zeros(*shape: int, dtype: torch.dtype = f32, device: torch.device | str = DEVICE) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -37,41 +44,28 @@ def _conv(spatial: int) -> dict[str, Any]:
 
 def valid(op: str) -> dict[str, Any]:
     """Arguments that ``op`` accepts."""
-    if op.startswith("lrt_conv"):
+    if op in CONVS:
         return _conv(int(op[-2]))
-    return {
-        "normal": lambda: {"size": (3, 2), "rng": rng()},
-        "sample_weights": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)], "rng": rng()},
-        "sample_weight": lambda: {"mu": zeros(3, 2), "rho": zeros(3, 2), "rng": rng()},
-        "kl_divergence": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)]},
-        "lrt_linear": lambda: {
+    if op in LAYERS:
+        return {
             "input": zeros(5, 4),
             "W_mu": zeros(3, 4),
             "W_rho": zeros(3, 4),
             "bias_mu": zeros(3),
             "bias_rho": zeros(3),
             "rng": rng(),
-        },
+        }
+    return {
+        "normal": lambda: {"size": (3, 2), "rng": rng()},
+        "sample_weights": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)], "rng": rng()},
+        "sample_weight": lambda: {"mu": zeros(3, 2), "rho": zeros(3, 2), "rng": rng()},
+        "kl_divergence": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)]},
     }[op]()
 
 
 def call(op: str, changes: dict[str, Any]) -> Any:
     return getattr(functional, op)(**{**valid(op), **changes})
 
-
-OPS = [
-    "normal",
-    "sample_weights",
-    "sample_weight",
-    "kl_divergence",
-    "lrt_linear",
-    "lrt_conv1d",
-    "lrt_conv2d",
-    "lrt_conv3d",
-]
-SAMPLERS = ["sample_weights", "sample_weight"]
-LRT = ["lrt_linear", "lrt_conv1d", "lrt_conv2d", "lrt_conv3d"]
-CONVS = LRT[1:]
 
 # op, changed arguments, exception, a part of the message.
 Case = tuple[str, dict[str, Any], type[Exception], str]
@@ -95,11 +89,12 @@ case("normal", ValueError, "size must be >= 0", size=-1)
 case("normal", TypeError, "dtype must be float32", dtype=i64)
 case("normal", TypeError, "dtype must be float32", dtype=torch.complex64)
 
-for _op in SAMPLERS:
+for _op in SAMPLERS + LAYERS:
     for _value in (math.inf, -math.inf, math.nan):
         case(_op, ValueError, "prior_mu must be finite", prior_mu=_value)
     for _value in (0.0, -0.1, math.inf, math.nan):
         case(_op, ValueError, "prior_sigma must be finite and > 0", prior_sigma=_value)
+for _op in SAMPLERS:
     case(_op, TypeError, "dtype must be float32", dtype=torch.int32)
 case(
     "sample_weight",
@@ -170,9 +165,9 @@ case(
     rho=[zeros(3, 2, dtype=i64)],
 )
 
-for _op in LRT:
+for _op in LAYERS:
     _ok = valid(_op)
-    _name = "lrt_linear" if _op == "lrt_linear" else "lrt_conv"
+    _name = _op if _op in LINEARS else _op[: len("lrt_conv")]
     _out = _ok["W_mu"].shape[0]
     case(_op, TypeError, f"{_name}: input must be float32", input=_ok["input"].to(i64))
     case(_op, TypeError, "W_mu and W_rho must have one dtype", W_rho=_ok["W_rho"].double())
@@ -219,18 +214,21 @@ for _op in LRT:
         bias_mu=zeros(_out, dtype=f64),
         bias_rho=zeros(_out, dtype=f64),
     )
-    case(_op, TypeError, "variance_dtype must be float32", variance_dtype=i64)
+    case(_op, ValueError, f"{_name}: prior_sigma must be", prior_sigma=0.0, with_kl=True)
+    if _op.startswith("lrt"):
+        case(_op, TypeError, "variance_dtype must be float32", variance_dtype=i64)
 
-case("lrt_linear", ValueError, "the last dimension of input must be in_features = 4", input=zeros(5, 3))
-case("lrt_linear", ValueError, "the last dimension of input must be in_features = 4", input=zeros())
-case("lrt_linear", ValueError, "W_mu must be [out_features, in_features]", W_mu=zeros(4), W_rho=zeros(4))
-case(
-    "lrt_linear",
-    ValueError,
-    "W_mu must be [out_features, in_features]",
-    W_mu=zeros(1, 3, 4),
-    W_rho=zeros(1, 3, 4),
-)
+for _op in LINEARS:
+    case(_op, ValueError, "the last dimension of input must be in_features = 4", input=zeros(5, 3))
+    case(_op, ValueError, "the last dimension of input must be in_features = 4", input=zeros())
+    case(_op, ValueError, "W_mu must be [out_features, in_features]", W_mu=zeros(4), W_rho=zeros(4))
+    case(
+        _op,
+        ValueError,
+        "W_mu must be [out_features, in_features]",
+        W_mu=zeros(1, 3, 4),
+        W_rho=zeros(1, 3, 4),
+    )
 
 for _op in CONVS:
     _spatial = int(_op[-2])
@@ -257,7 +255,12 @@ for _op in CONVS:
     case(_op, ValueError, "the kernel reaches over 3 elements", input=zeros(2, 4, *(0,) * _spatial))
 
 ELSEWHERE = [
-    *[(op, {name: valid(op)[name].to("meta")}, name) for op in LRT for name in valid(op) if name != "input"],
+    *[
+        (op, {name: valid(op)[name].to("meta")}, name)
+        for op in LAYERS
+        for name in valid(op)
+        if name != "input"
+    ],
     *[(op, {"rng": rng(device="meta")}, "rng") for op in SAMPLERS],
     ("sample_weight", {"rho": zeros(3, 2, device="meta")}, "rho"),
     ("sample_weights", {"rho": [zeros(3, 2, device="meta")]}, "rho"),
@@ -287,7 +290,7 @@ def test_wrong_argument(
     kind, text = message_of(call, op, changes)
     assert kind is error, text
     assert message in text
-    assert text.startswith((f"{op}: ", "lrt_conv: ", "sample_weights: "))
+    assert text.startswith((f"{op}: ", f"{op[: len('lrt_conv')]}: ", "sample_weights: "))
 
 
 @pytest.mark.parametrize(("op", "changes", "error", "message"), CASES, ids=_id)
@@ -320,7 +323,7 @@ def test_wrong_type_of_argument(backend: str, op: str) -> None:
             assert kind in (TypeError, AttributeError, ValueError, RuntimeError)
 
 
-@pytest.mark.parametrize("op", ["sample_weight", "lrt_linear", "lrt_conv2d"])
+@pytest.mark.parametrize("op", ["sample_weight", *LINEARS, "bbb_conv2d", "lrt_conv2d"])
 def test_nothing_is_written_before_an_error(backend: str, op: str) -> None:
     """A failed call leaves its arguments as they were."""
     arguments = valid(op)

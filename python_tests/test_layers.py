@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from helpers import DEVICE, alike, rng_state, unrelated
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import bbb_fast
@@ -683,6 +684,399 @@ class TestKl:
         torch.testing.assert_close(layer.kl_loss().double(), exact_kl(layer), rtol=1e-6, atol=0)
 
 
+def change_in_place(layer: BayesianLayer) -> None:
+    with torch.no_grad():
+        layer.W_mu.add_(0.3)
+
+
+def change_bias_in_place(layer: BayesianLayer) -> None:
+    with torch.no_grad():
+        layer.bias_rho.mul_(1.5)
+
+
+def step(layer: BayesianLayer) -> None:
+    layer(example("Linear")).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    layer.zero_grad()
+
+
+def replace(layer: BayesianLayer) -> None:
+    new = nn.Parameter(torch.full_like(layer.W_rho, -1.0))
+    with torch.no_grad():  # of the same version: it is another parameter all the same
+        while new._version < layer.W_rho._version:
+            new.mul_(1)
+    layer.W_rho = new
+
+
+def replace_data(layer: BayesianLayer) -> None:
+    layer.W_mu.data = torch.ones_like(layer.W_mu)
+
+
+def drop_bias(layer: BayesianLayer) -> None:
+    layer.bias_mu = layer.bias_rho = None
+
+
+def load(layer: BayesianLayer) -> None:
+    layer.load_state_dict({name: p + 0.2 for name, p in layer.state_dict().items()})
+
+
+def assign(layer: BayesianLayer) -> None:
+    layer.load_state_dict({name: p + 0.2 for name, p in layer.state_dict().items()}, assign=True)
+
+
+# What may happen to a layer between its forward and kl_loss().
+CHANGES: dict[str, Callable[[BayesianLayer], Any]] = {
+    "nothing": lambda layer: None,
+    "in place": change_in_place,
+    "bias in place": change_bias_in_place,
+    "optimizer step": step,
+    "another parameter": replace,
+    "other data": replace_data,
+    "no bias": drop_bias,
+    "reset": lambda layer: layer.reset_parameters(),
+    "load_state_dict": load,
+    "load_state_dict, assign": assign,
+    "prior_sigma": lambda layer: layer.set_flag("prior_sigma", 0.7),
+    "prior_mu": lambda layer: setattr(layer, "prior_mu", -0.4),
+    "float64": lambda layer: layer.double(),
+    "bfloat16": lambda layer: layer.bfloat16(),
+    "frozen": lambda layer: layer.W_mu.requires_grad_(False),
+    "other forwards": lambda layer: [layer(example("Linear")) for _ in range(2)],
+    "forward of the means": lambda layer: layer(example("Linear"), sample=False),
+    "no_grad forward": torch.no_grad()(lambda layer: layer(example("Linear"))),
+}
+
+
+class TestForwardKl:
+    """The KL that a forward forms in its pass, taken by the next kl_loss()."""
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_is_the_kl_of_now(self, backend: str, estimator: ModuleType, change: str) -> None:
+        """Value and gradients, whatever happened since the forward."""
+        layer = make(estimator, "Linear", priors={"prior_mu": 0.1, "prior_sigma": 0.4})
+        layer(example("Linear"))
+        CHANGES[change](layer)
+        mu, rho = zip(*layer.posterior(), strict=True)
+        wanted = [p for p in layer.parameters() if p.requires_grad]
+        expected = functional.kl_divergence(mu, rho, layer.prior_mu, layer.prior_sigma)
+        for kl in (layer.kl_loss(), layer.kl_loss()):
+            assert kl.dtype == expected.dtype and kl.shape == ()
+            torch.testing.assert_close(kl, expected, rtol=1e-6, atol=0)
+            for got, want in zip(
+                torch.autograd.grad(kl, wanted),
+                torch.autograd.grad(expected, wanted, retain_graph=True),
+                strict=True,
+            ):
+                assert got.dtype == want.dtype
+                torch.testing.assert_close(
+                    got, want, rtol=1e-6 if got.dtype != torch.bfloat16 else 0.02, atol=1e-6
+                )
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_is_that_of_the_forward(self, backend: str, estimator: ModuleType, kind: str, bias: bool) -> None:
+        """One graph: a gradient of the KL that a forward left passes through the forward's node."""
+        layer = make(estimator, kind, bias=bias)
+        y = layer(example(kind))
+        taken, fresh = layer.kl_loss(), layer.kl_loss()
+        torch.testing.assert_close(taken, fresh, rtol=1e-6, atol=0)
+        torch.testing.assert_close(taken.double(), exact_kl(layer), rtol=1e-6, atol=0)
+        parameters = list(layer.parameters())
+        grads = [torch.autograd.grad(kl, parameters) for kl in (taken, fresh)]
+        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
+        if backend == "native":
+            assert taken.grad_fn is y.grad_fn and fresh.grad_fn is not y.grad_fn
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("order", ["output first", "KL first"])
+    def test_one_backward_after_the_other(
+        self, backend: str, estimator: ModuleType, kind: str, order: str
+    ) -> None:
+        """The same gradients as those of the sum."""
+        layer, x = make(estimator, kind), example(kind).requires_grad_()
+        leaves = [x, *layer.parameters()]
+        y = seeded(3, layer, x)
+        expected = torch.autograd.grad(y.square().sum() + layer.kl_loss(), leaves)
+        y = seeded(3, layer, x)
+        parts = [y.square().sum(), layer.kl_loss()]
+        for part in parts if order == "output first" else parts[::-1]:
+            part.backward()
+        torch.testing.assert_close([t.grad for t in leaves], list(expected), rtol=1e-5, atol=1e-5)
+
+    def test_gradient_of_the_kl_alone(self, backend: str, estimator: ModuleType) -> None:
+        """The input and the output have no part in it."""
+        layer, x = make(estimator, "Linear"), example("Linear").requires_grad_()
+        layer(x)
+        kl = layer.kl_loss()
+        *gradients, none = torch.autograd.grad(kl, [*layer.parameters(), x], allow_unused=True)
+        assert none is None or not none.any()
+        expected = torch.autograd.grad(exact_kl(layer), list(layer.parameters()))
+        torch.testing.assert_close(gradients, list(expected), rtol=1e-5, atol=1e-6)
+
+    def test_two_forwards_then_one_kl(self, backend: str, estimator: ModuleType) -> None:
+        layer, x = make(estimator, "Linear"), example("Linear")
+        parameters = list(layer.parameters())
+        first, second = seeded(5, layer, x), layer(x)
+        kl = layer.kl_loss()
+        together = torch.autograd.grad((first - second).square().sum() + kl, parameters)
+        first, second = seeded(5, layer, x), layer(x)
+        apart = torch.autograd.grad((first - second).square().sum(), parameters)
+        exact = torch.autograd.grad(exact_kl(layer), parameters)
+        for got, a, b in zip(together, apart, exact, strict=True):
+            torch.testing.assert_close(got, a + b, rtol=1e-5, atol=1e-5)
+
+    def test_is_taken_once(self, backend: str, estimator: ModuleType) -> None:
+        """A second loss meets no graph whose backward is done."""
+        layer, x = make(estimator, "Linear"), example("Linear")
+        y = layer(x)
+        (y.square().sum() + layer.kl_loss()).backward()
+        again = layer.kl_loss()
+        layer.zero_grad()
+        again.backward()
+        expected = torch.autograd.grad(exact_kl(layer), list(layer.parameters()))
+        torch.testing.assert_close([p.grad for p in layer.parameters()], list(expected), rtol=1e-5, atol=1e-6)
+
+    def test_no_grad_does_not_take_it(self, backend: str, estimator: ModuleType) -> None:
+        """A logged KL costs the loss nothing and has no graph."""
+        layer, x = make(estimator, "Linear"), example("Linear")
+        y = layer(x)
+        with torch.no_grad():
+            quiet = layer.kl_loss()
+        with torch.inference_mode():
+            layer.kl_loss()
+        assert not quiet.requires_grad
+        kl = layer.kl_loss()
+        assert torch.equal(kl, quiet) and kl.requires_grad
+        if backend == "native":
+            assert kl.grad_fn is y.grad_fn
+
+    def test_a_forward_under_no_grad_leaves_none(self, backend: str, estimator: ModuleType) -> None:
+        layer, x = make(estimator, "Linear"), example("Linear")
+        with torch.no_grad():
+            layer(x)
+        assert layer._forward_kl is None
+        assert layer.kl_loss().requires_grad
+
+    def test_unfrozen_after_the_forward(self, backend: str, estimator: ModuleType) -> None:
+        layer = make(estimator, "Linear").requires_grad_(False)
+        layer(example("Linear"))
+        layer.requires_grad_(True)
+        torch.autograd.grad(layer.kl_loss(), list(layer.parameters()))
+
+    def test_parameters_changed_before_backward(self, native: None, estimator: ModuleType) -> None:
+        """PyTorch's error, not the gradient of other numbers."""
+        layer = make(estimator, "Linear")
+        y = layer(example("Linear"))
+        kl = layer.kl_loss()
+        change_in_place(layer)
+        for result in (y.sum(), kl):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                result.backward()
+
+    def test_backward_twice(self, backend: str, estimator: ModuleType) -> None:
+        """PyTorch's own error without retain_graph; with it, the same gradients again."""
+        layer, x = make(estimator, "Linear"), example("Linear").requires_grad_()
+        leaves = [x, *layer.parameters()]
+        loss = layer(x).square().sum() + layer.kl_loss()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        second = torch.autograd.grad(loss, leaves)
+        assert all(map(torch.equal, first, second))
+        y = layer(x).sum()
+        y.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            y.backward()
+
+    @pytest.mark.parametrize("of", ["output", "kl"])
+    def test_second_derivative_raises(self, native: None, estimator: ModuleType, of: str) -> None:
+        layer, x = make(estimator, "Linear"), example("Linear")
+        y = layer(x).square().sum()
+        result = y if of == "output" else layer.kl_loss()
+        (g,) = torch.autograd.grad(result, layer.W_rho, create_graph=True)
+        with pytest.raises(RuntimeError, match="derivative for bbb_fast::.*_backward is not implemented"):
+            g.sum().backward()
+
+    @pytest.mark.parametrize("wrt", ["input", "parameters"])
+    def test_forward_mode_raises(self, native: None, estimator: ModuleType, wrt: str) -> None:
+        layer, x = make(estimator, "Linear"), example("Linear")
+        with pytest.raises(
+            NotImplementedError, match="_linear: forward-mode derivatives are not implemented"
+        ):
+            if wrt == "input":
+                torch.func.jvp(layer, (x,), (x,))
+            else:
+                p = {name: t.detach() for name, t in layer.named_parameters()}
+                torch.func.jvp(lambda p: torch.func.functional_call(layer, p, (x,)), (p,), (p,))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_copies_after_a_forward(self, backend: str, estimator: ModuleType, kind: str) -> None:
+        """The copy has no KL with a graph; the layer keeps its own."""
+        layer = make(estimator, kind, priors={"prior_sigma": 0.3})
+        y = layer(example(kind))
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        copies = [
+            copy.deepcopy(layer),
+            copy.copy(layer),
+            pickle.loads(pickle.dumps(layer)),
+            torch.load(file, weights_only=False),
+        ]
+        kl = layer.kl_loss()
+        for copied in copies:
+            assert copied._forward_kl is None
+            theirs = copied.kl_loss()
+            torch.testing.assert_close(theirs, kl, rtol=1e-6, atol=0)
+            torch.autograd.grad(theirs, list(copied.parameters()))
+        if backend == "native":
+            assert kl.grad_fn is y.grad_fn
+
+    def test_functional_call_leaves_the_layer_its_own(self, backend: str, estimator: ModuleType) -> None:
+        layer, x = make(estimator, "Linear"), example("Linear")
+        others = {name: (p.detach() + 1).requires_grad_() for name, p in layer.named_parameters()}
+        torch.func.functional_call(layer, others, (x,))
+        kl = layer.kl_loss()
+        torch.testing.assert_close(kl.double(), exact_kl(layer), rtol=1e-6, atol=0)
+        torch.autograd.grad(kl, list(layer.parameters()))
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("separately", [True, False])
+    def test_activation_checkpointing(
+        self, backend: str, estimator: ModuleType, reentrant: bool, separately: bool
+    ) -> None:
+        """The KL of a layer inside, and another one after its recomputation."""
+        layer, x = make(estimator, "Linear"), example("Linear").requires_grad_()
+        leaves = [x, *layer.parameters()]
+        y = seeded(4, layer, x)
+        expected = torch.autograd.grad(y.square().sum() + layer.kl_loss(), leaves)
+        y = seeded(4, checkpoint, layer, x, use_reentrant=reentrant)
+        kl = layer.kl_loss()
+        if separately:
+            y.square().sum().backward()
+            kl.backward()
+        else:
+            (y.square().sum() + kl).backward()
+        torch.testing.assert_close([t.grad for t in leaves], list(expected), rtol=1e-5, atol=1e-5)
+        layer.zero_grad()
+        layer.kl_loss().backward()
+        exact = torch.autograd.grad(exact_kl(layer), list(layer.parameters()))
+        torch.testing.assert_close([p.grad for p in layer.parameters()], list(exact), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("transform", ["vmap", "grad", "vjp", "fake"])
+    def test_after_a_transform(self, native: None, estimator: ModuleType, transform: str) -> None:
+        """Nothing of a torch.func transform, or of a run without numbers, outlives it."""
+        layer, x = make(estimator, "Linear"), example("Linear")
+        if transform == "vmap":
+            torch.vmap(layer, randomness="different")(x.expand(3, 4, 6))
+        elif transform == "grad":
+            torch.func.grad(lambda x: layer(x).sum())(x)
+        elif transform == "vjp":
+            torch.func.vjp(layer, x)
+        else:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                layer(x)
+        kl = layer.kl_loss()
+        assert kl.item() == pytest.approx(exact_kl(layer).item(), rel=1e-6)
+        torch.autograd.grad(kl, list(layer.parameters()))
+
+    def test_parameters_of_inference_mode(self, backend: str, estimator: ModuleType) -> None:
+        """They have no version; a layer of theirs runs all the same."""
+        with torch.inference_mode():
+            layer = make(estimator, "Linear").requires_grad_(False)
+        assert layer(example("Linear")).shape == (4, 5)
+        torch.testing.assert_close(layer.kl_loss().double(), exact_kl(layer), rtol=1e-6, atol=0)
+
+    def test_of_a_layer_pickled_before_there_was_one(self, backend: str, estimator: ModuleType) -> None:
+        old = make(estimator, "Linear")
+        for name in ("_forward_kl", "recompute_weight", "variance_dtype"):
+            vars(old).pop(name, None)
+        layer = pickle.loads(pickle.dumps(old))
+        del layer._forward_kl
+        torch.testing.assert_close(layer.kl_loss().double(), exact_kl(layer), rtol=1e-6, atol=0)
+        (layer(example("Linear")).sum() + layer.kl_loss()).backward()
+
+
+class TestOptions:
+    """recompute_weight and variance_dtype."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_recompute_weight_changes_no_bit(self, backend: str, kind: str) -> None:
+        layer, x = make(BBB, kind), example(kind).requires_grad_()
+        again = getattr(BBB, f"BBB{kind}")(*ARGUMENTS[kind][0], recompute_weight=True)
+        again.load_state_dict(layer.state_dict())
+        assert again.recompute_weight and not layer.recompute_weight
+        results = []
+        for model in (layer, again):
+            y = seeded(1, model, x)
+            loss = y.square().sum() + model.kl_loss()
+            results.append([y, loss, *torch.autograd.grad(loss, [x, *model.parameters()])])
+        assert all(map(torch.equal, *results))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_variance_dtype_is_that_of_the_op(self, backend: str, kind: str) -> None:
+        layer, x = make(BBB_LRT, kind), example(kind)
+        narrow = getattr(BBB_LRT, f"BBB{kind}")(*ARGUMENTS[kind][0], variance_dtype=torch.bfloat16)
+        narrow.load_state_dict(layer.state_dict())
+        assert narrow.variance_dtype == torch.bfloat16 and layer.variance_dtype is None
+        op = getattr(functional, f"lrt_{kind.lower()}")
+        parameters = (layer.W_mu, layer.W_rho, layer.bias_mu, layer.bias_rho)
+        expected = op(x, *parameters, seeded(1, draw_rng), variance_dtype=torch.bfloat16)
+        y = seeded(1, narrow, x)
+        assert torch.equal(y, expected) and y.dtype == torch.float32
+        assert not torch.equal(y, seeded(1, layer, x))
+        layer.variance_dtype = torch.bfloat16
+        assert torch.equal(y, seeded(1, layer, x))
+
+    def test_set_flag_reaches_the_layers_of_a_model(self, backend: str) -> None:
+        """Each reads its own option; a layer of the other estimator does not mind."""
+        bbb, lrt = make(BBB, "Linear", 6, 6), make(BBB_LRT, "Linear", 6, 6)
+        model, x = Wrapper(first=bbb, second=lrt), torch.randn(4, 6)
+        before = seeded(1, model, x)[0]
+        model.set_flag("recompute_weight", True)
+        assert bbb.recompute_weight and torch.equal(seeded(1, model, x)[0], before)
+        model.set_flag("variance_dtype", torch.bfloat16)
+        assert lrt.variance_dtype == torch.bfloat16
+        after, kl = seeded(1, model, x)
+        assert not torch.equal(after, before)
+        (after.sum() + kl).backward()
+
+    def test_fixed_noise_draws_weights_under_any_option(self, backend: str) -> None:
+        """An LRT layer has drawn weights there, to which its variance's type means nothing."""
+        layer, x = make(BBB_LRT, "Linear"), example("Linear")
+        with bbb_fast.fixed_noise(3):
+            expected = layer(x)
+        layer.variance_dtype = torch.bfloat16
+        with bbb_fast.fixed_noise(3):
+            assert torch.equal(layer(x), expected)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_of_the_other_estimator(self, kind: str) -> None:
+        arguments = ARGUMENTS[kind][0]
+        with pytest.raises(ValueError) as caught:
+            getattr(BBB_LRT, f"BBB{kind}")(*arguments, recompute_weight=True)
+        assert str(caught.value) == (
+            f"BBB{kind}: recompute_weight is an option of the bbb estimator, this layer's is lrt"
+        )
+        with pytest.raises(ValueError) as caught:
+            getattr(BBB, f"BBB{kind}")(*arguments, variance_dtype=torch.bfloat16)
+        assert str(caught.value) == (
+            f"BBB{kind}: variance_dtype is an option of the lrt estimator, this layer's is bbb"
+        )
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, "bfloat16"])
+    def test_variance_dtype_must_be_floating(self, backend: str, kind: str, dtype: Any) -> None:
+        """In the constructor, and at the forward when it was set later."""
+        message = "variance_dtype must be float32, float64, bfloat16 or float16, got"
+        with pytest.raises(TypeError, match=f"^BBB{kind}: {message}"):
+            getattr(BBB_LRT, f"BBB{kind}")(*ARGUMENTS[kind][0], variance_dtype=dtype)
+        layer = make(BBB_LRT, kind)
+        layer.variance_dtype = dtype
+        with pytest.raises(
+            (TypeError, RuntimeError), match=message if isinstance(dtype, torch.dtype) else None
+        ):
+            layer(example(kind))
+
+
 class TestGradients:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("bias", [True, False])
@@ -828,6 +1222,43 @@ class TestTransforms:
         stacked = torch.vmap(run, randomness="same")(parameters, buffers)
         for y, member in zip(stacked, members, strict=True):
             torch.testing.assert_close(y, seeded(1, member, x))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_grad_over_parameters(self, backend: str, estimator: ModuleType, kind: str) -> None:
+        """torch.func.grad of a loss with the KL: the gradients of backward()."""
+        layer, x = make(estimator, kind), example(kind)
+
+        class Loss(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layer(x).square().sum() + self.layer.kl_loss()
+
+        model = Loss()
+        parameters = dict(model.named_parameters())
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(model, parameters, (x,))
+
+        functional_grads = seeded(1, torch.func.grad(loss), parameters)
+        expected = torch.autograd.grad(seeded(1, model, x), list(parameters.values()))
+        torch.testing.assert_close(list(functional_grads.values()), list(expected), rtol=1e-6, atol=1e-6)
+
+    def test_grad_over_the_input(self, backend: str, estimator: ModuleType) -> None:
+        layer, x = make(estimator, "Linear"), example("Linear").requires_grad_()
+        g = seeded(1, torch.func.grad(lambda x: layer(x).square().sum()), x.detach())
+        (expected,) = torch.autograd.grad(seeded(1, layer, x).square().sum(), x)
+        torch.testing.assert_close(g, expected)
+
+    def test_batched_gradients_raise(self, native: None, estimator: ModuleType) -> None:
+        """vmap over a backward (jacrev, is_grads_batched) is not implemented, and says so."""
+        layer, x = make(estimator, "Linear"), example("Linear")
+        with pytest.raises(RuntimeError, match="Batching rule not implemented for bbb_fast::.*_backward"):
+            torch.func.jacrev(layer)(x)
+        with pytest.raises(RuntimeError, match="derivative for bbb_fast::.*_backward is not implemented"):
+            torch.func.grad(lambda x: torch.func.grad(lambda x: layer(x).square().sum())(x).sum())(x)
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Conv2d"])

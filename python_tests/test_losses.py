@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -142,6 +143,138 @@ class TestKlLoss:
 
     def test_is_public(self) -> None:
         assert bbb_fast.kl_loss is kl_loss and bbb_fast.ELBO is ELBO and bbb_fast.get_beta is get_beta
+
+
+class TestForwardKl:
+    """kl_loss(model) after a forward: the layers' own KLs, and one call for those that have none."""
+
+    @staticmethod
+    def model() -> nn.Sequential:
+        layers = [BBB.BBBLinear(5, 4, priors={"prior_sigma": 2.0}), BBB_LRT.BBBLinear(4, 4), nn.ReLU()]
+        return nn.Sequential(*layers, BBB_LRT.BBBLinear(4, 3, bias=False, priors={"prior_mu": -0.5}))
+
+    @staticmethod
+    def check(model: nn.Module, kl: Tensor) -> None:
+        """Value and gradients, by torch.distributions."""
+        layers = [m for m in model.modules() if isinstance(m, BayesianLayer)]
+        parameters = [p for layer in layers for p in layer.parameters()]
+        exact = exact_kl(*layers)
+        torch.testing.assert_close(kl.double(), exact, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            torch.autograd.grad(kl, parameters, retain_graph=True),
+            torch.autograd.grad(exact, parameters),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+    def test_is_that_of_the_layers(self, backend: str) -> None:
+        model = self.model()
+        before = kl_loss(model)
+        model(torch.randn(7, 5))
+        taken, fresh = kl_loss(model), kl_loss(model)
+        for kl in (before, taken, fresh):
+            self.check(model, kl)
+        torch.testing.assert_close(taken, fresh, rtol=1e-6, atol=0)
+
+    def test_takes_what_every_layer_formed(self, backend: str) -> None:
+        """No layer is asked twice, and none is left with a graph."""
+        model = self.model()
+        layers = [m for m in model if isinstance(m, BayesianLayer)]
+        model(torch.randn(7, 5))
+        assert all(layer._forward_kl is not None for layer in layers)
+        kl_loss(model)
+        assert all(layer._forward_kl is None for layer in layers)
+
+    def test_where_some_layers_have_not_run(self, backend: str) -> None:
+        model = self.model()
+        model[1](torch.randn(7, 4))
+        self.check(model, kl_loss(model))
+
+    def test_where_a_layer_was_asked_before(self, backend: str) -> None:
+        model = self.model()
+        model(torch.randn(7, 5))
+        own = model[0].kl_loss()
+        self.check(model, kl_loss(model))
+        self.check(model[0], own)
+
+    @pytest.mark.parametrize("order", ["together", "output first", "KL first"])
+    def test_gradients_beside_those_of_the_output(self, backend: str, order: str) -> None:
+        """The sum's backward, or one after the other: the same gradients."""
+        model, x = self.model(), torch.randn(7, 5)
+        parameters = list(model.parameters())
+
+        def parts() -> list[Tensor]:
+            torch.manual_seed(3)
+            y = model(x)
+            return [y.square().sum(), kl_loss(model)]
+
+        nll, _ = parts()
+        layers = [m for m in model if isinstance(m, BayesianLayer)]
+        expected = [
+            a + b
+            for a, b in zip(
+                torch.autograd.grad(nll, parameters),
+                torch.autograd.grad(exact_kl(*layers), parameters),
+                strict=True,
+            )
+        ]
+        nll, kl = parts()
+        if order == "together":
+            (nll + kl).backward()
+        else:
+            for part in (nll, kl) if order == "output first" else (kl, nll):
+                part.backward()
+        torch.testing.assert_close([p.grad for p in parameters], expected, rtol=1e-5, atol=1e-4)
+
+    def test_training_steps(self, backend: str) -> None:
+        """At every step the KL of that step's parameters, asked for before or after the update."""
+        model, x = self.model(), torch.randn(7, 5)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(3):
+            loss = model(x).square().sum() + kl_loss(model)
+            optimizer.zero_grad()
+            loss.backward()
+            model(x)
+            optimizer.step()
+            self.check(model, kl_loss(model))
+
+    def test_a_layer_that_runs_twice_counts_once(self, backend: str) -> None:
+        layer = BBB_LRT.BBBLinear(4, 4)
+        model = nn.Sequential(layer, nn.ReLU(), layer)
+        y = model(torch.randn(7, 4))
+        kl = kl_loss(model)
+        self.check(model, kl)
+        (y.sum() + kl).backward()
+
+    def test_no_grad_between_forward_and_loss(self, backend: str) -> None:
+        model = self.model()
+        model(torch.randn(7, 5))
+        with torch.no_grad():
+            quiet = kl_loss(model)
+        assert not quiet.requires_grad
+        self.check(model, kl_loss(model))
+
+    def test_copy_after_a_forward(self, backend: str) -> None:
+        model = self.model()
+        model(torch.randn(7, 5))
+        copied = copy.deepcopy(model)
+        for one in (copied, model):
+            self.check(one, kl_loss(one))
+
+    def test_module_wrapper(self, backend: str) -> None:
+        """Its output and KL in one backward, step after step, under sample=False too."""
+
+        class Net(ModuleWrapper):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = BBB.BBBLinear(5, 4)
+                self.second = BBB_LRT.BBBLinear(4, 3)
+
+        net = Net()
+        for sample in (True, False, True):
+            y, kl = net(torch.randn(7, 5), sample=sample)
+            self.check(net, kl)
+            (y.sum() + kl).backward()
 
 
 class TestElbo:

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    CONV_CASES,
     DEVICE,
     DTYPES,
+    LINEAR_CASES,
     assert_same,
-    grads,
+    compare,
+    conv_case,
     leaf,
-    on,
+    linear_case,
     posterior,
     rng,
     variance_of,
@@ -23,52 +26,21 @@ from torch import Tensor
 
 from bbb_fast import functional, reference
 
-
-def compare(
-    run: Callable[[], Tensor], leaves: list[Tensor | None], dtype: torch.dtype, loosen: float = 1.0
-) -> None:
-    with torch.no_grad():
-        shape = run()
-    # The same memory format as the output, so that gradients of both formats are covered.
-    grad = [torch.randn_like(shape, dtype=torch.float32).to(shape.dtype)]
-    native = on("native", grads, run, leaves, grad)
-    expected = on("reference", grads, run, leaves, grad)
-    for a, b in zip(native[0] + native[1], expected[0] + expected[1], strict=True):
-        # Gradients of parameters sum over the batch: an entry that cancels keeps the others' rounding.
-        size = 1.0 if b is None or not b.numel() else max(1.0, float(b.detach().float().abs().max()))
-        assert_same(a, b, dtype, loosen, size)
-    assert native[0][0].stride() == expected[0][0].stride()
+KL = {"prior_mu": 0.05, "prior_sigma": 0.4, "with_kl": True}
 
 
-def linear_case(
-    batch: tuple[int, ...],
-    i: int,
-    o: int,
-    bias: bool = True,
-    dtype: torch.dtype = torch.float32,
-    parameter_dtype: torch.dtype | None = None,
-) -> list[Tensor | None]:
-    parameter_dtype = parameter_dtype or dtype
-    W = posterior(o, i, dtype=parameter_dtype)
-    b = posterior(o, dtype=parameter_dtype) if bias else (None, None)
-    return [leaf(*batch, i, dtype=dtype), *W, *b]
+def small(kind: str, bias: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+    if kind == "linear":
+        return linear_case((4,), 6, 3, bias, dtype)
+    return conv_case(2, 2, 3, 4, (3, 3), (6, 6), bias=bias, dtype=dtype)
 
 
-LINEAR = [
-    ((5,), 7, 3),
-    ((1,), 1, 1),
-    ((0,), 4, 3),
-    ((4, 3), 5, 2),
-    ((), 6, 5),
-    ((65,), 33, 17),
-    ((3,), 0, 2),
-    ((3,), 2, 0),
-    ((2, 0, 3), 4, 5),
-]
+def op(kind: str) -> Callable[..., Any]:
+    return functional.lrt_linear if kind == "linear" else functional.lrt_conv2d
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("batch", "i", "o"), LINEAR)
+@pytest.mark.parametrize(("batch", "i", "o"), LINEAR_CASES)
 def test_linear_equals_reference(isa: str, batch: tuple[int, ...], i: int, o: int, bias: bool) -> None:
     case = linear_case(batch, i, o, bias)
     compare(lambda: functional.lrt_linear(*case, rng()), case, torch.float32)
@@ -129,42 +101,7 @@ def test_linear_strided_inputs(native: None) -> None:
     )
 
 
-def conv_case(
-    spatial: int,
-    n: int,
-    i: int,
-    o: int,
-    kernel: tuple[int, ...],
-    size: tuple[int, ...],
-    groups: int = 1,
-    bias: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> list[Tensor | None]:
-    W = posterior(o, i // groups, *kernel, dtype=dtype)
-    b = posterior(o, dtype=dtype) if bias else (None, None)
-    return [leaf(n, i, *size, dtype=dtype), *W, *b]
-
-
 CONV = {1: functional.lrt_conv1d, 2: functional.lrt_conv2d, 3: functional.lrt_conv3d}
-CONV_CASES = [
-    (1, 3, 4, 6, (3,), (11,), {}),
-    (1, 2, 4, 6, (3,), (11,), {"stride": 2, "padding": 2, "groups": 2}),
-    (2, 2, 3, 5, (3, 3), (7, 9), {}),
-    (
-        2,
-        3,
-        4,
-        6,
-        (5, 2),
-        (9, 8),
-        {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2},
-    ),
-    (2, 2, 1, 6, (5, 5), (12, 12), {}),
-    (2, 0, 3, 4, (3, 3), (6, 6), {}),
-    (2, 2, 4, 4, (1, 1), (5, 5), {"groups": 4}),
-    (2, 2, 3, 5, (4, 3), (7, 7), {"padding": "same"}),
-    (3, 2, 2, 3, (2, 3, 2), (4, 5, 6), {"padding": 1}),
-]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -226,8 +163,7 @@ def test_conv_unbatched(backend: str) -> None:
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3, 4), (0, 1, 3), (1, 2, 3, 4), (4,)])
 def test_frozen_arguments(native: None, kind: str, frozen: tuple[int, ...]) -> None:
-    case = linear_case((4,), 6, 3) if kind == "linear" else conv_case(2, 2, 3, 4, (3, 3), (6, 6))
-    function = functional.lrt_linear if kind == "linear" else functional.lrt_conv2d
+    case, function = small(kind), op(kind)
     for k in frozen:
         case[k] = case[k].detach()
     wanted = [t for k, t in enumerate(case) if k not in frozen]
@@ -236,8 +172,7 @@ def test_frozen_arguments(native: None, kind: str, frozen: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_three_forwards_before_one_backward(native: None, kind: str) -> None:
-    case = linear_case((4,), 6, 3) if kind == "linear" else conv_case(2, 2, 3, 4, (3, 3), (6, 6))
-    function = functional.lrt_linear if kind == "linear" else functional.lrt_conv2d
+    case, function = small(kind), op(kind)
     compare(lambda: torch.cat([function(*case, rng(stream=k)) for k in range(3)]), case, torch.float32)
 
 
@@ -397,6 +332,89 @@ def test_lrt_sample_rejects_mixed_strides(native: None) -> None:
         torch.ops.bbb_fast.lrt_sample_(torch.randn(4, 5), torch.rand(5, 4).t(), rng())
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("used", ["both", "output", "kl"])
+def test_with_kl_equals_reference(isa: str, kind: str, bias: bool, used: str) -> None:
+    """The KL of the same pass, and the gradients of output and KL together or of one alone."""
+    case = small(kind, bias)
+
+    def run() -> Any:
+        y, kl = op(kind)(*case, rng(), **KL)
+        return {"both": [y, kl], "output": y, "kl": kl}[used]
+
+    compare(run, case[1:] if used == "kl" else case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_with_kl_dtypes(native: None, kind: str, dtype: torch.dtype) -> None:
+    case = small(kind, dtype=dtype)
+    compare(lambda: op(kind)(*case, rng(), **KL), case, dtype, 2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_kl_is_kl_divergence(isa: str, kind: str, bias: bool) -> None:
+    """And the output is the one without it, bit for bit."""
+    case = small(kind, bias)
+    y, kl = op(kind)(*case, rng(), **KL)
+    assert torch.equal(y, op(kind)(*case, rng()))
+    mu, rho = [t for t in case[1::2] if t is not None], [t for t in case[2::2] if t is not None]
+    expected = functional.kl_divergence(mu, rho, KL["prior_mu"], KL["prior_sigma"])
+    torch.testing.assert_close(kl, expected, rtol=1e-6, atol=0)
+    fused = torch.autograd.grad(kl, [*mu, *rho])
+    torch.testing.assert_close(fused, torch.autograd.grad(expected, [*mu, *rho]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_gradcheck_with_kl(native: None, kind: str) -> None:
+    case = small(kind, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: op(kind)(*t, rng(), **KL), tuple(case))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bfloat16_variance_equals_reference(isa: str, kind: str, bias: bool, dtype: torch.dtype) -> None:
+    """Gradients too. A bfloat16 product may be added up in another order or type: a rounding of the variance
+    on either side, half of that in the deviation.
+    """
+    if kind == "linear":
+        case = linear_case((40,), 50, 20, bias, dtype)
+    else:
+        case = conv_case(2, 4, 6, 8, (3, 3), (9, 8), bias=bias, dtype=dtype)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return op(kind)(*case, rng(), **KL, variance_dtype=torch.bfloat16)
+
+    compare(run, case, torch.bfloat16)
+
+
+def test_bfloat16_variance_rounds_operands_and_result(native: None) -> None:
+    """Bit for bit where nothing is added up: x^2, sigma^2 and their product, each rounded once."""
+    x, W_rho = torch.randn(50, 1), torch.randn(40, 1)
+    plain = (0.0, 0.1, False, torch.bfloat16)
+    _, kept, _ = torch.ops.bbb_fast.lrt_linear(x, W_rho, W_rho, None, None, rng(), *plain)
+    factors = reference.square(x, torch.bfloat16), variance_of(W_rho, torch.bfloat16).t()
+    assert torch.equal(kept, (factors[0].float() * factors[1].float()).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_variance_dtype_rounds_the_variance(native: None, kind: str) -> None:
+    """What is kept is the variance in the asked type, the reference's to one rounding of it."""
+    case = [t.detach() for t in small(kind)]
+    geometry = () if kind == "linear" else ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    run = getattr(torch.ops.bbb_fast, f"lrt_{kind}")
+    for dtype in DTYPES:
+        y, kept, _ = run(*case, rng(), *geometry, 0.0, 0.1, False, dtype)
+        assert kept.dtype == dtype and kept.shape == y.shape and y.dtype == torch.float32
+        x2 = reference.square(case[0], dtype)
+        variances = [reference.variance(rho, dtype) for rho in (case[2], case[4])]
+        product = torch.nn.functional.linear if kind == "linear" else torch.nn.functional.conv2d
+        assert_same(kept, product(x2, *variances), dtype)
+
+
 def test_opcheck(native: None) -> None:
     ops = torch.ops.bbb_fast
     plain = (0.0, 0.1, False, None)
@@ -436,8 +454,7 @@ def test_opcheck_backward(native: None, mask: list[bool]) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_vmap_over_rng(backend: str, kind: str) -> None:
-    case = linear_case((4,), 6, 3) if kind == "linear" else conv_case(2, 2, 3, 4, (3, 3), (6, 6))
-    function = functional.lrt_linear if kind == "linear" else functional.lrt_conv2d
+    case, function = small(kind), op(kind)
     rngs = torch.stack([rng(stream=k) for k in range(3)])
     mapped = torch.func.vmap(lambda r: function(*case, r))(rngs)
     assert_same(mapped, torch.stack([function(*case, r) for r in rngs]), torch.float32)
