@@ -1,6 +1,7 @@
-// The autograd node of the KL that a layer's forward forms. It is a node of its own, so that the KL's
-// backward does not walk into the graph of the layer's input; where the output's backward runs in the same
-// pass, it leaves the gradient to that, which forms both in one pass over the parameters.
+// The autograd node of a KL: of kl_divergence, and of the KL that a layer's forward forms. There it is not the
+// output's node, so that the KL's backward does not walk into the graph of the layer's input; but where the
+// output's node runs in the same backward, it is left the gradient, and forms both in one pass over the
+// parameters.
 #pragma once
 
 #include <torch/csrc/autograd/function.h>
@@ -9,14 +10,29 @@
 
 #include <memory>
 #include <mutex>
+#include <type_traits>
 
 #include "passes.h"
 
 namespace bbb_fast {
 
+// Torch counts a node's references inside it or, in older releases, beside it.
+template <class Node>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, torch::autograd::Node>) {
+    return c10::make_intrusive<Node>();
+  } else {
+    return std::shared_ptr<Node>(new Node(), [](Node* node) { deleteNode(node); });
+  }
+}
+
 // The gradients through the KL alone: of the first mu, the first rho, the second mu and so on.
 std::vector<at::Tensor> kl_gradients(
-    at::TensorList mu, at::TensorList rho, const at::Tensor& grad_kl, double prior_mu, double prior_sigma);
+    at::TensorList mu,
+    at::TensorList rho,
+    const at::Tensor& grad_kl,
+    at::ArrayRef<double> prior_mu,
+    at::ArrayRef<double> prior_sigma);
 
 // Where the two nodes of a forward meet.
 class KlMeeting {
@@ -38,13 +54,23 @@ class KlMeeting {
 };
 
 struct KlNode : torch::autograd::Node {
-  std::vector<torch::autograd::SavedVariable> mu, rho;
-  double prior_mu = 0.0, prior_sigma = 1.0;
-  std::shared_ptr<KlMeeting> meeting;
+  // Sets kl's history, if any of mu and rho wants a gradient; with a meeting, that of the layer's output.
+  static void attach(
+      const at::Tensor& kl,
+      at::TensorList mu,
+      at::TensorList rho,
+      at::ArrayRef<double> prior_mu,
+      at::ArrayRef<double> prior_sigma,
+      std::shared_ptr<KlMeeting> meeting);
 
-  std::string name() const override { return "layer_kl_backward"; }
+  std::string name() const override { return "kl_backward"; }
   void release_variables() override;
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+
+ private:
+  std::vector<torch::autograd::SavedVariable> mu_, rho_;
+  std::vector<double> prior_mu_, prior_sigma_;
+  std::shared_ptr<KlMeeting> meeting_;
 };
 
 }  // namespace bbb_fast

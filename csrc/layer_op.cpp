@@ -47,7 +47,7 @@ std::vector<at::Tensor> posterior_gradients(
   }
   posterior_backward_out(
       grad_w, grad_variance, grad_kl.value_or(at::Tensor()), mu, rho, layer.rng,
-      std::vector<double>(mu.size(), layer.prior_mu), std::vector<double>(mu.size(), layer.prior_sigma),
+      layer.prior_mus(), layer.prior_sigmas(),
       grad_mu, grad_rho);
   for (at::Tensor& g : grad_rho) grad_mu.push_back(std::move(g));
   return grad_mu;

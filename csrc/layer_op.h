@@ -42,6 +42,9 @@ struct Layer {
   // The posteriors: of the weight and, if there is one, of the bias.
   std::vector<at::Tensor> mu() const { return list(W_mu, bias_mu); }
   std::vector<at::Tensor> rho() const { return list(W_rho, bias_rho); }
+  // The prior, once for each of them.
+  std::vector<double> prior_mus() const { return std::vector<double>(has(bias_mu) ? 2 : 1, prior_mu); }
+  std::vector<double> prior_sigmas() const { return std::vector<double>(has(bias_mu) ? 2 : 1, prior_sigma); }
 
  private:
   static std::vector<at::Tensor> list(const at::Tensor& W, const OptionalTensor& bias) {
@@ -89,16 +92,6 @@ struct Owned<c10::SymIntArrayRef> {
   explicit Owned(c10::SymIntArrayRef v) : value(v.vec()) {}
   c10::SymIntArrayRef get() const { return value; }
 };
-
-// Torch counts a node's references inside it or, in older releases, beside it.
-template <class Node>
-auto make_node() {
-  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, torch::autograd::Node>) {
-    return c10::make_intrusive<Node>();
-  } else {
-    return std::shared_ptr<Node>(new Node(), [](Node* node) { deleteNode(node); });
-  }
-}
 
 template <class Estimator, class... Geometry>
 class LayerOp {
@@ -233,18 +226,11 @@ class LayerOp {
       node->prior_mu = prior_mu;
       node->prior_sigma = prior_sigma;
       ag::set_history(output, node);
-      if (with_kl && ag::compute_requires_grad(W_mu, W_rho, b_mu, b_rho)) {
-        // After the output's node, so that the engine runs it first.
-        auto kl_node = make_node<KlNode>();
-        kl_node->set_next_edges(
-            has(bias_mu) ? ag::collect_next_edges(W_mu, W_rho, b_mu, b_rho)
-                         : ag::collect_next_edges(W_mu, W_rho));
-        for (const at::Tensor& t : layer.mu()) kl_node->mu.emplace_back(t, false);
-        for (const at::Tensor& t : layer.rho()) kl_node->rho.emplace_back(t, false);
-        kl_node->prior_mu = prior_mu;
-        kl_node->prior_sigma = prior_sigma;
-        kl_node->meeting = node->meeting = std::make_shared<KlMeeting>(node.get());
-        ag::set_history(kl, kl_node);
+      if (with_kl) {
+        // After the output's node: the engine runs later nodes first.
+        node->meeting = std::make_shared<KlMeeting>(node.get());
+        KlNode::attach(
+            kl, layer.mu(), layer.rho(), layer.prior_mus(), layer.prior_sigmas(), node->meeting);
       }
     }
     return outputs;
@@ -290,7 +276,7 @@ class LayerOp {
       if (!at::GradMode::is_enabled()) guard.emplace();
       if (!grads[0].defined()) {
         const Layer layer{x, m, r, b_m, b_r, rng_, prior_mu, prior_sigma};
-        auto parameters = kl_gradients(layer.mu(), layer.rho(), grad_kl, prior_mu, prior_sigma);
+        auto parameters = kl_gradients(layer.mu(), layer.rho(), grad_kl, layer.prior_mus(), layer.prior_sigmas());
         std::move(parameters.begin(), parameters.end(), result.begin() + 1);
         return result;
       }

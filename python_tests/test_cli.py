@@ -119,7 +119,7 @@ class TestTrain:
             "posterior_rho_initial": (-4.0, 0.3), "epochs": 7, "batch_size": 9, "train_samples": 2,
             "valid_samples": 3, "test_samples": 4, "valid_size": 50, "train_size": 60,
             "beta": "Blundell", "lr": 0.5, "lr_schedule": "cosine", "weight_decay": 0.25, "seed": 11,
-            "device": "cpu", "threads": 1, "dataset": "digits",
+            "device": "cpu", "threads": 1, "dataset": "digits", "variance_dtype": "float32",
         }  # fmt: skip
         command = ["train", "--overwrite", "--quiet"]
         for key, value in options.items():
@@ -131,6 +131,13 @@ class TestTrain:
         assert [len(training), len(valid), len(test)] == [60, 50, 360]
         assert out == Path("runs/digits-3conv3fc-none-seed11")
         assert (resume, progress, rest) == (False, False, {"overwrite": True})
+
+    def test_the_type_of_the_variance_reaches_the_layers(self, tmp_path: Path) -> None:
+        pytest.importorskip("sklearn")
+        out = tmp_path / "run"
+        assert main([*SMALL, "--epochs", "1", "--variance-dtype", "bfloat16", "--out", str(out)]) == 0
+        model = checkpoint.load_model(out / "best.pt").model
+        assert model.conv1.variance_dtype == model.fc3.variance_dtype == torch.bfloat16
 
     def test_defaults(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("sklearn")

@@ -122,6 +122,11 @@ class TestConfig:
             ({"lr": 0}, "lr must be a finite number > 0"),
             ({"weight_decay": -1.0, "layer_type": "none"}, "weight_decay must be a finite number >= 0"),
             ({"weight_decay": 0.1}, "weight_decay = 0.1 needs layer_type 'none'"),
+            ({"variance_dtype": "float16"}, "unknown variance_dtype 'float16'; allowed: float32, bfloat16"),
+            (
+                {"variance_dtype": "bfloat16", "layer_type": "bbb"},
+                "variance_dtype = bfloat16 needs layer_type 'lrt', got 'bbb'",
+            ),
             ({"prior_sigma": 0.0}, "prior_sigma'.* must be > 0, got 0.0"),
             ({"posterior_mu_initial": (0.0, -1.0)}, "posterior_mu_initial.*std >= 0"),
             ({"device": "tpu"}, "unknown device 'tpu'; allowed: cpu, cuda"),
