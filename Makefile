@@ -27,8 +27,8 @@ NO_EXT := $(filter-out 0 false no off,$(BBB_FAST_NO_EXT))
 INSTALLED := $(VENV)/.$(if $(NO_EXT),reference,native)
 OTHER := $(VENV)/.$(if $(NO_EXT),native,reference)
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
-OP_TESTS := $(addprefix python_tests/test_,noise.py sample_weights.py kl_divergence.py lrt.py layers.py \
-  losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
+OP_TESTS := $(addprefix python_tests/test_,noise.py sample_weights.py kl_divergence.py bbb.py lrt.py \
+  layers.py memory.py losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
 
 .PHONY: demo test test-slow test-cpp test-blocks portability cuda-check gpu-report lint format bench setup clean
 

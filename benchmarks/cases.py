@@ -232,6 +232,16 @@ def _kl_formula(mu: Tensor, rho: Tensor) -> Tensor:
     return eager.kl(mu, eager.sigma(rho))
 
 
+def _variance_and_kl(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    sig = eager.sigma(rho)
+    return sig**2, eager.kl(mu, sig)
+
+
+def _moments(n: int, device: torch.device) -> dict[str, Tensor]:
+    more = ("grad_variance", "out", "out_rho")
+    return {**_weights(n, device), **{name: torch.randn(n, device=device) for name in more}}
+
+
 def _narrow_variance(rho: Tensor) -> Tensor:
     return eager.variance(rho).to(torch.bfloat16)
 
@@ -267,14 +277,17 @@ KERNELS = (
         _kl_formula, _MU_RHO, leaves=_MU_RHO,
     ),
     Kernel(
-        "variance", 8, _weights,
-        "variance", lambda t: (t["rho"], torch.float32),
-        eager.variance, ("rho",),
+        "variance + KL", 12, _weights,
+        "variance", lambda t: ([t["mu"]], [t["rho"]], 0.0, 0.1, True, torch.float32),
+        _variance_and_kl, _MU_RHO,
     ),
     Kernel(
-        "variance, backward", 12, _weights,
-        "variance_backward", lambda t: (t["grad"], t["rho"]),
-        eager.variance, ("rho",), leaves=("rho",),
+        "variance + KL, backward", 24, _moments,
+        "posterior_backward_out",
+        lambda t: (
+            [t["grad"]], [t["grad_variance"]], t["one"], [t["mu"]], [t["rho"]], None, [0.0], [0.1],
+            [t["out"]], [t["out_rho"]],
+        ),
     ),
     Kernel(
         "LRT epilogue", 12, _activations,
@@ -303,7 +316,7 @@ KERNELS = (
     ),
     Kernel(
         "variance to bf16", 6, _weights,
-        "variance", lambda t: (t["rho"], torch.bfloat16),
+        "variance", lambda t: ([t["rho"]], [t["rho"]], 0.0, 0.1, False, torch.bfloat16),
         _narrow_variance, ("rho",), compiled=False,
     ),
     Kernel(
