@@ -10,6 +10,16 @@
 #include "checks.h"
 
 namespace bbb_fast {
+namespace {
+
+// [..., features] as [rows, features].
+at::Tensor as_matrix(const at::Tensor& t) {
+  if (t.dim() == 2) return t;
+  const int64_t rows = c10::multiply_integers(t.sizes().begin(), t.sizes().end() - 1);
+  return t.reshape({rows, t.size(-1)});
+}
+
+}  // namespace
 
 void Linear::check(const char* op, const at::Tensor& input, const at::Tensor& weight) const {
   TORCH_CHECK_VALUE(
@@ -29,11 +39,13 @@ ProductGradients Linear::backward(
     const at::Tensor& input,
     const at::Tensor& weight,
     const std::array<bool, 3>& wanted) const {
-  const int64_t rows = c10::multiply_integers(input.sizes().begin(), input.sizes().end() - 1);
-  const at::Tensor g = grad.reshape({rows, weight.size(0)});
+  const at::Tensor g = as_matrix(grad);
   at::Tensor g_x, g_w, g_b;
-  if (wanted[0]) g_x = at::mm(g, weight).view(input.sizes());
-  if (wanted[1]) g_w = at::mm(g.t(), input.reshape({rows, weight.size(1)}));
+  if (wanted[0]) {
+    g_x = at::mm(g, weight);
+    if (input.dim() != 2) g_x = g_x.view(input.sizes());
+  }
+  if (wanted[1]) g_w = at::mm(g.t(), as_matrix(input));
   if (wanted[2]) {
     const auto wide = g.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     g_b = at::sum(g, {0}, false, wide);

@@ -175,8 +175,7 @@ class BayesianLayer(nn.Module):
     def take_forward_kl(self) -> Tensor | None:
         """The KL that the last forward formed, once, or None; what :func:`bbb_fast.kl_loss` asks first.
 
-        Once: its graph is that of the forward's output, and a second loss must not meet a graph that the
-        first one's backward has released.
+        Once: a second loss must not meet a graph that the first one's backward has released.
         """
         if self._forward_kl is None or not _plain_autograd():
             return None
@@ -225,7 +224,7 @@ class BayesianLayer(nn.Module):
         options = self._options(estimator)
         parameters = (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho)
         # A KL that a transform or a trace made is of no use to whoever asks for it outside.
-        if not _plain_autograd() or any(p is not None and p.is_inference() for p in parameters):
+        if not _plain_autograd():
             return self._draw_output(estimator, input, parameters, rng, **options)
         output, kl = self._draw_output(
             estimator,
@@ -238,7 +237,8 @@ class BayesianLayer(nn.Module):
             **options,
         )
         left = None
-        if type(kl) is Tensor:  # not a fake one
+        # A fake one has no numbers; of inference tensors, changes go unseen.
+        if type(kl) is Tensor and not self.W_mu.is_inference():
             left = (kl, self.prior_mu, self.prior_sigma, parameters, _state_of(parameters))
         # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
         self.__dict__["_forward_kl"] = left

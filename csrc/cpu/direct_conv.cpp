@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 
+#include "huge_pages.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -169,6 +170,7 @@ at::Tensor direct_conv(
   if (weight.dim() == 4) sizes.push_back(s.out_height());
   sizes.push_back(s.out_width());
   at::Tensor output = at::empty(sizes, input.options());
+  hint_huge_pages(output);
   correlate_batch(
       s, {s.in, s.height, s.width, s.padding_h, s.padding_w}, input.const_data_ptr<float>(),
       pack(s, w.const_data_ptr<float>(), false, wide_registers()),
@@ -188,6 +190,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> direct_conv_backward(
   at::Tensor g_x, g_w, g_b;
   if (wanted[0]) {
     g_x = at::empty(input.sizes(), input.options());
+    hint_huge_pages(g_x);
     correlate_batch(
         s,
         {s.out, s.out_height(), s.out_width(), s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w},
