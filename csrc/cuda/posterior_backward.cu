@@ -27,8 +27,11 @@ struct BackwardEntry {
 // Through the weight, dw/dmu = 1 and dw/drho = eps sigmoid(rho) (Blundell et al. 2015, section 3.2); through
 // the mean and the variance (kMoments), d sigma^2/drho = 2 sigma sigmoid(rho); plus the KL's.
 // The compiler left alone takes 95 registers, for 2 blocks at once; these bounds cost no spill.
+template <class P, bool kMoments>
+constexpr int kBackwardBlocks = (sizeof(P) == sizeof(float) ? 4 : 3) - (kMoments ? 1 : 0);
+
 template <class P, class W, bool kMoments>
-__global__ void __launch_bounds__(kThreads, sizeof(P) == sizeof(float) ? 4 : 3) backward_kernel(
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kMoments>) backward_kernel(
     const __grid_constant__ Table<BackwardEntry<P, W>> table, const int64_t* rng, const Wide<P>* grad_kl) {
   using A = Wide<P>;
   constexpr int N = kVector<P, W>;
