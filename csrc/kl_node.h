@@ -1,6 +1,6 @@
-// The autograd node of a KL: of kl_divergence, and of the KL that a layer's forward forms. There it is not the
-// output's node, so that the KL's backward does not walk into the graph of the layer's input; but where the
-// output's node runs in the same backward, it is left the gradient, and forms both in one pass over the
+// The autograd node of a KL: of kl_divergence, and of the KL that a layer's forward forms. There it is not
+// the output's node, so that the KL's backward does not walk into the graph of the layer's input; but where
+// the output's node runs in the same backward, it is left the gradient, and forms both in one pass over the
 // parameters.
 #pragma once
 

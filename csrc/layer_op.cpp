@@ -46,9 +46,8 @@ std::vector<at::Tensor> posterior_gradients(
     grad_rho.push_back(reused(moments ? grad_variance[k] : at::Tensor(), mu[k]));
   }
   posterior_backward_out(
-      grad_w, grad_variance, grad_kl.value_or(at::Tensor()), mu, rho, layer.rng,
-      layer.prior_mus(), layer.prior_sigmas(),
-      grad_mu, grad_rho);
+      grad_w, grad_variance, grad_kl.value_or(at::Tensor()), mu, rho, layer.rng, layer.prior_mus(),
+      layer.prior_sigmas(), grad_mu, grad_rho);
   for (at::Tensor& g : grad_rho) grad_mu.push_back(std::move(g));
   return grad_mu;
 }

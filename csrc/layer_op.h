@@ -229,8 +229,7 @@ class LayerOp {
       if (with_kl) {
         // After the output's node: the engine runs later nodes first.
         node->meeting = std::make_shared<KlMeeting>(node.get());
-        KlNode::attach(
-            kl, layer.mu(), layer.rho(), layer.prior_mus(), layer.prior_sigmas(), node->meeting);
+        KlNode::attach(kl, layer.mu(), layer.rho(), layer.prior_mus(), layer.prior_sigmas(), node->meeting);
       }
     }
     return outputs;
@@ -270,13 +269,14 @@ class LayerOp {
       const at::Tensor x = input.unpack(), m = W_mu.unpack(), r = W_rho.unpack(), rng_ = rng.unpack();
       const OptionalTensor b_m = optional(bias_mu.unpack()), b_r = optional(bias_rho.unpack());
       const OptionalTensor kept_ = optional(kept.unpack());
-      // The ops below have no derivative of their own: asked for one, their autograd raises. Otherwise passing
-      // it by saves a microsecond or more an op.
+      // The ops below have no derivative of their own: asked for one, their autograd raises. Otherwise
+      // passing it by saves a microsecond or more an op.
       std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
       if (!at::GradMode::is_enabled()) guard.emplace();
       if (!grads[0].defined()) {
         const Layer layer{x, m, r, b_m, b_r, rng_, prior_mu, prior_sigma};
-        auto parameters = kl_gradients(layer.mu(), layer.rho(), grad_kl, layer.prior_mus(), layer.prior_sigmas());
+        auto parameters =
+            kl_gradients(layer.mu(), layer.rho(), grad_kl, layer.prior_mus(), layer.prior_sigmas());
         std::move(parameters.begin(), parameters.end(), result.begin() + 1);
         return result;
       }

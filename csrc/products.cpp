@@ -107,7 +107,8 @@ std::optional<ConvShape> Convolution::direct(const at::Tensor& input, const at::
 }
 
 // Measured: over so few pixels the library takes several times as long as the products below.
-bool Convolution::few_pixels(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const {
+bool Convolution::few_pixels(
+    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const {
   return input.device().is_cpu() && weight.dim() == 4 && input.scalar_type() == at::kFloat && !transposed_ &&
          groups_ == 1 && grad.size(2) * grad.size(3) <= 4 && grad.size(0) >= 16 && weight.size(0) >= 32 &&
          weight.size(1) >= 32;

@@ -108,16 +108,33 @@ bool wide_registers() {
 }
 
 void correlate_batch(
-    const ConvShape& s, const Planes& planes, const float* input, const std::vector<float>& weight,
-    const float* bias, int64_t out, int64_t out_height, int64_t out_width, float* output) {
+    const ConvShape& s,
+    const Planes& planes,
+    const float* input,
+    const std::vector<float>& weight,
+    const float* bias,
+    int64_t out,
+    int64_t out_height,
+    int64_t out_width,
+    float* output) {
   at::parallel_for(0, s.batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> image = planes.make();
     std::vector<float> wide(8 * (out_height * planes.row() + kSlack));
     for (int64_t n = begin; n < end; ++n) {
       planes.fill(input + n * planes.channels * planes.height * planes.width, image.data());
       const CorrelateArgs args{
-          image.data(), planes.stride(), planes.row(), planes.channels, out, s.kernel_h, s.kernel_w,
-          out_height, out_width, weight.data(), bias, wide.data(),
+          image.data(),
+          planes.stride(),
+          planes.row(),
+          planes.channels,
+          out,
+          s.kernel_h,
+          s.kernel_w,
+          out_height,
+          out_width,
+          weight.data(),
+          bias,
+          wide.data(),
           output + n * out * out_height * out_width};
       BBB_CALL(correlate, args)
     }
@@ -143,16 +160,9 @@ std::optional<ConvShape> direct_conv_shape(
     return std::nullopt;
   }
   const bool two = weight.dim() == 4;
-  const ConvShape s{
-      input.size(0),
-      input.size(1),
-      weight.size(0),
-      two ? input.size(2) : 1,
-      input.size(-1),
-      two ? weight.size(2) : 1,
-      weight.size(-1),
-      two ? padding[0] : 0,
-      padding[two ? 1 : 0]};
+  const ConvShape s{input.size(0),           input.size(1),        weight.size(0),
+                    two ? input.size(2) : 1, input.size(-1),       two ? weight.size(2) : 1,
+                    weight.size(-1),         two ? padding[0] : 0, padding[two ? 1 : 0]};
   // Measured: from 16 input channels on, the library's kernels fill their vectors. The gradient of the input
   // wants a border of kernel - 1 - padding.
   const bool few = s.in < 16 && s.in * s.out <= 512;
@@ -192,8 +202,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> direct_conv_backward(
     g_x = at::empty(input.sizes(), input.options());
     hint_huge_pages(g_x);
     correlate_batch(
-        s,
-        {s.out, s.out_height(), s.out_width(), s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w},
+        s, {s.out, s.out_height(), s.out_width(), s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w},
         g.const_data_ptr<float>(), pack(s, w.const_data_ptr<float>(), true, wide_registers()), nullptr, s.in,
         s.height, s.width, g_x.mutable_data_ptr<float>());
   }
@@ -230,8 +239,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> direct_conv_backward(
             }
           }
           const WeightGradArgs args{
-              count, images.data(), grads.data(), planes.stride(), row, grad_plane, s.in, s.out, s.kernel_h,
-              s.kernel_w, pixels, sums.data() + part * size * kLanes};
+              count,      images.data(), grads.data(), planes.stride(),
+              row,        grad_plane,    s.in,         s.out,
+              s.kernel_h, s.kernel_w,    pixels,       sums.data() + part * size * kLanes};
           BBB_CALL(correlate_weights, args)
         }
       }
@@ -328,7 +338,8 @@ inline void correlate(const CorrelateArgs& a) {
   }
 }
 
-// Adds grads[o][p] * plane[p + shift + k] over all pixels p, for kBlock output channels and kTaps taps of a row.
+// Adds grads[o][p] * plane[p + shift + k] over all pixels p, for kBlock output channels and kTaps taps of a
+// row.
 template <int kBlock, int kTaps>
 inline void weight_sums(const WeightGradArgs& a, const float* x, int64_t o, float* const to[kBlock]) {
   // Unrolled by name: the compiler would else unroll too late to keep the sums in registers.

@@ -11,8 +11,8 @@
 namespace bbb_fast {
 
 struct ConvShape {
-  int64_t batch, in, out;        // images, channels
-  int64_t height, width;         // of the input
+  int64_t batch, in, out;  // images, channels
+  int64_t height, width;   // of the input
   int64_t kernel_h, kernel_w;
   int64_t padding_h, padding_w;
 
