@@ -20,7 +20,7 @@
 namespace bbb_fast::base {
 namespace {
 #include "../cpu/simd.h"
-static_assert(kTile == 4 * kWidth);
+static_assert(kTile == kVectors * kWidth);
 #include "../cpu/kl_tile.h"
 }  // namespace
 }  // namespace bbb_fast::base
@@ -37,9 +37,9 @@ bool close(double x, double expected, double relative, double absolute = 0) {
 
 float element(uint64_t seed, uint64_t stream, uint64_t index) {
   float tile[b::kTile];
-  b::vfloat z[4];
+  b::vfloat z[b::kVectors];
   b::Noise(seed, stream).tile(index / b::kTile * (b::kTile / 4), z);
-  for (int r = 0; r < 4; ++r) b::store(tile + r * b::kWidth, z[r]);
+  for (int r = 0; r < b::kVectors; ++r) b::store(tile + r * b::kWidth, z[r]);
   return tile[index % b::kTile];
 }
 
@@ -81,8 +81,7 @@ void softplus_and_its_derivatives() {
 void kl_of_a_tile() {
   const f64::Prior prior{0.2, 0.1};
   for (int64_t count : {b::kTile, b::kTile - 3, 1}) {
-    b::vfloat mu[4], rho[4];
-    b::Sigma<b::vfloat> sigma[4];
+    b::vfloat mu[b::kVectors], rho[b::kVectors];
     double exact = 0;
     for (int64_t i = 0; i < b::kTile; ++i) {
       const float m = 0.01f * static_cast<float>(i), r = 0.7f * static_cast<float>(i) - 5.0f;
@@ -90,9 +89,16 @@ void kl_of_a_tile() {
       rho[i / b::kWidth][i % b::kWidth] = r;
       if (i < count) exact += f64::kl_terms(m, r, f64::softplus(r), prior);
     }
-    for (int r = 0; r < 4; ++r) sigma[r] = b::softplus(rho[r]);
     b::KlSum kl;
-    kl.add(mu, rho, sigma, b::make_prior(prior), count);
+    for (int r = 0; r < b::kVectors; ++r) {
+      const auto sigma = b::softplus(rho[r]);
+      if (count == b::kTile) {
+        kl.add<true>(mu[r], rho[r], sigma, b::make_prior(prior), r, count);
+      } else {
+        kl.add<false>(mu[r], rho[r], sigma, b::make_prior(prior), r, count);
+      }
+    }
+    kl.finish_tile();
     EXPECT(close(kl.total(), exact, 1e-6));
   }
 }
