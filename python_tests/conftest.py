@@ -175,6 +175,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isa", names, indirect=True, ids=[name or "only" for name in names])
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    """A test draws the same numbers alone, among others, and in another order."""
+    torch.manual_seed(2026)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where the tests' tensors are, as ``helpers.DEVICE``."""

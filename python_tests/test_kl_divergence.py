@@ -30,7 +30,9 @@ def test_equals_torch_distributions(backend: str, shape: tuple[int, ...], prior:
     # prior_sigma = 0.1 is not a float32 number: the exact value uses the double next to it.
     p = Normal(torch.tensor(prior[0]).double(), torch.tensor(prior[1], dtype=torch.float64))
     q = Normal(mu.detach().double(), softplus(rho.detach().double()))
-    torch.testing.assert_close(kl.double(), exact_kl(q, p).sum(), rtol=1e-6, atol=0)
+    # A weight's terms of order 1 cancel where its posterior is near the prior: there an absolute error stays.
+    cancelled = 2.5e-7 * mu.numel()
+    torch.testing.assert_close(kl.double(), exact_kl(q, p).sum(), rtol=1e-6, atol=cancelled)
 
 
 @pytest.mark.parametrize("value", [-12.0, -3.0, -1.0, 0.5])
