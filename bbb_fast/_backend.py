@@ -102,6 +102,11 @@ def backend() -> str:
     return "native" if _C is not None and _choice != "reference" else "reference"
 
 
+def native_module() -> Any:
+    """The extension, or None where the reference path was chosen or there is no other."""
+    return None if _choice == "reference" else _C
+
+
 def use_native(device: torch.device) -> bool:
     """Whether an op on ``device`` goes to the native kernels."""
     if _choice == "reference" or _C is None:

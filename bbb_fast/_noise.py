@@ -16,6 +16,9 @@ _MAX_SAMPLE = (1 << 31) - 1
 _RANK_STEP = 0x9E3779B97F4A7C15
 
 
+_DISTRIBUTED = torch.distributed.is_available()
+
+
 class _State(threading.local):
     def __init__(self) -> None:
         # On the instance, not the class: torch.compile recompiles for a change of the former only.
@@ -34,19 +37,15 @@ def draw_rng(device: torch.device | str | None = None) -> Tensor:
     seeded alike.
     """
     rng = torch.randint(0, _INT64_MAX, (2,), dtype=torch.int64, device=device)
-    rank = _rank()
-    return rng + _as_int64(rank * _RANK_STEP) if rank else rng
+    offset = rank_offset()
+    return rng + offset if offset else rng
 
 
-def _as_int64(value: int) -> int:
-    """Wraps modulo 2^64 into int64's range, as the addition it is used in does."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank()
+def rank_offset() -> int:
+    """What a rank adds to its draws of an ``rng`` (int64, wrapping around); 0 without torch.distributed."""
+    if _DISTRIBUTED and torch.distributed.is_initialized():
+        # Modulo 2^64, into int64's range.
+        return (torch.distributed.get_rank() * _RANK_STEP + (1 << 63)) % (1 << 64) - (1 << 63)
     return 0
 
 
@@ -64,6 +63,11 @@ def posterior_means() -> Iterator[None]:
 def means_wanted() -> bool:
     """Whether a :func:`posterior_means` context is open in this thread."""
     return _state.means
+
+
+def draws_freely() -> bool:
+    """Whether a layer's draw is a fresh one: no context asks for the means or for a pinned draw."""
+    return _state.pinned is None and not _state.means
 
 
 def layer_rng(layer: nn.Module, device: torch.device) -> tuple[Tensor, bool]:

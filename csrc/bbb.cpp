@@ -46,13 +46,13 @@ struct WeightSpace {
 };
 
 TORCH_LIBRARY_IMPL(bbb_fast, CompositeExplicitAutograd, m) {
-  LinearOp<WeightSpace>::implement_kernels(m);
-  ConvOp<WeightSpace>::implement_kernels(m);
+  OverLinear<LayerOp, WeightSpace>::implement_kernels(m);
+  OverConvolution<LayerOp, WeightSpace>::implement_kernels(m);
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
-  LinearOp<WeightSpace>::implement_autograd(m);
-  ConvOp<WeightSpace>::implement_autograd(m);
+  OverLinear<LayerOp, WeightSpace>::implement_autograd(m);
+  OverConvolution<LayerOp, WeightSpace>::implement_autograd(m);
 }
 
 }  // namespace

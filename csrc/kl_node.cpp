@@ -87,12 +87,13 @@ ag::variable_list KlNode::apply(ag::variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const ag::variable_list nothing(2 * mu_.size());
   if (!grads[0].defined()) return nothing;
+  // Whoever takes the gradient unpacks the parameters, with autograd's checks.
+  if (meeting_ && meeting_->leave(grads[0])) return nothing;
   std::vector<at::Tensor> mu, rho;
   for (size_t k = 0; k < mu_.size(); ++k) {
     mu.push_back(mu_[k].unpack());
     rho.push_back(rho_[k].unpack());
   }
-  if (meeting_ && meeting_->leave(grads[0])) return nothing;
   // As in a layer's node: a second derivative raises, else autograd is passed by.
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
   if (!at::GradMode::is_enabled()) guard.emplace();

@@ -9,7 +9,6 @@
 // kept is what the estimator may keep for backward: BBB the weight, LRT the variance of the output.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -93,23 +92,27 @@ struct Owned<c10::SymIntArrayRef> {
   c10::SymIntArrayRef get() const { return value; }
 };
 
+using LayerOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+template <class Option, class... Geometry>
+using LayerForward = LayerOutputs(
+    const at::Tensor&,
+    const at::Tensor&,
+    const at::Tensor&,
+    const OptionalTensor&,
+    const OptionalTensor&,
+    const at::Tensor&,
+    Geometry...,
+    double,
+    double,
+    bool,
+    Option);
+
 template <class Estimator, class... Geometry>
 class LayerOp {
  public:
   using Option = typename Estimator::Option;
-  using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-  using ForwardSignature = Outputs(
-      const at::Tensor&,
-      const at::Tensor&,
-      const at::Tensor&,
-      const OptionalTensor&,
-      const OptionalTensor&,
-      const at::Tensor&,
-      Geometry...,
-      double,
-      double,
-      bool,
-      Option);
+  using ForwardSignature = LayerForward<Option, Geometry...>;
   using BackwardSignature = std::vector<at::Tensor>(
       const at::Tensor&,
       const OptionalTensor&,
@@ -129,7 +132,7 @@ class LayerOp {
     return std::string(Estimator::kName) + (sizeof...(Geometry) == 0 ? "_linear" : "_conv");
   }
 
-  static Outputs forward(
+  static LayerOutputs forward(
       const at::Tensor& input,
       const at::Tensor& W_mu,
       const at::Tensor& W_rho,
@@ -179,7 +182,7 @@ class LayerOp {
     return pick_gradients(grads.input, parameters, output_mask);
   }
 
-  static Outputs autograd(
+  static LayerOutputs autograd(
       const at::Tensor& input,
       const at::Tensor& W_mu,
       const at::Tensor& W_rho,
@@ -203,11 +206,9 @@ class LayerOp {
       node = make_node<Node>();
       node->set_next_edges(ag::collect_next_edges(input, W_mu, W_rho, b_mu, b_rho));
     }
-    Outputs outputs;
+    LayerOutputs outputs;
     {
-      static const auto op = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow(("bbb_fast::" + name()).c_str(), "")
-                                 .template typed<ForwardSignature>();
+      static const auto op = find_op<ForwardSignature>(name());
       at::AutoDispatchBelowADInplaceOrView guard;
       outputs = op.call(
           input, W_mu, W_rho, bias_mu, bias_rho, rng, geometry..., prior_mu, prior_sigma, with_kl, option);
@@ -280,9 +281,7 @@ class LayerOp {
         std::move(parameters.begin(), parameters.end(), result.begin() + 1);
         return result;
       }
-      static const auto op = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow(("bbb_fast::" + name()).c_str(), "")
-                                 .template typed<BackwardSignature>();
+      static const auto op = find_op<BackwardSignature>(name());
       c10::List<bool> mask;
       mask.reserve(5);
       for (size_t i = 0; i < 5; ++i) mask.push_back(task_should_compute_output(i));
@@ -301,17 +300,17 @@ class LayerOp {
   };
 };
 
-// LayerOp of an estimator over each product.
-template <class Estimator>
-using LinearOp = LayerOp<Estimator>;
-template <class Estimator>
-using ConvOp = LayerOp<
-    Estimator,
-    c10::SymIntArrayRef,
-    c10::SymIntArrayRef,
-    c10::SymIntArrayRef,
-    bool,
-    c10::SymIntArrayRef,
-    c10::SymInt>;
+// Over each product.
+template <template <class...> class Of, class First>
+using OverLinear = Of<First>;
+template <template <class...> class Of, class First>
+using OverConvolution =
+    Of<First,
+       c10::SymIntArrayRef,
+       c10::SymIntArrayRef,
+       c10::SymIntArrayRef,
+       bool,
+       c10::SymIntArrayRef,
+       c10::SymInt>;
 
 }  // namespace bbb_fast

@@ -22,6 +22,11 @@ at::ScalarType product_dtype_for(const at::Tensor& input, at::ScalarType vdtype)
   return slow ? at::kFloat : vdtype;
 }
 
+// t.to(dtype), past the dispatcher where there is nothing to do.
+at::Tensor as_type(const at::Tensor& t, at::ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : t.to(dtype);
+}
+
 struct LocalReparameterization {
   static constexpr const char* kName = "lrt";
   static constexpr bool kMoments = true;
@@ -39,14 +44,14 @@ struct LocalReparameterization {
         variance(layer.mu(), layer.rho(), layer.prior_mu, layer.prior_sigma, with_kl, vdtype);
     OptionalTensor b_mu, b_var;
     if (has(layer.bias_mu)) {
-      b_mu = layer.bias_mu->to(dtype);
-      b_var = variances[1].to(pdtype);
+      b_mu = as_type(*layer.bias_mu, dtype);
+      b_var = as_type(variances[1], pdtype);
     }
     const auto format = product.output_format(layer.input, layer.W_mu);
-    at::Tensor m = product.forward(layer.input, layer.W_mu.to(dtype), b_mu).contiguous(format);
-    at::Tensor v = product.forward(square(layer.input, vdtype).to(pdtype), variances[0].to(pdtype), b_var)
-                       .to(vdtype)
-                       .contiguous(format);
+    at::Tensor m = product.forward(layer.input, as_type(layer.W_mu, dtype), b_mu).contiguous(format);
+    at::Tensor v =
+        product.forward(as_type(square(layer.input, vdtype), pdtype), as_type(variances[0], pdtype), b_var);
+    v = as_type(v, vdtype).contiguous(format);
     lrt_sample_(m, v, layer.rng);
     return {std::move(m), std::move(v), std::move(kl)};
   }
@@ -67,11 +72,11 @@ struct LocalReparameterization {
     const auto pdtype = product_dtype_for(layer.input, vdtype);
     const std::array<bool, 3> which{wanted.input, wanted.W, wanted.bias};
     const at::Tensor g = grad.contiguous(product.output_format(layer.input, layer.W_mu));
-    const at::Tensor g_v = lrt_sample_backward(g, v, layer.rng).to(pdtype);
+    const at::Tensor g_v = as_type(lrt_sample_backward(g, v, layer.rng), pdtype);
 
     OperandGradients grads;
     std::tie(grads.input, grads.W, grads.bias) =
-        product.backward(g, layer.input, layer.W_mu.to(layer.input.scalar_type()), which);
+        product.backward(g, layer.input, as_type(layer.W_mu, layer.input.scalar_type()), which);
     // Without the input's gradient, its shape and type alone matter.
     at::Tensor W_variance = layer.W_rho;
     if (wanted.input) {
@@ -79,21 +84,21 @@ struct LocalReparameterization {
           variance({layer.W_mu}, {layer.W_rho}, layer.prior_mu, layer.prior_sigma, false, vdtype))[0];
     }
     at::Tensor g_x2;
-    std::tie(g_x2, grads.W_variance, grads.bias_variance) =
-        product.backward(g_v, square(layer.input, vdtype).to(pdtype), W_variance.to(pdtype), which);
+    std::tie(g_x2, grads.W_variance, grads.bias_variance) = product.backward(
+        g_v, as_type(square(layer.input, vdtype), pdtype), as_type(W_variance, pdtype), which);
     if (wanted.input) square_backward_(grads.input, layer.input, g_x2);
     return grads;
   }
 };
 
 TORCH_LIBRARY_IMPL(bbb_fast, CompositeExplicitAutograd, m) {
-  LinearOp<LocalReparameterization>::implement_kernels(m);
-  ConvOp<LocalReparameterization>::implement_kernels(m);
+  OverLinear<LayerOp, LocalReparameterization>::implement_kernels(m);
+  OverConvolution<LayerOp, LocalReparameterization>::implement_kernels(m);
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
-  LinearOp<LocalReparameterization>::implement_autograd(m);
-  ConvOp<LocalReparameterization>::implement_autograd(m);
+  OverLinear<LayerOp, LocalReparameterization>::implement_autograd(m);
+  OverConvolution<LayerOp, LocalReparameterization>::implement_autograd(m);
 }
 
 }  // namespace

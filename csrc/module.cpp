@@ -1,12 +1,15 @@
 // The Python module bbb_fast._C: importing it registers the ops; it says how it was built.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <map>
 #include <string>
 
 #include "cpu/isa.h"
+#include "layer_calls.h"
 #include "macros.h"
 
 // setup.py defines BBB_FAST_CUDA_ARCHS, as 8.0:9.0+PTX, in a build with CUDA kernels.
@@ -17,7 +20,85 @@
 #define BBB_FAST_CUDA_ARCHS none
 #endif
 
+namespace {
+
+using namespace bbb_fast;
+using Drawn = std::optional<std::pair<at::Tensor, std::optional<ForwardKl>>>;
+
+// Arguments in the order of the layers' ops; the posterior is (W_mu, W_rho, bias_mu, bias_rho).
+Drawn draw(
+    const EstimatorOption& estimator,
+    const at::Tensor& input,
+    PosteriorAndPrior posterior,
+    const std::optional<ConvGeometry>& geometry,
+    int64_t rng_offset) {
+  auto result = draw_layer(estimator, input, posterior, geometry, rng_offset);
+  if (!result) return std::nullopt;
+  return std::pair(std::move(result->output), std::move(result->kl));
+}
+
+Drawn draw_linear(
+    bool lrt,
+    const at::Tensor& input,
+    const at::Tensor& W_mu,
+    const at::Tensor& W_rho,
+    const OptionalTensor& bias_mu,
+    const OptionalTensor& bias_rho,
+    int64_t rng_offset,
+    double prior_mu,
+    double prior_sigma,
+    bool recompute_weight,
+    std::optional<at::ScalarType> variance_dtype) {
+  return draw(
+      {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
+      std::nullopt, rng_offset);
+}
+
+Drawn draw_conv(
+    bool lrt,
+    const at::Tensor& input,
+    const at::Tensor& W_mu,
+    const at::Tensor& W_rho,
+    const OptionalTensor& bias_mu,
+    const OptionalTensor& bias_rho,
+    int64_t rng_offset,
+    std::vector<int64_t> stride,
+    std::vector<int64_t> padding,
+    std::vector<int64_t> dilation,
+    int64_t groups,
+    double prior_mu,
+    double prior_sigma,
+    bool recompute_weight,
+    std::optional<at::ScalarType> variance_dtype) {
+  return draw(
+      {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
+      ConvGeometry{std::move(stride), std::move(padding), std::move(dilation), groups}, rng_offset);
+}
+
+OptionalTensor take(
+    const ForwardKl& left,
+    const at::Tensor& W_mu,
+    const at::Tensor& W_rho,
+    const OptionalTensor& bias_mu,
+    const OptionalTensor& bias_rho,
+    double prior_mu,
+    double prior_sigma) {
+  return left.take({W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma});
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
+  pybind11::class_<ForwardKl>(m, "ForwardKl", "The KL that a layer's forward formed.")
+      .def_property_readonly("kl", &ForwardKl::kl)
+      .def("take", &take, "The KL, or None if the parameters, their state or the prior changed since.");
+  m.def(
+      "draw_linear", torch::wrap_pybind_function_no_gil(draw_linear),
+      "A linear layer's forward: (output, ForwardKl or None), or None where torch.ops has to be gone "
+      "through.");
+  m.def("draw_conv", torch::wrap_pybind_function_no_gil(draw_conv), "The same of a convolution.");
+  m.def(
+      "records_plainly", &records_plainly, "Whether gradients are recorded, and by no torch.func transform.");
   m.def(
       "build_info",
       [] {

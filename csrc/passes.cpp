@@ -1,6 +1,5 @@
 #include "passes.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -8,11 +7,6 @@ namespace bbb_fast {
 namespace {
 
 using OptionalList = c10::List<OptionalTensor>;
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 OptionalList optionals(at::TensorList tensors) {
   OptionalList list;
@@ -31,9 +25,9 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights(
     double prior_sigma,
     bool with_kl,
     std::optional<at::ScalarType> dtype) {
-  static const auto op = find<std::tuple<std::vector<at::Tensor>, at::Tensor>(
+  static const auto op = find_op<std::tuple<std::vector<at::Tensor>, at::Tensor>(
       at::TensorList, at::TensorList, const at::Tensor&, double, double, bool,
-      std::optional<at::ScalarType>)>("bbb_fast::sample_weights");
+      std::optional<at::ScalarType>)>("sample_weights");
   return op.call(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
 }
 
@@ -44,8 +38,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> variance(
     double prior_sigma,
     bool with_kl,
     at::ScalarType dtype) {
-  static const auto op = find<std::tuple<std::vector<at::Tensor>, at::Tensor>(
-      at::TensorList, at::TensorList, double, double, bool, at::ScalarType)>("bbb_fast::variance");
+  static const auto op = find_op<std::tuple<std::vector<at::Tensor>, at::Tensor>(
+      at::TensorList, at::TensorList, double, double, bool, at::ScalarType)>("variance");
   return op.call(mu, rho, prior_mu, prior_sigma, with_kl, dtype);
 }
 
@@ -57,9 +51,9 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
     const at::Tensor& rng,
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma) {
-  static const auto op = find<std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
+  static const auto op = find_op<std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
       const OptionalList&, const OptionalTensor&, at::TensorList, at::TensorList, const OptionalTensor&,
-      at::ArrayRef<double>, at::ArrayRef<double>)>("bbb_fast::posterior_backward");
+      at::ArrayRef<double>, at::ArrayRef<double>)>("posterior_backward");
   return op.call(optionals(grad_w), optional(grad_kl), mu, rho, optional(rng), prior_mu, prior_sigma);
 }
 
@@ -74,35 +68,33 @@ void posterior_backward_out(
     at::ArrayRef<double> prior_sigma,
     at::TensorList grad_mu,
     at::TensorList grad_rho) {
-  static const auto op = find<void(
+  static const auto op = find_op<void(
       const OptionalList&, const OptionalList&, const OptionalTensor&, at::TensorList, at::TensorList,
       const OptionalTensor&, at::ArrayRef<double>, at::ArrayRef<double>, at::TensorList, at::TensorList)>(
-      "bbb_fast::posterior_backward_out");
+      "posterior_backward_out");
   op.call(
       optionals(grad_w), optionals(grad_variance), optional(grad_kl), mu, rho, optional(rng), prior_mu,
       prior_sigma, grad_mu, grad_rho);
 }
 
 at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {
-  static const auto op = find<at::Tensor(const at::Tensor&, at::ScalarType)>("bbb_fast::square");
+  static const auto op = find_op<at::Tensor(const at::Tensor&, at::ScalarType)>("square");
   return op.call(input, dtype);
 }
 
 void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at::Tensor& grad) {
-  static const auto op =
-      find<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>("bbb_fast::square_backward_");
+  static const auto op = find_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>("square_backward_");
   op.call(grad_input, input, grad);
 }
 
 void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
-  static const auto op =
-      find<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>("bbb_fast::lrt_sample_");
+  static const auto op = find_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>("lrt_sample_");
   op.call(m, v, rng);
 }
 
 at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& rng) {
-  static const auto op = find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
-      "bbb_fast::lrt_sample_backward");
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>("lrt_sample_backward");
   return op.call(grad, v, rng);
 }
 

@@ -4,8 +4,10 @@
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -28,6 +30,11 @@ inline std::vector<at::Tensor> tensors(const c10::List<OptionalTensor>& list) {
   result.reserve(list.size());
   for (const OptionalTensor& t : list) result.push_back(t.value_or(at::Tensor()));
   return result;
+}
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("bbb_fast::" + name).c_str(), "").typed<Signature>();
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights(

@@ -1,5 +1,4 @@
 // sample_weights: its autograd. Kernels: cpu/sample_weights.cpp.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -23,13 +22,8 @@ class SampleWeights : public torch::autograd::Function<SampleWeights> {
       double prior_sigma,
       bool with_kl,
       std::optional<at::ScalarType> dtype) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("bbb_fast::sample_weights", "")
-                               .typed<std::tuple<std::vector<at::Tensor>, at::Tensor>(
-                                   at::TensorList, at::TensorList, const at::Tensor&, double, double, bool,
-                                   std::optional<at::ScalarType>)>();
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [outputs, kl] = op.call(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
+    auto [outputs, kl] = bbb_fast::sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
     variable_list saved(mu.begin(), mu.end());
     saved.insert(saved.end(), rho.begin(), rho.end());
     saved.push_back(rng);

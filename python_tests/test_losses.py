@@ -176,7 +176,7 @@ class TestForwardKl:
             self.check(model, kl)
         torch.testing.assert_close(taken, fresh, rtol=1e-6, atol=0)
 
-    def test_takes_what_every_layer_formed(self, backend: str) -> None:
+    def test_takes_what_every_layer_formed(self, native: None) -> None:
         """No layer is asked twice, and none is left with a graph."""
         model = self.model()
         layers = [m for m in model if isinstance(m, BayesianLayer)]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from .. import functional
+from .. import _backend, functional
 from .._checks import FLOAT_DTYPES
-from .._noise import layer_rng, means_wanted
+from .._noise import draws_freely, layer_rng, means_wanted, rank_offset
 from ..reference import conv_memory_format
 
 DEFAULT_PRIORS: dict[str, Any] = {
@@ -63,20 +63,6 @@ def resolve_priors(priors: Mapping[str, Any] | None) -> dict[str, Any]:
 _Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _state_of(parameters: _Parameters) -> list[tuple[Any, ...] | None]:
-    """Changes with the parameters' values, unless someone writes to their ``.data`` in place."""
-    return [None if p is None else (p._version, p.data_ptr(), p.requires_grad) for p in parameters]
-
-
-def _plain_autograd() -> bool:
-    """Whether a gradient is recorded as usual: not by a compiler, nor inside a torch.func transform."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
 class BayesianLayer(nn.Module):
     """A layer whose weights have the posterior q(w) = N(mu, softplus(rho)^2), elementwise.
 
@@ -96,8 +82,8 @@ class BayesianLayer(nn.Module):
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
     variance_dtype: torch.dtype | None = None
-    # The KL of the last forward, with what it depends on: prior, parameters, their state.
-    _forward_kl: tuple[Tensor, float, float, _Parameters, list[Any]] | None = None
+    # The KL of the last forward, with what it depends on (csrc/layer_calls.h).
+    _forward_kl: Any = None
 
     def __init__(
         self,
@@ -159,12 +145,22 @@ class BayesianLayer(nn.Module):
             pairs.append((self.bias_mu, self.bias_rho))
         return pairs
 
+    def _parameters_in_order(self) -> _Parameters:
+        # Past nn.Module's __getattr__, which takes half a microsecond each; but not for a parameter that
+        # something (torch.nn.utils.parametrize, FSDP) has put elsewhere.
+        own = self._parameters
+        try:
+            return own["W_mu"], own["W_rho"], own["bias_mu"], own["bias_rho"]
+        except KeyError:
+            return self.W_mu, self.W_rho, self.bias_mu, self.bias_rho
+
     def kl_loss(self) -> Tensor:
         """KL(q || p), summed over the layer's weights and biases: a differentiable scalar.
 
-        A forward that a gradient is recorded for has formed it in its own pass over the parameters; it is
-        taken from there if they have not changed since. (A write to a parameter's ``.data`` between the two
-        goes unnoticed, as autograd does not notice it; under ``torch.no_grad()`` it is noticed.)
+        On the native kernels, a forward that a gradient is recorded for has formed it in its own pass over the
+        parameters; it is taken from there if they have not changed since. (A write to a parameter's ``.data``
+        between the two goes unnoticed, as autograd does not notice it; under ``torch.no_grad()`` it is
+        noticed.)
         """
         kl = self.take_forward_kl()
         if kl is not None:
@@ -177,13 +173,11 @@ class BayesianLayer(nn.Module):
 
         Once: a second loss must not meet a graph that the first one's backward has released.
         """
-        if self._forward_kl is None or not _plain_autograd():
+        left = self._forward_kl
+        if left is None or is_compiling() or not _backend._C.records_plainly():
             return None
-        kl, prior_mu, prior_sigma, parameters, state = self._forward_kl
         self.__dict__["_forward_kl"] = None
-        now = (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho)
-        same = all(map(operator.is_, parameters, now)) and state == _state_of(now)
-        return kl if same and (prior_mu, prior_sigma) == (self.prior_mu, self.prior_sigma) else None
+        return left.take(*self._parameters_in_order(), self.prior_mu, self.prior_sigma)
 
     def __getstate__(self) -> dict[str, Any]:
         # A KL with its graph can be neither copied nor pickled.
@@ -198,7 +192,11 @@ class BayesianLayer(nn.Module):
 
     def _draw_output(
         self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
-    ) -> Any:
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
+        """The output and what ``_forward_kl`` shall be, by one call of the extension; None if it declines."""
         raise NotImplementedError
 
     def _options(self, estimator: str) -> dict[str, Any]:
@@ -211,6 +209,13 @@ class BayesianLayer(nn.Module):
 
         ``sample=False`` uses the posterior means instead and draws nothing.
         """
+        if sample and type(input) is Tensor and draws_freely() and not is_compiling():
+            native = _backend.native_module()
+            drawn = None if native is None else self._draw_at_once(native, input)
+            if drawn is not None:
+                # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
+                output, self.__dict__["_forward_kl"] = drawn
+                return output
         if not sample or means_wanted():
             # Float32 parameters follow a narrower input; any other pair of types torch.nn will judge.
             own = self.W_mu.dtype
@@ -221,28 +226,9 @@ class BayesianLayer(nn.Module):
         rng, pinned = layer_rng(self, input.device)
         # Only in weight space is one draw one function.
         estimator = "bbb" if pinned else self.estimator
-        options = self._options(estimator)
-        parameters = (self.W_mu, self.W_rho, self.bias_mu, self.bias_rho)
-        # A KL that a transform or a trace made is of no use to whoever asks for it outside.
-        if not _plain_autograd():
-            return self._draw_output(estimator, input, parameters, rng, **options)
-        output, kl = self._draw_output(
-            estimator,
-            input,
-            parameters,
-            rng,
-            prior_mu=self.prior_mu,
-            prior_sigma=self.prior_sigma,
-            with_kl=True,
-            **options,
+        return self._draw_output(
+            estimator, input, self._parameters_in_order(), rng, **self._options(estimator)
         )
-        left = None
-        # A fake one has no numbers; of inference tensors, changes go unseen.
-        if type(kl) is Tensor and not self.W_mu.is_inference():
-            left = (kl, self.prior_mu, self.prior_sigma, parameters, _state_of(parameters))
-        # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
-        self.__dict__["_forward_kl"] = left
-        return output
 
 
 class WeightSpace(BayesianLayer):
@@ -292,9 +278,21 @@ class LinearBase(BayesianLayer):
 
     def _draw_output(
         self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
-    ) -> Any:
+    ) -> Tensor:
         op = functional.bbb_linear if estimator == "bbb" else functional.lrt_linear
         return op(input, *parameters, rng, **options)
+
+    def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
+        return native.draw_linear(
+            self.estimator == "lrt",
+            input,
+            *self._parameters_in_order(),
+            rank_offset(),
+            self.prior_mu,
+            self.prior_sigma,
+            self.recompute_weight,
+            self.variance_dtype,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias_mu is not None}"
@@ -409,10 +407,29 @@ class ConvBase(BayesianLayer):
 
     def _draw_output(
         self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
-    ) -> Any:
+    ) -> Tensor:
         input, padding = self._pad(input)
         geometry = (self.stride, padding, self.dilation, self.groups)
         return _DRAW_CONV[estimator, self.spatial](input, *parameters, rng, *geometry, **options)
+
+    def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
+        padding = self.padding
+        if input.dim() != self.spatial + 2 or isinstance(padding, str) or self.padding_mode != "zeros":
+            return None
+        return native.draw_conv(
+            self.estimator == "lrt",
+            input,
+            *self._parameters_in_order(),
+            rank_offset(),
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.prior_mu,
+            self.prior_sigma,
+            self.recompute_weight,
+            self.variance_dtype,
+        )
 
     def extra_repr(self) -> str:
         text = (

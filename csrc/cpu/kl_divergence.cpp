@@ -1,11 +1,9 @@
 // kl_divergence: KL(q || p) of a list of tensors in one call. Its backward: posterior_backward.cpp.
 #ifndef BBB_ISA
 
-#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "../kl_sum.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -38,7 +36,7 @@ at::Tensor kl_divergence_cpu(
     for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(kl_chunks, args, begin, end) });
     kl += finish_kl(partial, kl_constant(m, prior_sigma[k]));
   }
-  return at::scalar_tensor(kl, mu[0].options().dtype(kl_dtype(mu[0])));
+  return kl_tensor(kl, mu[0]);
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {

@@ -1,11 +1,9 @@
 // lrt_sample: y = m + sqrt(v) eps, the epilogue of local reparameterization; its backward gives dL/dv.
 #ifndef BBB_ISA
 
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "huge_pages.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -42,8 +40,7 @@ at::Tensor lrt_sample_backward_cpu(const at::Tensor& grad, const at::Tensor& v, 
   check_lrt_sample("lrt_sample_backward", "grad", grad, v, rng);
   const at::Tensor numbers = rng.contiguous();
   const int64_t* seed_stream = numbers.const_data_ptr<int64_t>();
-  at::Tensor grad_v = at::empty_like(v);
-  hint_huge_pages(grad_v);
+  at::Tensor grad_v = fresh_like(v, v.scalar_type());
   const LrtSampleBackwardArgs args{
       Span(grad), Span(v), Span(grad_v), static_cast<uint64_t>(seed_stream[0]),
       static_cast<uint64_t>(seed_stream[1])};

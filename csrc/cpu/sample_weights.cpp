@@ -1,13 +1,9 @@
 // sample_weights: w = mu + sigma eps, and in the same pass the KL. Its backward: posterior_backward.cpp.
 #ifndef BBB_ISA
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "../kl_sum.h"
-#include "huge_pages.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -47,8 +43,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_cpu(
   for (size_t k = 0; k < mu.size(); ++k) {
     const at::Tensor m = mu[k].contiguous();
     const at::Tensor r = rho[k].contiguous();
-    at::Tensor w = at::empty(m.sizes(), m.options().dtype(dtype.value_or(m.scalar_type())));
-    hint_huge_pages(w);
+    at::Tensor w = fresh(m.sizes(), dtype.value_or(m.scalar_type()));
     const int64_t chunks = chunk_count(m.numel());
     if (with_kl) partial.resize(chunks);
     const SampleArgs args{
@@ -65,7 +60,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_cpu(
     }
     weights.push_back(std::move(w));
   }
-  return {std::move(weights), at::scalar_tensor(kl, mu[0].options().dtype(kl_dtype(mu[0])))};
+  return {std::move(weights), kl_tensor(kl, mu[0])};
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {

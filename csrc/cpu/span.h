@@ -1,6 +1,7 @@
 // What the CPU kernels share: untyped views of contiguous tensors, and how work is cut up.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
@@ -14,7 +15,9 @@
 #include <vector>
 
 #include "../gaussian_double.h"
+#include "../kl_sum.h"
 #include "../macros.h"
+#include "huge_pages.h"
 
 namespace bbb_fast {
 
@@ -34,6 +37,19 @@ struct Span {
   explicit Span(const at::Tensor& t) : data(t.data_ptr()), dtype(t.scalar_type()), numel(t.numel()) {}
 };
 
+// Memory to be written as a whole. Past the dispatcher, whose microsecond a small layer pays several times.
+inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor t = at::detail::empty_cpu(sizes, dtype);
+  hint_huge_pages(t);
+  return t;
+}
+// The same in the memory order of a dense tensor.
+inline at::Tensor fresh_like(const at::Tensor& dense, at::ScalarType dtype) {
+  at::Tensor t = at::detail::empty_strided_cpu(dense.sizes(), dense.strides(), dtype);
+  hint_huge_pages(t);
+  return t;
+}
+
 inline int64_t chunk_count(int64_t numel) {
   return (numel + kChunk - 1) / kChunk;
 }
@@ -43,6 +59,17 @@ inline double finish_kl(const std::vector<double>& partial, double constant) {
   double total = constant;
   for (double p : partial) total += p;
   return 0.5 * total;
+}
+
+// The KL as it is returned.
+inline at::Tensor kl_tensor(double kl, const at::Tensor& mu) {
+  at::Tensor t = at::detail::empty_cpu({}, kl_dtype(mu));
+  if (t.scalar_type() == at::kDouble) {
+    *t.mutable_data_ptr<double>() = kl;
+  } else {
+    *t.mutable_data_ptr<float>() = static_cast<float>(kl);
+  }
+  return t;
 }
 
 template <class Body>

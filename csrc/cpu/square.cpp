@@ -1,12 +1,10 @@
 // square: x^2 in the dtype of the variance product, and its gradient, added to the mean product's.
 #ifndef BBB_ISA
 
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "../checks.h"
 #include "../layout.h"
-#include "huge_pages.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -31,8 +29,7 @@ at::Tensor square_cpu(const at::Tensor& input, at::ScalarType dtype) {
   check_dtype_option("square", "dtype", dtype);
   at::Tensor x = dense(input);
   if (dtype == at::kDouble) x = x.to(at::kDouble);
-  at::Tensor out = at::empty_like(x, x.options().dtype(dtype));
-  hint_huge_pages(out);
+  at::Tensor out = fresh_like(x, dtype);
   const SquareArgs args{Span(x), Span(out)};
   for_each_chunk(x.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(square_chunks, args, begin, end) });
   return out;

@@ -2,14 +2,10 @@
 // backward: posterior_backward.cpp.
 #ifndef BBB_ISA
 
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "../kl_sum.h"
 #include "../layout.h"
-#include "huge_pages.h"
 #include "span.h"
 
 namespace bbb_fast {
@@ -45,8 +41,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> variance_cpu(
     // Element by element, in memory order: a channels_last rho gives a channels_last variance.
     const at::Tensor r = dense(rho[k]);
     const at::Tensor m = with_kl ? in_order_of(r, mu[k]) : r;
-    at::Tensor out = at::empty_like(r, r.options().dtype(dtype));
-    hint_huge_pages(out);
+    at::Tensor out = fresh_like(r, dtype);
     if (with_kl) partial.resize(chunk_count(r.numel()));
     const VarianceArgs args{
         Span(m), Span(r), Span(out), {prior_mu, prior_sigma}, with_kl ? partial.data() : nullptr};
@@ -55,7 +50,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> variance_cpu(
     if (with_kl) kl += finish_kl(partial, kl_constant(m, prior_sigma));
     variances.push_back(std::move(out));
   }
-  return {std::move(variances), at::scalar_tensor(kl, mu[0].options().dtype(kl_dtype(mu[0])))};
+  return {std::move(variances), kl_tensor(kl, mu[0])};
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
