@@ -122,7 +122,7 @@ CASES = (
         "conv 64-64 k3 p1, 32^2, batch 128", 64, 64, 128,
         kernel=3, padding=1, size=32, targets=_targets(1.03, 2.15, 1.5),
     ),
-    Case("linear 16x16, batch 8", 16, 16, 8, repeat=20, overhead_us=30.0),
+    Case("linear 16x16, batch 8", 16, 16, 8, repeat=200, overhead_us=30.0),
 )  # fmt: skip
 # Milliseconds that sampling + KL of 10^6 weights may take on one thread, by instruction set.
 SAMPLING_TARGETS_MS = {"avx512": 2.0, "avx2": 3.0}

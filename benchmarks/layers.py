@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import operator
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import compare
@@ -95,6 +97,8 @@ class Stepper:
         self.g = g
         self.repeat = repeat
         self.leaves = [x, *layer.module.parameters()]
+        # The KL's gradient, once its type and shape are known.
+        self.one: Tensor | None = None
 
     def clear(self) -> None:
         for leaf in self.leaves:
@@ -104,15 +108,19 @@ class Stepper:
         return self.layer.output_with_kl(self.x)
 
     def backward(self, y: Tensor, kl: Tensor | None) -> None:
-        outputs, grads = ((y,), (self.g,)) if kl is None else ((y, kl), (self.g, None))
-        torch.autograd.backward(outputs, grads)
+        if kl is None:
+            torch.autograd.backward((y,), (self.g,))
+            return
+        if self.one is None:
+            self.one = torch.ones_like(kl, requires_grad=False)
+        torch.autograd.backward((y, kl), (self.g, self.one))
 
     def step(self) -> None:
         self.backward(*self.forward())
 
     def timed(self) -> Times:
-        """One step, or the mean of ``repeat`` in a row."""
-        forward = backward = 0.0
+        """One step, or the medians of ``repeat`` in a row: what interrupts a few of them does not count."""
+        forward, backward = [], []
         for _ in range(self.repeat):
             self.clear()
             start = time.perf_counter()
@@ -120,10 +128,11 @@ class Stepper:
             middle = time.perf_counter()
             self.backward(*result)
             stop = time.perf_counter()
-            forward += middle - start
-            backward += stop - middle
+            forward.append(middle - start)
+            backward.append(stop - middle)
             del result
-        return Times(forward / self.repeat, backward / self.repeat, (forward + backward) / self.repeat)
+        steps = map(operator.add, forward, backward)
+        return Times(median(forward), median(backward), median(steps))
 
     def memory(self) -> dict[str, int]:
         self.clear()
@@ -156,6 +165,8 @@ def run_case(case: Case, contenders: Sequence[str], effort: Effort, wrap: Wrap =
     rows: dict[str, dict[str, Any]] = {}
     steppers: dict[str, Stepper] = {}
     for name in dict.fromkeys(("nn", *contenders)):
+        if CONTENDERS[name].for_overhead and case.overhead_us is None:
+            continue
         try:
             stepper = Stepper(CONTENDERS[name].build(case), x, g, case.repeat)
             for _ in range(effort.warmup):

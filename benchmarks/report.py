@@ -127,7 +127,8 @@ def _targets_table(run: Mapping[str, Any], bf16: bool) -> str:
 
 def _ratios_table(run: Mapping[str, Any]) -> str:
     tables = run["layers"]
-    names = list(dict.fromkeys(name for table in tables for name in table["contenders"]))
+    names = dict.fromkeys(name for table in tables for name in table["contenders"])
+    names = [name for name in names if not CONTENDERS[name].for_overhead]
     rows = [
         [_label(name), *(_cell(_ratio(table["contenders"].get(name))) for table in tables)] for name in names
     ]
@@ -199,8 +200,7 @@ def _overhead_table(run: Mapping[str, Any]) -> str:
             step = _median(row)
             if step is None or name == "nn":
                 continue
-            ours = CONTENDERS[name].family == "ours"
-            limit = limits[table["case"]] if ours else None
+            limit = limits[table["case"]] if CONTENDERS[name].for_overhead else None
             rows.append([_label(name), f"{step:.1f}", verdict(step - base, limit, form=".1f")])
         rows.insert(0, ["torch.nn", f"{base:.1f}", ""])
     return markdown_table(["", "step, us", "over torch.nn, us"], rows) if rows else ""
@@ -280,7 +280,14 @@ def layers_figure(result: Mapping[str, Any], path: Path) -> None:
     columns = min(4, len(cases))
     lines = -(-len(cases) // columns)
     bf16 = result["provenance"]["bf16_instructions"]
-    names = [n for n in CONTENDERS if n in result["contenders"] and n != "nn" and (bf16 or n != "lrt_bf16")]
+    names = [
+        name
+        for name, contender in CONTENDERS.items()
+        if name in result["contenders"]
+        and name != "nn"
+        and (bf16 or name != "lrt_bf16")
+        and not contender.for_overhead
+    ]
     picture, axes = new_figure(4.2 * columns + 1.5, 4.6 * lines, lines, columns)
     panels = [axes[i // columns][i % columns] for i in range(lines * columns)]
     runs = result["runs"]
