@@ -18,7 +18,9 @@ struct WeightSpace {
         layer.mu(), layer.rho(), layer.rng, layer.prior_mu, layer.prior_sigma, with_kl,
         layer.input.scalar_type());
     at::Tensor output = product.forward(
-        layer.input, weights[0], weights.size() > 1 ? OptionalTensor(weights[1]) : std::nullopt);
+        product.arranged(layer.input, layer.input, weights[0]), weights[0],
+        weights.size() > 1 ? OptionalTensor(weights[1]) : std::nullopt);
+    output = in_format(output, product.output_format(layer.input, layer.W_mu));
     return {std::move(output), std::move(weights[0]), std::move(kl)};
   }
 
@@ -39,8 +41,10 @@ struct WeightSpace {
     }
     // Without the input's gradient, its shape and type alone matter.
     if (!weight.defined()) weight = layer.W_mu.to(layer.input.scalar_type());
-    auto [input, W, bias] =
-        product.backward(grad, layer.input, weight, {wanted.input, wanted.W, wanted.bias});
+    auto [input, W, bias] = product.backward(
+        product.arranged(grad, layer.input, weight), product.arranged(layer.input, layer.input, weight),
+        weight, {wanted.input, wanted.W, wanted.bias});
+    if (input.defined()) input = in_format(input, product.output_format(layer.input, layer.W_mu));
     return {std::move(input), std::move(W), std::move(bias), {}, {}};
   }
 };

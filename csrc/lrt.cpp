@@ -48,10 +48,10 @@ struct LocalReparameterization {
       b_var = as_type(variances[1], pdtype);
     }
     const auto format = product.output_format(layer.input, layer.W_mu);
-    at::Tensor m = product.forward(layer.input, as_type(layer.W_mu, dtype), b_mu).contiguous(format);
-    at::Tensor v =
-        product.forward(as_type(square(layer.input, vdtype), pdtype), as_type(variances[0], pdtype), b_var);
-    v = as_type(v, vdtype).contiguous(format);
+    const at::Tensor x = product.arranged(layer.input, layer.input, layer.W_mu);
+    at::Tensor m = in_format(product.forward(x, as_type(layer.W_mu, dtype), b_mu), format);
+    at::Tensor v = product.forward(as_type(square(x, vdtype), pdtype), as_type(variances[0], pdtype), b_var);
+    v = in_format(as_type(v, vdtype), format);
     lrt_sample_(m, v, layer.rng);
     return {std::move(m), std::move(v), std::move(kl)};
   }
@@ -71,12 +71,16 @@ struct LocalReparameterization {
     const auto vdtype = v.scalar_type();
     const auto pdtype = product_dtype_for(layer.input, vdtype);
     const std::array<bool, 3> which{wanted.input, wanted.W, wanted.bias};
-    const at::Tensor g = grad.contiguous(product.output_format(layer.input, layer.W_mu));
-    const at::Tensor g_v = as_type(lrt_sample_backward(g, v, layer.rng), pdtype);
+    const auto format = product.output_format(layer.input, layer.W_mu);
+    const auto arranged = [&](const at::Tensor& t) { return product.arranged(t, layer.input, layer.W_mu); };
+    at::Tensor g = in_format(grad, format);
+    const at::Tensor g_v = arranged(as_type(lrt_sample_backward(g, v, layer.rng), pdtype));
+    g = arranged(g);
+    const at::Tensor x = arranged(layer.input);
 
     OperandGradients grads;
     std::tie(grads.input, grads.W, grads.bias) =
-        product.backward(g, layer.input, as_type(layer.W_mu, layer.input.scalar_type()), which);
+        product.backward(g, x, as_type(layer.W_mu, layer.input.scalar_type()), which);
     // Without the input's gradient, its shape and type alone matter.
     at::Tensor W_variance = layer.W_rho;
     if (wanted.input) {
@@ -84,9 +88,12 @@ struct LocalReparameterization {
           variance({layer.W_mu}, {layer.W_rho}, layer.prior_mu, layer.prior_sigma, false, vdtype))[0];
     }
     at::Tensor g_x2;
-    std::tie(g_x2, grads.W_variance, grads.bias_variance) = product.backward(
-        g_v, as_type(square(layer.input, vdtype), pdtype), as_type(W_variance, pdtype), which);
-    if (wanted.input) square_backward_(grads.input, layer.input, g_x2);
+    std::tie(g_x2, grads.W_variance, grads.bias_variance) =
+        product.backward(g_v, as_type(square(x, vdtype), pdtype), as_type(W_variance, pdtype), which);
+    if (wanted.input) {
+      square_backward_(grads.input, x, g_x2);
+      grads.input = in_format(grads.input, format);
+    }
     return grads;
   }
 };

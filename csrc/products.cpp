@@ -2,12 +2,16 @@
 
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
 #include "checks.h"
+#include "cpu/huge_pages.h"
 
 namespace bbb_fast {
 namespace {
@@ -104,6 +108,29 @@ std::optional<ConvShape> Convolution::direct(const at::Tensor& input, const at::
   return direct_conv_shape(
       input, weight, C10_AS_INTARRAYREF_SLOW(stride_), C10_AS_INTARRAYREF_SLOW(padding_),
       C10_AS_INTARRAYREF_SLOW(dilation_), transposed_, groups_.expect_int());
+}
+
+// Measured (benchmarks/formats.py): the library takes up to twice as long over contiguous images of many
+// pixels and channels, more than it takes to rearrange them.
+bool Convolution::faster_in_channels_last(const at::Tensor& input, const at::Tensor& weight) const {
+  const auto ones = [](c10::SymIntArrayRef numbers) {
+    return std::all_of(numbers.begin(), numbers.end(), [](const c10::SymInt& n) { return n == 1; });
+  };
+  return input.device().is_cpu() && input.dim() == 4 && input.scalar_type() == at::kFloat && !transposed_ &&
+         groups_ == 1 && ones(stride_) && ones(dilation_) && weight.size(0) >= 32 && weight.size(1) >= 32 &&
+         weight.size(2) * weight.size(3) >= 9 && input.size(2) * input.size(3) >= 49 && input.numel() > 0;
+}
+
+at::Tensor in_format(const at::Tensor& t, at::MemoryFormat format) {
+  if (t.is_contiguous(format)) return t;
+  at::Tensor copy = at::empty(t.sizes(), t.options().memory_format(format));
+  hint_huge_pages(copy);
+  return copy.copy_(t);
+}
+
+at::Tensor Convolution::arranged(
+    const at::Tensor& t, const at::Tensor& input, const at::Tensor& weight) const {
+  return faster_in_channels_last(input, weight) ? in_format(t, at::MemoryFormat::ChannelsLast) : t;
 }
 
 // Measured: over so few pixels the library takes several times as long as the products below.

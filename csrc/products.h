@@ -24,6 +24,11 @@ class Linear {
   at::MemoryFormat output_format(const at::Tensor&, const at::Tensor&) const {
     return at::MemoryFormat::Contiguous;
   }
+  // The input, or the output's gradient, in the memory format that the products below are fastest in. Their
+  // results come in the format of what they are given.
+  at::Tensor arranged(const at::Tensor& t, const at::Tensor& /*input*/, const at::Tensor& /*weight*/) const {
+    return t;
+  }
   at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const;
   ProductGradients backward(
       const at::Tensor& grad,
@@ -31,6 +36,9 @@ class Linear {
       const at::Tensor& weight,
       const std::array<bool, 3>& wanted) const;
 };
+
+// t in a memory format; a copy if it is not.
+at::Tensor in_format(const at::Tensor& t, at::MemoryFormat format);
 
 // Convolutions of 1 to 3 dimensions.
 class Convolution {
@@ -54,6 +62,7 @@ class Convolution {
     return transposed_ ? weight.size(1) * groups_.expect_int() : weight.size(0);
   }
   at::MemoryFormat output_format(const at::Tensor& input, const at::Tensor& weight) const;
+  at::Tensor arranged(const at::Tensor& t, const at::Tensor& input, const at::Tensor& weight) const;
   at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const;
   ProductGradients backward(
       const at::Tensor& grad,
@@ -64,6 +73,7 @@ class Convolution {
  private:
   // Where the library is slow on the CPU.
   std::optional<ConvShape> direct(const at::Tensor& input, const at::Tensor& weight) const;
+  bool faster_in_channels_last(const at::Tensor& input, const at::Tensor& weight) const;
   bool few_pixels(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const;
   at::Tensor weight_gradient_by_pixels(
       const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const;

@@ -287,6 +287,11 @@ CONV_CASES: list[tuple[int, int, int, int, tuple[int, ...], tuple[int, ...], dic
     (2, 2, 4, 4, (1, 1), (5, 5), {"groups": 4}),
     (2, 2, 3, 5, (4, 3), (7, 7), {"padding": "same"}),
     (3, 2, 2, 3, (2, 3, 2), (4, 5, 6), {"padding": 1}),
+    # Where csrc/products.cpp goes around the library on the CPU: over few output pixels, in channels_last.
+    (2, 16, 32, 33, (3, 3), (2, 2), {"padding": 1}),
+    (2, 17, 33, 32, (3, 2), (4, 3), {"stride": 2, "padding": 1}),
+    (2, 2, 32, 33, (3, 3), (8, 7), {"padding": 1}),
+    (2, 1, 33, 32, (5, 4), (7, 9), {"padding": "same"}),
 ]
 
 

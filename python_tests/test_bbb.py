@@ -246,6 +246,17 @@ def test_incoming_gradients_of_any_strides(native: None, kind: str, recompute_we
         compare(run, case, torch.float32, 10)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_conv_of_many_channels_keeps_the_memory_format(isa: str, memory_format: torch.memory_format) -> None:
+    """Also where the products run in another: output and input gradient as torch's, parameters' contiguous."""
+    case = conv_case(2, 2, 32, 34, (3, 3), (8, 7))
+    x = case[0] = case[0].detach().contiguous(memory_format=memory_format).requires_grad_()
+    y, _ = CONV[2](*case, rng(), padding=1, **KL)
+    y.square().sum().backward()
+    assert y.is_contiguous(memory_format=memory_format) and x.grad.is_contiguous(memory_format=memory_format)
+    assert all(t.grad.is_contiguous() for t in case[1:])
+
+
 @pytest.mark.parametrize("spatial", [2, 3])
 @pytest.mark.parametrize("weight_too", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])

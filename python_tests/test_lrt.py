@@ -138,6 +138,17 @@ def test_conv_channels_last(isa: str, weight_too: bool, channels: int) -> None:
     assert run().is_contiguous(memory_format=expected)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_conv_of_many_channels_keeps_the_memory_format(isa: str, memory_format: torch.memory_format) -> None:
+    """Also where the products run in another: output and input gradient as torch's, parameters' contiguous."""
+    case = conv_case(2, 2, 32, 34, (3, 3), (8, 7))
+    x = case[0] = case[0].detach().contiguous(memory_format=memory_format).requires_grad_()
+    y = CONV[2](*case, rng(), padding=1)
+    y.square().sum().backward()
+    assert y.is_contiguous(memory_format=memory_format) and x.grad.is_contiguous(memory_format=memory_format)
+    assert all(t.grad.is_contiguous() for t in case[1:])
+
+
 def test_conv_noise_follows_the_memory_format(backend: str) -> None:
     """Index order: the output's memory order, whichever format that is."""
     x, W_mu, W_rho, b_mu, b_rho = conv_case(2, 2, 3, 5, (3, 3), (8, 7))
