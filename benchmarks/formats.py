@@ -40,26 +40,23 @@ class Shape(NamedTuple):
 
 
 CHANNELS = ((16, 16), (16, 64), (32, 32), (64, 64), (64, 192), (128, 128), (256, 256))
-SHAPES = tuple(
-    Shape(i, o, kernel, size, batch)
-    for i, o in CHANNELS
-    for kernel, size, batch in ((1, 14, 64), (3, 4, 128), (3, 8, 64), (3, 16, 32), (3, 32, 16), (5, 7, 64), (5, 15, 32))
-)  # fmt: skip
+# Kernel, height and width, batch.
+IMAGES = ((1, 14, 64), (3, 4, 128), (3, 8, 64), (3, 16, 32), (3, 32, 16), (5, 7, 64), (5, 15, 32))
+SHAPES = tuple(Shape(*channels, *image) for channels in CHANNELS for image in IMAGES)
 
 
 def forward_and_backward(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, last: bool) -> None:
-    padding = [weight.shape[-1] // 2] * 2
+    geometry: tuple[Any, ...] = ([1, 1], [weight.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1)
 
     def arranged(t: Tensor) -> Tensor:
         return t.contiguous(memory_format=torch.channels_last) if last else t
 
-    y = torch.ops.aten.convolution(
-        arranged(x), weight, bias, [1, 1], padding, [1, 1], False, [0, 0], 1
-    ).contiguous()
-    g_x, g_w, _ = torch.ops.aten.convolution_backward(
-        arranged(grad), arranged(x), weight, [len(bias)], [1, 1], padding, [1, 1], False, [0, 0], 1, [True] * 3
+    torch.ops.aten.convolution(arranged(x), weight, bias, *geometry).contiguous()
+    gradients = torch.ops.aten.convolution_backward(
+        arranged(grad), arranged(x), weight, [len(bias)], *geometry, [True] * 3
     )
-    del y, g_x, g_w
+    for g in gradients:
+        g.contiguous()
 
 
 def run_shape(shape: Shape, seconds: float) -> dict[str, Any]:

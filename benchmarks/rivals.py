@@ -116,8 +116,8 @@ CONTENDERS = {
     **{
         f"{name}_output": Contender(
             f"{name.upper()}, output alone", "ours", _output_alone(name),
-            "as much as torch.nn's layer gives: the KL is formed but not asked for, so that backward starts from "
-            "one result and not from two, which takes autograd time of its own",
+            "as much as torch.nn's layer gives: the KL is formed but not asked for, so that backward starts "
+            "from one result and not from two, which takes autograd time of its own",
             for_overhead=True,
         )
         for name in ("bbb", "lrt")

@@ -140,7 +140,7 @@ def test_conv_channels_last(isa: str, weight_too: bool, channels: int) -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_conv_of_many_channels_keeps_the_memory_format(isa: str, memory_format: torch.memory_format) -> None:
-    """Also where the products run in another: output and input gradient as torch's, parameters' contiguous."""
+    """Also where the products run in another: output and gradients are stored as torch's are."""
     case = conv_case(2, 2, 32, 34, (3, 3), (8, 7))
     x = case[0] = case[0].detach().contiguous(memory_format=memory_format).requires_grad_()
     y = CONV[2](*case, rng(), padding=1)

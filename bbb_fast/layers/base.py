@@ -157,10 +157,10 @@ class BayesianLayer(nn.Module):
     def kl_loss(self) -> Tensor:
         """KL(q || p), summed over the layer's weights and biases: a differentiable scalar.
 
-        On the native kernels, a forward that a gradient is recorded for has formed it in its own pass over the
-        parameters; it is taken from there if they have not changed since. (A write to a parameter's ``.data``
-        between the two goes unnoticed, as autograd does not notice it; under ``torch.no_grad()`` it is
-        noticed.)
+        On the native kernels, a forward that a gradient is recorded for has formed it in its own pass over
+        the parameters; it is taken from there if they have not changed since. (A write to a parameter's
+        ``.data`` between the two goes unnoticed, as autograd does not notice it; under ``torch.no_grad()``
+        it is noticed.)
         """
         kl = self.take_forward_kl()
         if kl is not None:
