@@ -162,7 +162,7 @@ def main() -> None:
         "and run the tests of the ops alone",
     )
     parser.add_argument("--architectures", default="8.0,9.0", help="compute capabilities (default 8.0,9.0)")
-    parser.add_argument("--tests", default="all", help="all, none, or names as noise,lrt (default all)")
+    parser.add_argument("--tests", default="all", help="all, none, ops, or names as noise,lrt (default all)")
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     for k, release in enumerate(args.torch.split(",")):
@@ -170,7 +170,7 @@ def main() -> None:
         if k > 0 and not ready and shutil.disk_usage(WORK).free < NEEDED_BYTES:
             print(f"torch {release} left out: less than {NEEDED_BYTES >> 30} GiB of disk are free")
             continue
-        tests = OP_TESTS if k > 0 and args.tests == "all" else args.tests
+        tests = OP_TESTS if args.tests == "ops" or (k > 0 and args.tests == "all") else args.tests
         check(release, args.architectures.split(","), tests)
 
 

@@ -27,6 +27,7 @@ import layers  # noqa: E402
 import memory  # noqa: E402
 import models  # noqa: E402
 import predict  # noqa: E402
+import readme  # noqa: E402
 import report  # noqa: E402
 import rivals  # noqa: E402
 import scaling  # noqa: E402
@@ -491,3 +492,10 @@ def test_rates_come_from_known_work() -> None:
     assert rows["lrt"]["us_beside_products"] == pytest.approx(80)
     # Nothing beyond the products: no rate.
     assert rows["eager_lrt"]["gb_per_s_beside_products"] is None
+
+
+def test_readme_has_the_numbers_of_the_results() -> None:
+    """Nobody typed them: the files in benchmarks/results say the same."""
+    found = readme.MARKED.search(readme.README.read_text())
+    assert found is not None
+    assert found["text"] == readme.numbers(found["machine"])
