@@ -229,7 +229,8 @@ def bf16_instructions() -> bool:
 def provenance() -> dict[str, Any]:
     """Machine, versions and commit: stands in every result file."""
     info = bbb_fast.build_info()
-    changes = _command("git", "status", "--porcelain", "--untracked-files=no")
+    # What other benchmarks have written in the meantime does not count.
+    changes = _command("git", "status", "--porcelain", "--untracked-files=no", ":/", ":!/benchmarks/results")
     return {
         "cpu": _cpu(),
         "machine": this_machine(),

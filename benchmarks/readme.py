@@ -24,7 +24,8 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- numbers of {machine}, by benchmarks/readme.py -->"
 END = "<!-- end of the numbers -->"
 MARKED = re.compile(
-    re.escape(BEGIN).replace(r"\{machine\}", "(?P<machine>.+?)") + r"\n(?P<text>.*?)" + re.escape(END), re.DOTALL
+    re.escape(BEGIN).replace(r"\{machine\}", "(?P<machine>.+?)") + r"\n(?P<text>.*?)" + re.escape(END),
+    re.DOTALL,
 )
 COLUMNS = {
     "bbb": "BBB",
@@ -35,6 +36,7 @@ COLUMNS = {
     "compiled_lrt": "compiled LRT",
 }
 LIBRARIES = ("bayesian_torch", "blitz", "torchbnn")
+SAMPLERS = ("ours_avx512", "ours_avx2", "eager", "compiled")
 
 
 def load(name: str, machine: str) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def _sampling(runs: list[Mapping[str, Any]]) -> str:
     for run in runs:
         for table in run["sampling"]:
             ms = {name: _step_us(row) / 1e3 for name, row in table["contenders"].items() if "step" in row}
-            cells = [f"{ms[n]:.3g} ms" if n in ms else "-" for n in ("ours_avx512", "ours_avx2", "eager", "compiled")]
+            cells = [f"{ms[name]:.3g} ms" if name in ms else "-" for name in SAMPLERS]
             rows.append([f"{table['count']:,} weights, {plural(run['threads'])}", *cells])
     return markdown_table(["", "ours, AVX-512", "ours, AVX2", "eager", "compiled"], rows)
 
@@ -77,12 +79,16 @@ def _small(runs: list[Mapping[str, Any]]) -> str:
         if "bbb_output" not in rows:
             continue
         plain = _step_us(rows["nn"])
-        names = ("bbb_output", "lrt_output", "bbb", "lrt", "eager_bbb", "eager_lrt", "compiled_bbb", "compiled_lrt")
-        lines = [[CONTENDERS[n].label, f"{_step_us(rows[n]) - plain:.0f}"] for n in names if "step" in rows[n]]
+        over = {
+            CONTENDERS[name].label: _step_us(rows[name]) - plain
+            for name in ("bbb_output", "lrt_output", *COLUMNS)
+            if "step" in rows[name]
+        }
         return (
             f"A small layer ({table['case']}), where starting the work is most of the time: microseconds over "
-            f"torch.nn's {plain:.0f}. With the output alone, backward starts from one result as torch.nn's does; "
-            "with the KL, from two.\n\n" + markdown_table(["", "over torch.nn, us"], lines)
+            f"torch.nn's {plain:.0f}. With the output alone, backward starts from one result, as torch.nn's "
+            "does; with the KL, from two.\n\n"
+            + markdown_table(["", "over torch.nn, us"], [[label, f"{us:.0f}"] for label, us in over.items()])
         )
     raise SystemExit("no small layer in the results")
 
@@ -108,8 +114,8 @@ def _predict(result: Mapping[str, Any]) -> str:
     seconds = {name: row["total_s"] for name, row in table["contenders"].items()}
     return (
         f"`predict`, {table['samples']} draws for {table['images']:,} images with {table['model']}, "
-        f"{plural(run['threads'])}: {seconds['ours']:.0f} s, against {seconds['eager_lrt']:.0f} s for the usual "
-        f"loop of eager LRT forwards and {seconds['eager_bbb']:.0f} s for one of eager BBB forwards."
+        f"{plural(run['threads'])}: {seconds['ours']:.0f} s, against {seconds['eager_lrt']:.0f} s for the "
+        f"usual loop of eager LRT forwards and {seconds['eager_bbb']:.0f} s for one of eager BBB forwards."
     )
 
 
