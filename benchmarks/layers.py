@@ -51,7 +51,7 @@ from bbb_fast import _backend, functional
 METHOD = {
     "forward": "the layer's output, and the KL as its library forms it (torch.nn has none)",
     "backward": "all parameters' and the input's gradients, for a given one of the output and 1 for the KL",
-    "step": "forward and backward",
+    "step": "forward and backward, after an untimed one of the same layer",
     "over_base": "the step's median over torch.nn's (sampling: over the eager formulas') in the same rounds; "
     "low and high: the middle 95 % of the ratios of resampled rounds",
     "lower_over_base": "the same of the lower quartiles, for --compare: other work only makes times longer",
@@ -119,8 +119,13 @@ class Stepper:
         self.backward(*self.forward())
 
     def timed(self) -> Times:
-        """One step, or the medians of ``repeat`` in a row: what interrupts a few of them does not count."""
+        """One step, or the medians of ``repeat`` in a row: what interrupts a few of them does not count.
+
+        As in training, a step of the same layer comes before it, and leaves it memory and caches as it does.
+        """
         forward, backward = [], []
+        self.clear()
+        self.step()
         for _ in range(self.repeat):
             self.clear()
             start = time.perf_counter()

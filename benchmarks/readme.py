@@ -85,9 +85,9 @@ def _small(runs: list[Mapping[str, Any]]) -> str:
             if "step" in rows[name]
         }
         return (
-            f"A small layer ({table['case']}), where starting the work is most of the time: microseconds over "
-            f"torch.nn's {plain:.0f}. With the output alone, backward starts from one result, as torch.nn's "
-            "does; with the KL, from two.\n\n"
+            f"A small layer ({table['case']}), where starting the work is most of the time: microseconds "
+            f"over torch.nn's {plain:.0f}. With the output alone, backward starts from one result, as "
+            "torch.nn's does; with the KL, from two.\n\n"
             + markdown_table(["", "over torch.nn, us"], [[label, f"{us:.0f}"] for label, us in over.items()])
         )
     raise SystemExit("no small layer in the results")
