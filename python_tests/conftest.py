@@ -176,9 +176,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_numbers_every_time() -> None:
+def seed() -> None:
     """A test draws the same numbers alone, among others, and in another order."""
-    torch.manual_seed(2026)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -47,11 +47,6 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 ops = torch.ops.bbb_fast
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=[BBB, BBB_LRT], ids=["bbb", "lrt"])
 def estimator(request: pytest.FixtureRequest) -> ModuleType:
     """The module that holds the layers of one estimator."""

@@ -24,11 +24,6 @@ def estimator(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 class Net(ModuleWrapper):
     """A small convolution net on [N, 2, 5, 5]; returns (output, kl)."""
 

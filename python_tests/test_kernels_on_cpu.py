@@ -32,11 +32,6 @@ ALL_PAIRS = list(product(DTYPES, DTYPES))
 PRIOR = (0.05, 0.4)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def assert_kl(kl: Tensor, exact: Tensor, tolerance: float = 1e-6) -> None:
     """Six digits, of the KL or of the numbers of size 1 that a few weights' KL is a difference of."""
     torch.testing.assert_close(kl.double(), exact, rtol=tolerance, atol=2 * tolerance)

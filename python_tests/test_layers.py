@@ -43,11 +43,6 @@ def estimator(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def make(estimator: ModuleType, kind: str, *args: Any, **options: Any) -> BayesianLayer:
     """A layer with sigma around 0.2, so that the noise shows."""
     layer = getattr(estimator, f"BBB{kind}")(*(args or ARGUMENTS[kind][0]), **options)
@@ -787,7 +782,7 @@ class TestForwardKl:
         parameters = list(layer.parameters())
         grads = [torch.autograd.grad(kl, parameters) for kl in (taken, fresh)]
         torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
-        assert torch.equal(taken, left) and taken.grad_fn is left.grad_fn is not fresh.grad_fn
+        assert taken is left and fresh is not left
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("order", ["output first", "KL first"])
@@ -838,18 +833,19 @@ class TestForwardKl:
         expected = torch.autograd.grad(exact_kl(layer), list(layer.parameters()))
         torch.testing.assert_close([p.grad for p in layer.parameters()], list(expected), rtol=1e-5, atol=1e-6)
 
-    def test_no_grad_does_not_take_it(self, native: None, estimator: ModuleType) -> None:
+    def test_no_grad_does_not_take_it(self, backend: str, estimator: ModuleType) -> None:
         """A logged KL costs the loss nothing and has no graph."""
         layer, x = make(estimator, "Linear"), example("Linear")
         layer(x)
-        left = layer._forward_kl.kl
+        left = layer._forward_kl.kl if backend == "native" else None
         with torch.no_grad():
             quiet = layer.kl_loss()
         with torch.inference_mode():
             layer.kl_loss()
         assert not quiet.requires_grad
         kl = layer.kl_loss()
-        assert torch.equal(kl, quiet) and kl.requires_grad and kl is left
+        assert torch.equal(kl, quiet) and kl.requires_grad
+        assert left is None or kl is left
 
     def test_a_forward_under_no_grad_leaves_none(self, backend: str, estimator: ModuleType) -> None:
         layer, x = make(estimator, "Linear"), example("Linear")
@@ -909,11 +905,11 @@ class TestForwardKl:
                 torch.func.jvp(lambda p: torch.func.functional_call(layer, p, (x,)), (p,), (p,))
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_copies_after_a_forward(self, native: None, estimator: ModuleType, kind: str) -> None:
+    def test_copies_after_a_forward(self, backend: str, estimator: ModuleType, kind: str) -> None:
         """The copy has no KL with a graph; the layer keeps its own."""
         layer = make(estimator, kind, priors={"prior_sigma": 0.3})
         layer(example(kind))
-        left = layer._forward_kl.kl
+        left = layer._forward_kl.kl if backend == "native" else None
         file = io.BytesIO()
         torch.save(layer, file)
         file.seek(0)
@@ -929,7 +925,7 @@ class TestForwardKl:
             theirs = copied.kl_loss()
             torch.testing.assert_close(theirs, kl, rtol=1e-6, atol=0)
             torch.autograd.grad(theirs, list(copied.parameters()))
-        assert kl is left
+        assert left is None or kl is left
 
     def test_functional_call_leaves_the_layer_its_own(self, backend: str, estimator: ModuleType) -> None:
         layer, x = make(estimator, "Linear"), example("Linear")

@@ -105,11 +105,6 @@ def exact_kl(model: nn.Module) -> float:
     return total
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 class TestArchitecture:
     @pytest.mark.parametrize("model_type", BAYESIAN)
     @pytest.mark.parametrize("layer_type", LAYER_TYPES)
