@@ -17,11 +17,9 @@ template <class F>
 BBB_INLINE F natural_log(F x) {
   using I = typename Lanes<F>::Int;
   const I bits = as_int(x);
-  // Exponent and mantissa with the mantissa in [sqrt(1/2), sqrt(2)).
-  const I exponent = (bits - 0x3F3504F3) >> 23;
-  const F f = as_float(bits - (exponent << 23)) - 1.0f;
-  const F e = to_float(exponent);
-  const F z = f * f;
+  // 2^23 times the exponent, and the mantissa in [sqrt(1/2), sqrt(2)).
+  const I exponent = (bits - 0x3F3504F3) & ~0x007FFFFF;
+  const F f = as_float(bits - exponent) - 1.0f;
   F p = f * -7.634429634e-02f + 1.276154965e-01f;
   p = p * f + -1.316019446e-01f;
   p = p * f + 1.420176178e-01f;
@@ -29,27 +27,28 @@ BBB_INLINE F natural_log(F x) {
   p = p * f + 2.000122666e-01f;
   p = p * f + -2.500082254e-01f;
   p = p * f + 3.333333135e-01f;
-  F y = p * (z * f) + e * kLn2Lo;
-  y = z * -0.5f + y;
-  return e * kLn2Hi + (f + y);
+  p = p * f + -5.000000000e-01f;
+  return to_float(exponent) * (kLn2 * 0x1p-23f) + (p * (f * f) + f);
 }
+
+// Adding this to |n| < 2^22 rounds n to an integer and leaves n + 191 in the low bits of the sum's mantissa.
+// Shifted by 23 they make 2^(n + 64), which is normal for n >= -152 where 2^n is not: times_power_of_2
+// multiplies by it and then by 2^-64, so that only the last product can become denormal.
+constexpr float kPowerShift = 12582912.0f + 191.0f;
 
 // e^x for x <= 0, 3e-9; denormal results are kept, below about -104 the result is 0.
 template <class F>
 BBB_INLINE F exp_negative(F x) {
   x = at_least(x, -105.0f);
-  // Adding 1.5 * 2^23 leaves the rounded integer n in the low bits of the mantissa.
-  const F shifted = x * kLog2E + 12582912.0f;
-  const F nf = shifted - 12582912.0f;
-  const F r = (x - nf * kLn2Hi) - nf * kLn2Lo;
+  const F shifted = x * kLog2E + kPowerShift;
+  const F n = shifted - kPowerShift;
+  const F r = (x - n * kLn2Hi) - n * kLn2Lo;
   F p = r * 1.381461043e-03f + 8.368710056e-03f;
   p = p * r + 4.166838899e-02f;
   p = p * r + 1.666652113e-01f;
   p = p * r + 4.999999404e-01f;
-  p = p * (r * r) + r + 1.0f;
-  // 2^(n + 64), which is normal, and then 2^-64: only the last product can become denormal.
-  const F scale = as_float(as_signed((as_unsigned(as_int(shifted)) << 23) + (191u << 23)));
-  return p * scale * 0x1p-64f;
+  p = p * r + 1.0f;
+  return times_power_of_2(p * r + 1.0f, n, shifted);
 }
 
 // ln(1 + t) / t for 0 <= t <= 1, 5e-9.
@@ -66,16 +65,19 @@ BBB_INLINE F log1p_over(F t) {
   return p * t + 1.0f;
 }
 
-// sin and cos of |t| <= pi / 4, 4e-9.
+// sin and cos of |t| <= pi / 2, 5e-9.
 template <class F>
 BBB_INLINE void sin_cos(F t, F& sin, F& cos) {
   const F z = t * t;
-  F s = z * -1.951729791e-04f + 8.332177997e-03f;
-  s = s * z + -1.666665524e-01f;
+  F s = z * 2.608932681e-06f + -1.981111276e-04f;
+  s = s * z + 8.333088167e-03f;
+  s = s * z + -1.666666046e-01f;
   sin = s * (z * t) + t;
-  F c = z * 2.443845005e-05f + -1.388736768e-03f;
-  c = c * z + 4.166664556e-02f;
-  cos = c * (z * z) + (z * -0.5f + 1.0f);
+  F c = z * -2.619381522e-07f + 2.476930424e-05f;
+  c = c * z + -1.388856916e-03f;
+  c = c * z + 4.166665577e-02f;
+  c = c * z + -5.000000000e-01f;
+  cos = c * z + 1.0f;
 }
 
 // Two standard normals from two 32-bit words (Box and Muller 1958). The radius uses
@@ -83,18 +85,15 @@ BBB_INLINE void sin_cos(F t, F& sin, F& cos) {
 template <class F, class U>
 BBB_INLINE void box_muller(U x, U y, F& z0, F& z1) {
   const F u = to_float(x) * 0x1p-32f + 0x1p-33f;
-  const F radius = square_root_normal(natural_log(u) * -2.0f);
-  const U quadrant = (y + 0x20000000u) >> 30;
-  // The remainder in (-1/8, 1/8] turns; shifting the quadrant out keeps its sign.
-  const F angle = to_float(as_signed(y << 2)) * (1.57079632679489662f * 0x1p-32f);
+  const F length = square_root_normal(natural_log(u) * -2.0f);
+  // The angle is the nearest number of half turns, which is bit 31 of y + 2^30, and what is left of y
+  // without its top bit: -1/4 to 1/4 turns. A half turn flips both signs.
+  const F radius = as_float(as_int(length) ^ as_signed((y + 0x40000000u) & 0x80000000u));
+  const F angle = to_float(as_signed(y << 1)) * (3.14159265358979324f * 0x1p-32f);
   F sin, cos;
   sin_cos(angle, sin, cos);
-  const auto swap = (as_signed(quadrant) & 1) != 0;
-  const F a = select(swap, sin, cos);
-  const F b = select(swap, cos, sin);
-  // Bit 1 of the quadrant number becomes the sign bit.
-  z0 = radius * as_float(as_int(a) ^ as_signed(((quadrant + 1u) & 2u) << 30));
-  z1 = radius * as_float(as_int(b) ^ as_signed((quadrant & 2u) << 30));
+  z0 = radius * cos;
+  z1 = radius * sin;
 }
 
 // sigma = softplus(rho) with what its derivative and its logarithm need. With t = e^-|rho| and
@@ -126,26 +125,24 @@ BBB_INLINE void softplus_derivative(F rho, const Sigma<F>& s, F& derivative, F& 
   derivative = select(rho < 0.0f, s.t, F{} + 1.0f) * inverse;
 }
 
-// KL(q || p) of n weights, with mu_p, sigma_p the prior's:
-//   1/2 sum[(sigma / sigma_p)^2 + ((mu - mu_p) / sigma_p)^2 - 2 (min(rho, 0) - ln sigma_p)]
-//   - ln(prod base) - n / 2.
-// kl_terms gives a weight's summand; the product is taken by mantissa and exponent (below), which costs
-// one logarithm for several weights.
+// KL(q || p) of n weights, with mu_p, sigma_p the prior's and q = sigma / sigma_p:
+//   1/2 sum[q^2 + ((mu - mu_p) / sigma_p)^2] - ln(prod q) - n / 2.
+// A product of several weights' q costs one logarithm for all of them.
 struct Prior {
   float mu;
   float inv_sigma;
-  float log_sigma;  // rounded; kl_constant (kl_sum.h) adds what the rounding lost
 };
 
 inline Prior make_prior(const f64::Prior& p) {
-  return {static_cast<float>(p.mu), static_cast<float>(1.0 / p.sigma), static_cast<float>(std::log(p.sigma))};
+  return {static_cast<float>(p.mu), static_cast<float>(1.0 / p.sigma)};
 }
 
+// A weight's summand, and q.
 template <class F>
-BBB_INLINE F kl_terms(F mu, F rho, const Sigma<F>& s, const Prior& prior) {
-  const F r = s.value * prior.inv_sigma;
+BBB_INLINE F kl_squares(F mu, const Sigma<F>& s, const Prior& prior, F& q) {
+  q = s.value * prior.inv_sigma;
   const F d = (mu - prior.mu) * prior.inv_sigma;
-  return (r * r + d * d) + (at_least(-rho, 0.0f) + prior.log_sigma) * 2.0f;
+  return q * q + d * d;
 }
 
 // Splits x > 0 into mantissa in [1, 2) and exponent.

@@ -79,6 +79,10 @@ BBB_INLINE float reciprocal_root(float x) {
   return 1.0f / sqrtf(x);
 #endif
 }
+// p 2^n, denormal results kept.
+BBB_INLINE float times_power_of_2(float p, float, float shifted) {
+  return p * as_float(as_signed(as_unsigned(as_int(shifted)) << 23)) * 0x1p-64f;
+}
 BBB_INLINE float negative_abs(float x) {
   return -fabsf(x);
 }

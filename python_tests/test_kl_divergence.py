@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import DTYPES, assert_same, grads, on, posterior
@@ -44,6 +46,34 @@ def test_equal_weights_do_not_add_up_roundings(isa: str, value: float) -> None:
     torch.testing.assert_close(
         functional.kl_divergence(mu, rho).double(), exact_kl(q, p).sum(), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("rho", [-300.0, -104.0, -89.0, -60.0, -24.0, 70.0, 1e6, 1e16])
+@pytest.mark.parametrize("count", [1, 70, 4100])
+def test_far_from_the_prior(isa: str, rho: float, count: int) -> None:
+    """sigma may vanish, and a product of several sigma / sigma_p leave float's range; the KL does not."""
+    mu, rhos = torch.randn(count) * 0.1, torch.randn(count) * 0.3 - 3
+    rhos[-1], rhos[: count // 3] = rho, rho
+    sigma = softplus(rhos.double())
+    log_sigma = torch.where(rhos < -30, rhos.double(), sigma.log())
+    prior = 0.1
+    terms = (sigma / prior) ** 2 + (mu.double() / prior) ** 2 - 1 - 2 * (log_sigma - math.log(prior))
+    ops, rng = torch.ops.bbb_fast, torch.tensor([1, 2])
+    for kl in (
+        ops.kl_divergence([mu], [rhos], [0.0], [prior]),
+        ops.sample_weights([mu], [rhos], rng, 0.0, prior, True, None)[1],
+        ops.variance([mu], [rhos], 0.0, prior, True, torch.float32)[1],
+    ):
+        torch.testing.assert_close(kl.double(), terms.sum() / 2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_hidden(isa: str, value: float) -> None:
+    mu, rho = torch.zeros(200), torch.full((200,), -3.0)
+    for bad in (mu, rho):
+        bad[150] = value
+        assert not functional.kl_divergence(mu, rho).isfinite()
+        bad[150] = 0.0
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (0,), (3, 0)])

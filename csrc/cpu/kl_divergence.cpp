@@ -34,7 +34,7 @@ at::Tensor kl_divergence_cpu(
     partial.resize(chunks);
     const KlArgs args{Span(m), Span(r), {prior_mu[k], prior_sigma[k]}, partial.data()};
     for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(kl_chunks, args, begin, end) });
-    kl += finish_kl(partial, kl_constant(m, prior_sigma[k]));
+    kl += finish_kl(partial, kl_constant(m));
   }
   return kl_tensor(kl, mu[0]);
 }
@@ -53,33 +53,28 @@ inline void kl_chunks(const KlArgs& a, int64_t begin, int64_t end) {
   const Prior prior = make_prior(a.prior);
   alignas(64) float mu_buffer[kTile], rho_buffer[kTile];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t stop = std::min((chunk + 1) * kChunk, a.mu.numel);
     if (a.mu.dtype == at::kDouble) {
-      double total = 0.0;
-      for (int64_t i = chunk * kChunk; i < stop; ++i) {
-        const double rho = read_double(a.rho, i);
-        total += f64::kl_terms(read_double(a.mu, i), rho, f64::softplus(rho), a.prior);
-      }
-      a.partial[chunk] = total;
+      a.partial[chunk] = exact_chunk_kl(a.mu, a.rho, a.prior, chunk);
       continue;
     }
     KlSum kl;
+    const int64_t stop = std::min((chunk + 1) * kChunk, a.mu.numel);
     for (int64_t i = chunk * kChunk; i < stop; i += kTile) {
       const int64_t count = std::min<int64_t>(kTile, stop - i);
       const float* mu_tile = read_tile(a.mu, i, count, mu_buffer);
       const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
-      const auto vectors = [&](auto whole) BBB_ALWAYS_INLINE {
+      const auto quads = [&](auto whole) BBB_ALWAYS_INLINE {
         constexpr bool kWhole = decltype(whole)::value;
 #pragma GCC unroll 4
-        for (int r = 0; r < kVectors; ++r) {
-          const vfloat rho = load(rho_tile + r * kWidth);
-          kl.add<kWhole>(load(mu_tile + r * kWidth), rho, softplus(rho), prior, r, count);
+        for (int q = 0; q < kQuads; ++q) {
+          const Sigma<vquad> s = softplus(load_quad(rho_tile + q * kQuad));
+          kl.add<kWhole>(q, load_quad(mu_tile + q * kQuad), s, prior, count);
         }
       };
-      count == kTile ? vectors(std::true_type{}) : vectors(std::false_type{});
+      count == kTile ? quads(std::true_type{}) : quads(std::false_type{});
       kl.finish_tile();
     }
-    a.partial[chunk] = kl.total();
+    a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, a.prior, chunk);
   }
 }
 

@@ -65,10 +65,10 @@ inline void lrt_sample_chunks(const LrtSampleArgs& a, int64_t begin, int64_t end
   const int64_t stop = std::min(end * kChunk, a.m.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
-    vfloat z[kVectors];
+    vquad z[kQuads];
     noise.tile(i / 4, z);
     if (wide) {
-      for (int r = 0; r < kVectors; ++r) store(m_buffer + r * kWidth, z[r]);
+      for (int q = 0; q < kQuads; ++q) store(m_buffer + q * kQuad, z[q]);
       for (int64_t j = 0; j < count; ++j) {
         const double y = read_double(a.m, i + j) + f64::lrt_noise(read_any(a.v, i + j), m_buffer[j]);
         write_double(a.out, i + j, y);
@@ -78,9 +78,9 @@ inline void lrt_sample_chunks(const LrtSampleArgs& a, int64_t begin, int64_t end
     const float* m = read_tile(a.m, i, count, m_buffer);
     const float* v = read_tile(a.v, i, count, v_buffer);
     float* out = write_tile(a.out, i, count, out_buffer);
-    for (int r = 0; r < kVectors; ++r) {
-      const int at = r * kWidth;
-      store(out + at, load(m + at) + lrt_noise(load(v + at), z[r]));
+    for (int q = 0; q < kQuads; ++q) {
+      const int at = q * kQuad;
+      store(out + at, load_quad(m + at) + lrt_noise(load_quad(v + at), z[q]));
     }
     commit_tile(a.out, i, count, out);
   }
@@ -93,10 +93,10 @@ inline void lrt_sample_backward_chunks(const LrtSampleBackwardArgs& a, int64_t b
   const int64_t stop = std::min(end * kChunk, a.v.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
-    vfloat z[kVectors];
+    vquad z[kQuads];
     noise.tile(i / 4, z);
     if (wide) {
-      for (int r = 0; r < kVectors; ++r) store(v_buffer + r * kWidth, z[r]);
+      for (int q = 0; q < kQuads; ++q) store(v_buffer + q * kQuad, z[q]);
       for (int64_t j = 0; j < count; ++j) {
         const double slope = f64::lrt_noise_derivative(read_any(a.v, i + j), v_buffer[j]);
         write_double(a.grad_v, i + j, read_double(a.grad, i + j) * slope);
@@ -106,9 +106,9 @@ inline void lrt_sample_backward_chunks(const LrtSampleBackwardArgs& a, int64_t b
     const float* grad = read_tile(a.grad, i, count, grad_buffer);
     const float* v = read_tile(a.v, i, count, v_buffer);
     float* out = write_tile(a.grad_v, i, count, out_buffer);
-    for (int r = 0; r < kVectors; ++r) {
-      const int at = r * kWidth;
-      store(out + at, load(grad + at) * lrt_noise_derivative(load(v + at), z[r]));
+    for (int q = 0; q < kQuads; ++q) {
+      const int at = q * kQuad;
+      store(out + at, load_quad(grad + at) * lrt_noise_derivative(load_quad(v + at), z[q]));
     }
     commit_tile(a.grad_v, i, count, out);
   }

@@ -49,10 +49,8 @@ inline void normal_chunks(const NormalArgs& a, int64_t begin, int64_t end) {
   const int64_t stop = std::min(end * kChunk, a.out.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
-    vfloat z[kVectors];
-    noise.tile(i / 4, z);
     float* out = write_tile(a.out, i, count, buffer);
-    for (int r = 0; r < kVectors; ++r) store(out + r * kWidth, z[r]);
+    noise.tile(i / 4, out);
     commit_tile(a.out, i, count, out);
   }
 }

@@ -96,24 +96,24 @@ void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
         kThrough == Through::moments ? read_tile(a.grad_variance, i, count, v_buffer) : nullptr;
     float* g_mu_tile = write_tile(a.grad_mu, i, count, g_mu_buffer);
     float* g_rho_tile = write_tile(a.grad_rho, i, count, g_rho_buffer);
-    vfloat z[kVectors];
+    vquad z[kQuads];
     if constexpr (kThrough == Through::weight) noise.tile(i / 4, z);
-    for (int r = 0; r < kVectors; ++r) {
-      const int at = r * kWidth;
-      const vfloat mu = load(mu_tile + at);
-      const vfloat rho = load(rho_tile + at);
-      const Sigma<vfloat> s = softplus(rho);
-      vfloat derivative, ratio;
+    for (int q = 0; q < kQuads; ++q) {
+      const int at = q * kQuad;
+      const vquad mu = load_quad(mu_tile + at);
+      const vquad rho = load_quad(rho_tile + at);
+      const Sigma<vquad> s = softplus(rho);
+      vquad derivative, ratio;
       softplus_derivative(rho, s, derivative, ratio);
-      vfloat g_mu = vfloat{}, g_rho = vfloat{};
+      vquad g_mu = vquad{}, g_rho = vquad{};
       if constexpr (kKl) kl_derivative(mu, s, derivative, ratio, prior, grad_kl, g_mu, g_rho);
       if constexpr (kThrough == Through::weight) {
-        const vfloat g = load(w_tile + at);
+        const vquad g = load_quad(w_tile + at);
         g_mu += g;
-        g_rho += g * z[r] * derivative;
+        g_rho += g * z[q] * derivative;
       } else if constexpr (kThrough == Through::moments) {
-        g_mu += load(w_tile + at);
-        g_rho += load(v_tile + at) * (s.value * derivative * 2.0f);
+        g_mu += load_quad(w_tile + at);
+        g_rho += load_quad(v_tile + at) * (s.value * derivative * 2.0f);
       }
       store(g_mu_tile + at, g_mu);
       store(g_rho_tile + at, g_rho);
@@ -128,9 +128,7 @@ inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
   alignas(64) float eps[kTile];
   const int64_t stop = std::min(end * kChunk, a.mu.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
-    vfloat z[kVectors];
-    noise.tile(i / 4, z);
-    for (int r = 0; r < kVectors; ++r) store(eps + r * kWidth, z[r]);
+    noise.tile(i / 4, eps);
     for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
       const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
       const f64::Sigma s = f64::softplus(rho);

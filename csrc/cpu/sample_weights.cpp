@@ -56,7 +56,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_cpu(
         with_kl ? partial.data() : nullptr};
     for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(sample_chunks, args, begin, end) });
     if (with_kl) {
-      kl += finish_kl(partial, kl_constant(m, prior_sigma));
+      kl += finish_kl(partial, kl_constant(m));
     }
     weights.push_back(std::move(w));
   }
@@ -86,24 +86,23 @@ void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
       const float* mu_tile = read_tile(a.mu, i, count, mu_buffer);
       const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
       float* out = write_tile(a.out, i, count, out_buffer);
-      vfloat z[kVectors];
+      vquad z[kQuads];
       noise.tile(i / 4, z);
-      const auto vectors = [&](auto whole) BBB_ALWAYS_INLINE {
+      const auto quads = [&](auto whole) BBB_ALWAYS_INLINE {
         constexpr bool kWhole = decltype(whole)::value;
 #pragma GCC unroll 4
-        for (int r = 0; r < kVectors; ++r) {
-          const vfloat mu = load(mu_tile + r * kWidth);
-          const vfloat rho = load(rho_tile + r * kWidth);
-          const Sigma<vfloat> s = softplus(rho);
-          store(out + r * kWidth, s.value * z[r] + mu);
-          if constexpr (kWithKl) kl.add<kWhole>(mu, rho, s, prior, r, count);
+        for (int q = 0; q < kQuads; ++q) {
+          const vquad mu = load_quad(mu_tile + q * kQuad);
+          const Sigma<vquad> s = softplus(load_quad(rho_tile + q * kQuad));
+          store(out + q * kQuad, s.value * z[q] + mu);
+          if constexpr (kWithKl) kl.add<kWhole>(q, mu, s, prior, count);
         }
       };
-      count == kTile ? vectors(std::true_type{}) : vectors(std::false_type{});
+      count == kTile ? quads(std::true_type{}) : quads(std::false_type{});
       if constexpr (kWithKl) kl.finish_tile();
       commit_tile(a.out, i, count, out);
     }
-    if constexpr (kWithKl) a.partial[chunk] = kl.total();
+    if constexpr (kWithKl) a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, a.prior, chunk);
   }
 }
 
@@ -114,9 +113,7 @@ inline void sample_chunks_double(const SampleArgs& a, int64_t begin, int64_t end
     double kl = 0.0;
     const int64_t stop = std::min((chunk + 1) * kChunk, a.mu.numel);
     for (int64_t i = chunk * kChunk; i < stop; i += kTile) {
-      vfloat z[kVectors];
-      noise.tile(i / 4, z);
-      for (int r = 0; r < kVectors; ++r) store(eps + r * kWidth, z[r]);
+      noise.tile(i / 4, eps);
       for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
         const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
         const f64::Sigma s = f64::softplus(rho);

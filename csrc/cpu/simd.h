@@ -2,12 +2,11 @@
 // Text without include guard: foreach_isa.h includes it once per instruction set, inside its namespace.
 
 constexpr int kWidth = BBB_WIDTH;
-// Kernels work in tiles of so many vectors, padding the last one, so that every element is computed by the
-// same instructions wherever threads split the range. Two quads: one quad's chain of dependent instructions
-// would leave the CPU waiting.
-constexpr int kQuads = 2;
-constexpr int kVectors = 4 * kQuads;
-constexpr int kTile = kVectors * kWidth;
+// Kernels work in quads of four vectors, and in tiles of two quads, padding the last one, so that every
+// element is computed by the same instructions wherever threads split the range.
+constexpr int kQuad = 4 * kWidth;
+constexpr int kQuads = 2;  // as many as Noise::tile makes at a time
+constexpr int kTile = kQuads * kQuad;
 
 typedef float vfloat __attribute__((vector_size(4 * BBB_WIDTH)));
 typedef int32_t vint __attribute__((vector_size(4 * BBB_WIDTH)));
@@ -108,6 +107,16 @@ BBB_INLINE vfloat square_root_normal(vfloat x) {
   return square_root(x);
 }
 #endif
+// p 2^n, denormal results kept.
+#if BBB_WIDTH == 16
+BBB_INLINE vfloat times_power_of_2(vfloat p, vfloat n, vfloat) {
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+#else
+BBB_INLINE vfloat times_power_of_2(vfloat p, vfloat, vfloat shifted) {
+  return p * (vfloat)((vint)shifted << 23) * 0x1p-64f;
+}
+#endif
 BBB_INLINE vfloat negative_abs(vfloat x) {
   return as_float(as_int(x) | (vint{} - 0x7FFFFFFF - 1));
 }
@@ -144,6 +153,20 @@ BBB_INLINE Words mix(const Words& high, const Words& c, uint32_t key) {
   return result;
 }
 
+#include "pair.h"
+// Four vectors in the order of memory.
+using vquad = Pair<Pair<vfloat>>;
+
+BBB_INLINE vquad load_quad(const float* p) {
+  return {{load(p), load(p + kWidth)}, {load(p + 2 * kWidth), load(p + 3 * kWidth)}};
+}
+BBB_INLINE void store(float* p, const vquad& x) {
+  store(p, x.a.a);
+  store(p + kWidth, x.a.b);
+  store(p + 2 * kWidth, x.b.a);
+  store(p + 3 * kWidth, x.b.b);
+}
+
 #include "../gaussian.h"
 #include "../philox.h"
 
@@ -177,7 +200,7 @@ struct Noise {
 
   explicit Noise(uint64_t seed, uint64_t stream_) : key(philox_key(seed)), stream(stream_) {}
 
-  BBB_INLINE void tile(uint64_t block, vfloat z[kVectors]) const {
+  BBB_INLINE void tile(uint64_t block, vquad z[kQuads]) const {
     // 32-bit lane 4 g + i of a quad works on its block (kWidth / 4) i + g: then a 4 x 4 transpose within each
     // group of lanes puts the outputs in order.
     vword even, odd;
@@ -197,25 +220,32 @@ struct Noise {
       }
     }
     philox4x32(c[0], c[1], c[2], c[3], key);
-#pragma GCC unroll 8
-    for (int q = 0; q < kQuads; ++q) {
-      vuint x[4];
-      for (int j = 0; j < 4; ++j) x[j] = joined(c[j].v[2 * q], c[j].v[2 * q + 1]);
-      vfloat n[4];
-      box_muller(x[0], x[1], n[0], n[1]);
-      box_muller(x[2], x[3], n[2], n[3]);
-      const vfloat a = BBB_SHUFFLE(n[0], n[1], 0, 4, 1, 5);
-      const vfloat b = BBB_SHUFFLE(n[2], n[3], 0, 4, 1, 5);
-      const vfloat c = BBB_SHUFFLE(n[0], n[1], 2, 6, 3, 7);
-      const vfloat d = BBB_SHUFFLE(n[2], n[3], 2, 6, 3, 7);
-      z[4 * q] = BBB_SHUFFLE(a, b, 0, 1, 4, 5);
-      z[4 * q + 1] = BBB_SHUFFLE(a, b, 2, 3, 6, 7);
-      z[4 * q + 2] = BBB_SHUFFLE(c, d, 0, 1, 4, 5);
-      z[4 * q + 3] = BBB_SHUFFLE(c, d, 2, 3, 6, 7);
-    }
+    const auto words = [&](int j) BBB_ALWAYS_INLINE {
+      return Pair<vuint>{joined(c[j].v[0], c[j].v[1]), joined(c[j].v[2], c[j].v[3])};
+    };
+    Pair<Pair<vfloat>> n0, n1;
+    box_muller(Pair<Pair<vuint>>{words(0), words(2)}, Pair<Pair<vuint>>{words(1), words(3)}, n0, n1);
+    z[0] = ordered(n0.a.a, n1.a.a, n0.b.a, n1.b.a);
+    z[1] = ordered(n0.a.b, n1.a.b, n0.b.b, n1.b.b);
+  }
+
+  BBB_INLINE void tile(uint64_t block, float* out) const {
+    vquad z[kQuads];
+    tile(block, z);
+    for (int q = 0; q < kQuads; ++q) store(out + q * kQuad, z[q]);
   }
 
  private:
+  // Outputs 0 to 3 of a quad's blocks in the order of elements.
+  static BBB_INLINE vquad ordered(vfloat n0, vfloat n1, vfloat n2, vfloat n3) {
+    const vfloat a = BBB_SHUFFLE(n0, n1, 0, 4, 1, 5);
+    const vfloat b = BBB_SHUFFLE(n2, n3, 0, 4, 1, 5);
+    const vfloat c = BBB_SHUFFLE(n0, n1, 2, 6, 3, 7);
+    const vfloat d = BBB_SHUFFLE(n2, n3, 2, 6, 3, 7);
+    return {
+        {BBB_SHUFFLE(a, b, 0, 1, 4, 5), BBB_SHUFFLE(a, b, 2, 3, 6, 7)},
+        {BBB_SHUFFLE(c, d, 0, 1, 4, 5), BBB_SHUFFLE(c, d, 2, 3, 6, 7)}};
+  }
   // The low halves of even and odd lanes, in turn.
   static BBB_INLINE vuint joined(vword even, vword odd) {
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__

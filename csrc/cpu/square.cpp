@@ -67,9 +67,9 @@ inline void square_chunks(const SquareArgs& a, int64_t begin, int64_t end) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
     const float* x_tile = read_tile(a.x, i, count, x_buffer);
     float* out = write_tile(a.out, i, count, out_buffer);
-    for (int r = 0; r < kVectors; ++r) {
-      const vfloat x = load(x_tile + r * kWidth);
-      store(out + r * kWidth, x * x);
+    for (int q = 0; q < kQuads; ++q) {
+      const vquad x = load_quad(x_tile + q * kQuad);
+      store(out + q * kQuad, x * x);
     }
     commit_tile(a.out, i, count, out);
   }
@@ -90,9 +90,9 @@ inline void square_backward_chunks(const SquareBackwardArgs& a, int64_t begin, i
     const float* x = read_tile(a.x, i, count, x_buffer);
     const float* grad = read_tile(a.grad, i, count, grad_buffer);
     float* out = write_tile(a.grad_x, i, count, out_buffer);
-    for (int r = 0; r < kVectors; ++r) {
-      const int at = r * kWidth;
-      store(out + at, load(grad_x + at) + load(x + at) * 2.0f * load(grad + at));
+    for (int q = 0; q < kQuads; ++q) {
+      const int at = q * kQuad;
+      store(out + at, load_quad(grad_x + at) + load_quad(x + at) * 2.0f * load_quad(grad + at));
     }
     commit_tile(a.grad_x, i, count, out);
   }

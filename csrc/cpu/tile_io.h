@@ -60,8 +60,16 @@ inline double read_double(const Span& t, int64_t i) {
   return static_cast<const double*>(t.data)[i];
 }
 inline double read_any(const Span& t, int64_t i) {
-  float x[kTile];
-  return t.dtype == at::kDouble ? read_double(t, i) : *read_tile(t, i, 1, x);
+  switch (t.dtype) {
+    case at::kDouble:
+      return read_double(t, i);
+    case at::kFloat:
+      return static_cast<const float*>(t.data)[i];
+    case at::kBFloat16:
+      return static_cast<float>(static_cast<const c10::BFloat16*>(t.data)[i]);
+    default:
+      return static_cast<float>(static_cast<const c10::Half*>(t.data)[i]);
+  }
 }
 inline void write_double(const Span& t, int64_t i, double x) {
   switch (t.dtype) {
@@ -77,4 +85,21 @@ inline void write_double(const Span& t, int64_t i, double x) {
     default:
       static_cast<c10::Half*>(t.data)[i] = c10::Half(static_cast<float>(x));
   }
+}
+
+// A chunk's partial sum of the KL in double, element by element.
+inline double exact_chunk_kl(const Span& mu, const Span& rho, const f64::Prior& prior, int64_t chunk) {
+  double sum = 0.0;
+  for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, mu.numel); ++i) {
+    const double r = read_any(rho, i);
+    sum += f64::kl_terms(read_any(mu, i), r, f64::softplus(r), prior);
+  }
+  return sum;
+}
+
+// The same, formed in float by a KlSum where that can tell it.
+template <class Sum>
+double chunk_kl(const Sum& fast, const Span& mu, const Span& rho, const f64::Prior& prior, int64_t chunk) {
+  const double sum = fast.total();
+  return std::isfinite(sum) ? sum : exact_chunk_kl(mu, rho, prior, chunk);
 }

@@ -47,7 +47,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> variance_cpu(
         Span(m), Span(r), Span(out), {prior_mu, prior_sigma}, with_kl ? partial.data() : nullptr};
     for_each_chunk(
         r.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(variance_chunks, args, begin, end) });
-    if (with_kl) kl += finish_kl(partial, kl_constant(m, prior_sigma));
+    if (with_kl) kl += finish_kl(partial, kl_constant(m));
     variances.push_back(std::move(out));
   }
   return {std::move(variances), kl_tensor(kl, mu[0])};
@@ -75,21 +75,20 @@ void variance_chunks_float(const VarianceArgs& a, int64_t begin, int64_t end) {
       const float* mu_tile = kWithKl ? read_tile(a.mu, i, count, mu_buffer) : nullptr;
       const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
       float* out = write_tile(a.out, i, count, out_buffer);
-      const auto vectors = [&](auto whole) BBB_ALWAYS_INLINE {
+      const auto quads = [&](auto whole) BBB_ALWAYS_INLINE {
         constexpr bool kWhole = decltype(whole)::value;
 #pragma GCC unroll 4
-        for (int r = 0; r < kVectors; ++r) {
-          const vfloat rho = load(rho_tile + r * kWidth);
-          const Sigma<vfloat> s = softplus(rho);
-          store(out + r * kWidth, s.value * s.value);
-          if constexpr (kWithKl) kl.add<kWhole>(load(mu_tile + r * kWidth), rho, s, prior, r, count);
+        for (int q = 0; q < kQuads; ++q) {
+          const Sigma<vquad> s = softplus(load_quad(rho_tile + q * kQuad));
+          store(out + q * kQuad, s.value * s.value);
+          if constexpr (kWithKl) kl.add<kWhole>(q, load_quad(mu_tile + q * kQuad), s, prior, count);
         }
       };
-      count == kTile ? vectors(std::true_type{}) : vectors(std::false_type{});
+      count == kTile ? quads(std::true_type{}) : quads(std::false_type{});
       if constexpr (kWithKl) kl.finish_tile();
       commit_tile(a.out, i, count, out);
     }
-    if constexpr (kWithKl) a.partial[chunk] = kl.total();
+    if constexpr (kWithKl) a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, a.prior, chunk);
   }
 }
 

@@ -56,7 +56,7 @@ at::Tensor kl_divergence(
   for (size_t k = 0; k < mu.size(); ++k) {
     m.push_back(mu[k].contiguous());
     r.push_back(rho[k].contiguous());
-    constant += kl_constant(mu[k], prior_sigma[k]);
+    constant += kl_constant(mu[k]);
   }
   const at::Tensor kl = at::empty({}, mu[0].options().dtype(kl_dtype(mu[0])));
   dispatch(mu[0].scalar_type(), [&](auto type) {

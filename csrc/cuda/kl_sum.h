@@ -18,14 +18,20 @@ struct KlSum<float> {
   using Sigma = scalar::Sigma<float>;
 
   float terms = 0.0f;
-  // ln(base) of a thread's weights costs one logarithm: 16 mantissas below 2 stay in range.
+  // ln(q) of a thread's weights costs one logarithm: 16 mantissas below 2 stay in range.
   float product = 1.0f;
   int exponents = 0;
 
   BBB_DEVICE void add(float mu, float rho, const Sigma& s, const Prior& prior) {
-    terms += scalar::kl_terms(mu, rho, s, prior);
-    product *= scalar::mantissa(s.base);
-    exponents += scalar::exponent(s.base);
+    float q;
+    terms += scalar::kl_squares(mu, s, prior, q);
+    if (q < 0x1p-126f) {
+      // Denormal, or 0: there sigma is e^rho.
+      terms -= 2.0f * (rho + logf(prior.inv_sigma));
+      q = 1.0f;
+    }
+    product *= scalar::mantissa(q);
+    exponents += scalar::exponent(q);
   }
   BBB_DEVICE double total() const {
     const float logs = scalar::natural_log(product) + static_cast<float>(exponents) * scalar::kLn2;

@@ -91,7 +91,7 @@ void run_posterior(
     const P* r = rho[k].const_data_ptr<P>();
     W* w = out[k].mutable_data_ptr<W>();
     entries.push_back({m, r, w, mu[k].numel(), k, is_aligned<N>(m) && is_aligned<N>(r) && is_aligned<N>(w)});
-    constant += kl_constant(mu[k], prior_sigma);
+    constant += kl_constant(mu[k]);
   }
   PosteriorArgs<P> args{
       Function::kNoise ? rng.const_data_ptr<int64_t>() : nullptr, prior_for<A>(prior_mu, prior_sigma),

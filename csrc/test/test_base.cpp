@@ -20,7 +20,7 @@
 namespace bbb_fast::base {
 namespace {
 #include "../cpu/simd.h"
-static_assert(kTile == kVectors * kWidth);
+static_assert(kTile == kQuads * 4 * kWidth);
 #include "../cpu/kl_tile.h"
 }  // namespace
 }  // namespace bbb_fast::base
@@ -37,9 +37,7 @@ bool close(double x, double expected, double relative, double absolute = 0) {
 
 float element(uint64_t seed, uint64_t stream, uint64_t index) {
   float tile[b::kTile];
-  b::vfloat z[b::kVectors];
-  b::Noise(seed, stream).tile(index / b::kTile * (b::kTile / 4), z);
-  for (int r = 0; r < b::kVectors; ++r) b::store(tile + r * b::kWidth, z[r]);
+  b::Noise(seed, stream).tile(index / b::kTile * (b::kTile / 4), tile);
   return tile[index % b::kTile];
 }
 
@@ -81,21 +79,22 @@ void softplus_and_its_derivatives() {
 void kl_of_a_tile() {
   const f64::Prior prior{0.2, 0.1};
   for (int64_t count : {b::kTile, b::kTile - 3, 1}) {
-    b::vfloat mu[b::kVectors], rho[b::kVectors];
+    float mu[b::kTile], rho[b::kTile];
     double exact = 0;
     for (int64_t i = 0; i < b::kTile; ++i) {
       const float m = 0.01f * static_cast<float>(i), r = 0.7f * static_cast<float>(i) - 5.0f;
-      mu[i / b::kWidth][i % b::kWidth] = m;
-      rho[i / b::kWidth][i % b::kWidth] = r;
+      mu[i] = m;
+      rho[i] = r;
       if (i < count) exact += f64::kl_terms(m, r, f64::softplus(r), prior);
     }
     b::KlSum kl;
-    for (int r = 0; r < b::kVectors; ++r) {
-      const auto sigma = b::softplus(rho[r]);
+    for (int q = 0; q < b::kQuads; ++q) {
+      const auto m = b::load_quad(mu + q * b::kQuad);
+      const auto sigma = b::softplus(b::load_quad(rho + q * b::kQuad));
       if (count == b::kTile) {
-        kl.add<true>(mu[r], rho[r], sigma, b::make_prior(prior), r, count);
+        kl.add<true>(q, m, sigma, b::make_prior(prior), count);
       } else {
-        kl.add<false>(mu[r], rho[r], sigma, b::make_prior(prior), r, count);
+        kl.add<false>(q, m, sigma, b::make_prior(prior), count);
       }
     }
     kl.finish_tile();
