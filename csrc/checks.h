@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <optional>
+#include <ostream>
 #include <string>
 
 namespace bbb_fast {
@@ -20,7 +21,19 @@ inline std::string dtype_name(at::ScalarType t) {
   return "torch." + std::string(c10::getDtypeNames(t).first);
 }
 
-inline void check_floating(const char* op, const std::string& name, const at::Tensor& t) {
+// A tensor's name in a message: put together when there is one, since a small layer's checks would take
+// longer over names than over tensors.
+struct Name {
+  const char* group;
+  const char* member;
+
+  Name(const char* group_, const char* member_ = "") : group(group_), member(member_) {}
+};
+inline std::ostream& operator<<(std::ostream& out, const Name& name) {
+  return out << name.group << name.member;
+}
+
+inline void check_floating(const char* op, const Name& name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(
       is_supported_dtype(t.scalar_type()), op, ": ", name,
       " must be float32, float64, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
@@ -32,7 +45,7 @@ inline void check_dtype_option(const char* op, const char* name, std::optional<a
       " must be float32, float64, bfloat16 or float16, got ", dtype ? dtype_name(*dtype) : "");
 }
 
-inline void check_device(const char* op, const std::string& name, const at::Tensor& t, at::Device device) {
+inline void check_device(const char* op, const Name& name, const at::Tensor& t, at::Device device) {
   TORCH_CHECK_VALUE(t.device() == device, op, ": ", name, " is on ", t.device(), ", expected ", device);
 }
 
@@ -46,16 +59,16 @@ inline void check_rng(const char* op, const at::Tensor& rng, at::Device device) 
 }
 
 inline void check_posterior(
-    const char* op, const std::string& name, const at::Tensor& mu, const at::Tensor& rho, at::Device device) {
-  check_floating(op, name + "mu", mu);
+    const char* op, const char* group, const at::Tensor& mu, const at::Tensor& rho, at::Device device) {
+  check_floating(op, {group, "mu"}, mu);
   TORCH_CHECK_TYPE(
-      mu.scalar_type() == rho.scalar_type(), op, ": ", name, "mu and ", name, "rho must have one dtype, got ",
-      dtype_name(mu.scalar_type()), " and ", dtype_name(rho.scalar_type()));
+      mu.scalar_type() == rho.scalar_type(), op, ": ", group, "mu and ", group,
+      "rho must have one dtype, got ", dtype_name(mu.scalar_type()), " and ", dtype_name(rho.scalar_type()));
   TORCH_CHECK_VALUE(
-      mu.sizes() == rho.sizes(), op, ": ", name, "mu and ", name, "rho must have one shape, got ", mu.sizes(),
-      " and ", rho.sizes());
-  check_device(op, name + "mu", mu, device);
-  check_device(op, name + "rho", rho, device);
+      mu.sizes() == rho.sizes(), op, ": ", group, "mu and ", group, "rho must have one shape, got ",
+      mu.sizes(), " and ", rho.sizes());
+  check_device(op, {group, "mu"}, mu, device);
+  check_device(op, {group, "rho"}, rho, device);
 }
 
 inline void check_posteriors(const char* op, at::TensorList mu, at::TensorList rho) {

@@ -7,6 +7,7 @@
 
 #include <map>
 #include <string>
+#include <tuple>
 
 #include "cpu/isa.h"
 #include "layer_calls.h"
@@ -25,54 +26,30 @@ namespace {
 using namespace bbb_fast;
 using Drawn = std::optional<std::pair<at::Tensor, std::optional<ForwardKl>>>;
 
-// Arguments in the order of the layers' ops; the posterior is (W_mu, W_rho, bias_mu, bias_rho).
+// Arguments in the order of the layers' ops; geometry is (stride, padding, dilation, groups) of a
+// convolution.
+using Geometry = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
+
 Drawn draw(
-    const EstimatorOption& estimator,
+    bool lrt,
     const at::Tensor& input,
-    PosteriorAndPrior posterior,
-    const std::optional<ConvGeometry>& geometry,
-    int64_t rng_offset) {
-  auto result = draw_layer(estimator, input, posterior, geometry, rng_offset);
+    const at::Tensor& W_mu,
+    const at::Tensor& W_rho,
+    const OptionalTensor& bias_mu,
+    const OptionalTensor& bias_rho,
+    int64_t rng_offset,
+    std::optional<Geometry> geometry,
+    double prior_mu,
+    double prior_sigma,
+    bool recompute_weight,
+    std::optional<at::ScalarType> variance_dtype) {
+  std::optional<ConvGeometry> conv;
+  if (geometry) conv = std::make_from_tuple<ConvGeometry>(std::move(*geometry));
+  auto result = draw_layer(
+      {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
+      conv, rng_offset);
   if (!result) return std::nullopt;
   return std::pair(std::move(result->output), std::move(result->kl));
-}
-
-Drawn draw_linear(
-    bool lrt,
-    const at::Tensor& input,
-    const at::Tensor& W_mu,
-    const at::Tensor& W_rho,
-    const OptionalTensor& bias_mu,
-    const OptionalTensor& bias_rho,
-    int64_t rng_offset,
-    double prior_mu,
-    double prior_sigma,
-    bool recompute_weight,
-    std::optional<at::ScalarType> variance_dtype) {
-  return draw(
-      {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
-      std::nullopt, rng_offset);
-}
-
-Drawn draw_conv(
-    bool lrt,
-    const at::Tensor& input,
-    const at::Tensor& W_mu,
-    const at::Tensor& W_rho,
-    const OptionalTensor& bias_mu,
-    const OptionalTensor& bias_rho,
-    int64_t rng_offset,
-    std::vector<int64_t> stride,
-    std::vector<int64_t> padding,
-    std::vector<int64_t> dilation,
-    int64_t groups,
-    double prior_mu,
-    double prior_sigma,
-    bool recompute_weight,
-    std::optional<at::ScalarType> variance_dtype) {
-  return draw(
-      {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
-      ConvGeometry{std::move(stride), std::move(padding), std::move(dilation), groups}, rng_offset);
 }
 
 OptionalTensor take(
@@ -93,10 +70,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("kl", &ForwardKl::kl)
       .def("take", &take, "The KL, or None if the parameters, their state or the prior changed since.");
   m.def(
-      "draw_linear", torch::wrap_pybind_function_no_gil(draw_linear),
-      "A linear layer's forward: (output, ForwardKl or None), or None where torch.ops has to be gone "
-      "through.");
-  m.def("draw_conv", torch::wrap_pybind_function_no_gil(draw_conv), "The same of a convolution.");
+      "draw", torch::wrap_pybind_function_no_gil(draw),
+      "A layer's forward: (output, ForwardKl or None), or None where torch.ops has to be gone through.");
   m.def(
       "records_plainly", &records_plainly, "Whether gradients are recorded, and by no torch.func transform.");
   m.def(

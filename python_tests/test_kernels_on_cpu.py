@@ -233,7 +233,9 @@ class TestDtypes:
         kl = ops.kl_divergence([mu], [rho], [0.0], [0.1])
         torch.testing.assert_close(kl.double(), kl_of([mu], [rho], [(0.0, 0.1)]), rtol=1e-6, atol=0)
 
-    @pytest.mark.parametrize("value", [-1e4, -200.0, -100.0, -89.0, -30.0, 30.0, 100.0, 1e4, math.inf, math.nan])
+    @pytest.mark.parametrize(
+        "value", [-1e4, -200.0, -100.0, -89.0, -30.0, 30.0, 100.0, 1e4, math.inf, math.nan]
+    )
     def test_extreme_rho(self, value: float) -> None:
         mu, rho = parameters(300, F32)
         rho[150] = value

@@ -9,6 +9,7 @@ import torch
 from helpers import DTYPES, on, rng
 
 from bbb_fast import functional, reference
+from bbb_fast.layers.BBB import BBBLinear
 
 # Known-answer vectors of Philox4x32-10 published with the generator: counter, key, output.
 KNOWN_ANSWERS = [
@@ -36,6 +37,23 @@ def test_philox_known_answers(
 ) -> None:
     words = reference.philox4x32([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
     assert tuple(int(w) for w in words) == output
+
+
+@pytest.mark.parametrize("draws_before", [0, 3])
+def test_a_layer_takes_its_rng_from_torchs_generator(native: None, draws_before: int) -> None:
+    """The extension draws as torch.randint does, number by number, and leaves the generator in its state."""
+    layer, x = BBBLinear(5, 3), torch.randn(4, 5)
+    results = []
+    for draw in (
+        lambda: layer(x),
+        lambda: functional.bbb_linear(
+            x, layer.W_mu, layer.W_rho, layer.bias_mu, layer.bias_rho, torch.randint(0, 2**63 - 1, (2,))
+        ),
+    ):
+        torch.manual_seed(11)
+        torch.rand(draws_before)
+        results.append((draw(), torch.rand(3)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # (seed, stream) -> elements 0-7 and 1,000,000-1,000,003. These numbers are a promise: a release that

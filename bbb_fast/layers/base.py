@@ -199,6 +199,21 @@ class BayesianLayer(nn.Module):
         """The output and what ``_forward_kl`` shall be, by one call of the extension; None if it declines."""
         raise NotImplementedError
 
+    def _call_native(
+        self, native: Any, input: Tensor, geometry: tuple[Any, ...] | None
+    ) -> tuple[Tensor, Any] | None:
+        return native.draw(
+            self.estimator == "lrt",
+            input,
+            *self._parameters_in_order(),
+            rank_offset(),
+            geometry,
+            self.prior_mu,
+            self.prior_sigma,
+            self.recompute_weight,
+            self.variance_dtype,
+        )
+
     def _options(self, estimator: str) -> dict[str, Any]:
         if estimator == "lrt":
             return {"variance_dtype": self.variance_dtype}
@@ -283,16 +298,7 @@ class LinearBase(BayesianLayer):
         return op(input, *parameters, rng, **options)
 
     def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
-        return native.draw_linear(
-            self.estimator == "lrt",
-            input,
-            *self._parameters_in_order(),
-            rank_offset(),
-            self.prior_mu,
-            self.prior_sigma,
-            self.recompute_weight,
-            self.variance_dtype,
-        )
+        return self._call_native(native, input, None)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias_mu is not None}"
@@ -416,20 +422,7 @@ class ConvBase(BayesianLayer):
         padding = self.padding
         if input.dim() != self.spatial + 2 or isinstance(padding, str) or self.padding_mode != "zeros":
             return None
-        return native.draw_conv(
-            self.estimator == "lrt",
-            input,
-            *self._parameters_in_order(),
-            rank_offset(),
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.prior_mu,
-            self.prior_sigma,
-            self.recompute_weight,
-            self.variance_dtype,
-        )
+        return self._call_native(native, input, (self.stride, padding, self.dilation, self.groups))
 
     def extra_repr(self) -> str:
         text = (
