@@ -44,7 +44,10 @@ Drawn draw(
     bool recompute_weight,
     std::optional<at::ScalarType> variance_dtype) {
   std::optional<ConvGeometry> conv;
-  if (geometry) conv = std::make_from_tuple<ConvGeometry>(std::move(*geometry));
+  if (geometry) {
+    auto& [stride, padding, dilation, groups] = *geometry;
+    conv = ConvGeometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+  }
   auto result = draw_layer(
       {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
       conv, rng_offset);
