@@ -67,8 +67,11 @@ def _posterior_backward_out(
     prior_sigma: list[float],
     grad_mu: list[Tensor],
     grad_rho: list[Tensor],
-) -> None:
-    return None
+    again: torch.dtype | None = None,
+) -> Tensor:
+    if again is None:
+        return mu[0].new_empty(0, dtype=torch.float32)
+    return _contiguous_like(mu[0], again)
 
 
 def _variance(

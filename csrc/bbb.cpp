@@ -25,28 +25,48 @@ struct WeightSpace {
   }
 
   template <class Product>
-  static OperandGradients backward(
-      const char*,
-      const Product& product,
-      const Layer& layer,
-      const at::Tensor& grad,
-      const OptionalTensor& kept,
-      const Wanted& wanted) {
-    at::Tensor weight = kept.value_or(at::Tensor());
-    if (!weight.defined() && wanted.input) {
-      // The same rng gives the same draw.
-      weight = std::get<0>(sample_weights(
-          {layer.W_mu}, {layer.W_rho}, layer.rng, layer.prior_mu, layer.prior_sigma, false,
-          layer.input.scalar_type()))[0];
+  class Backward {
+   public:
+    Backward(
+        const char*,
+        const Product& product,
+        const Layer& layer,
+        const at::Tensor& grad,
+        const OptionalTensor& kept)
+        : product_(product),
+          layer_(layer),
+          weight_(kept.value_or(at::Tensor())),
+          g_(product.arranged(grad, layer.input, layer.W_mu)),
+          x_(product.arranged(layer.input, layer.input, layer.W_mu)) {}
+
+    OperandGradients operands(bool W, bool bias) const {
+      const at::Tensor like =
+          weight_.defined() ? weight_ : shaped_like(layer_.W_mu, layer_.input.scalar_type());
+      auto [none, g_W, g_bias] = product_.backward(g_, x_, like, {false, W, bias});
+      return {std::move(g_W), std::move(g_bias), {}, {}};
     }
-    // Without the input's gradient, its shape and type alone matter.
-    if (!weight.defined()) weight = layer.W_mu.to(layer.input.scalar_type());
-    auto [input, W, bias] = product.backward(
-        product.arranged(grad, layer.input, weight), product.arranged(layer.input, layer.input, weight),
-        weight, {wanted.input, wanted.W, wanted.bias});
-    if (input.defined()) input = in_format(input, product.output_format(layer.input, layer.W_mu));
-    return {std::move(input), std::move(W), std::move(bias), {}, {}};
-  }
+
+    std::optional<at::ScalarType> again() const {
+      return weight_.defined() ? std::nullopt : std::optional(layer_.input.scalar_type());
+    }
+
+    at::Tensor input(const at::Tensor& formed) const {
+      at::Tensor weight = weight_.defined() ? weight_ : formed;
+      if (!weight.defined()) {
+        // The same rng gives the same draw.
+        weight = std::get<0>(sample_weights(
+            {layer_.W_mu}, {layer_.W_rho}, layer_.rng, layer_.prior_mu, layer_.prior_sigma, false,
+            layer_.input.scalar_type()))[0];
+      }
+      const at::Tensor g_x = std::get<0>(product_.backward(g_, x_, weight, {true, false, false}));
+      return in_format(g_x, product_.output_format(layer_.input, layer_.W_mu));
+    }
+
+   private:
+    const Product& product_;
+    const Layer& layer_;
+    at::Tensor weight_, g_, x_;
+  };
 };
 
 TORCH_LIBRARY_IMPL(bbb_fast, CompositeExplicitAutograd, m) {

@@ -109,7 +109,8 @@ inline void check_posterior_backward(
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma,
     at::TensorList grad_mu,
-    at::TensorList grad_rho) {
+    at::TensorList grad_rho,
+    std::optional<at::ScalarType> again) {
   check_posteriors(op, mu, rho);
   check_priors(op, mu.size(), prior_mu, prior_sigma);
   const auto check_gradient = [&](const char* name, size_t k, const at::Tensor& g) {
@@ -147,6 +148,9 @@ inline void check_posterior_backward(
           " must be contiguous and ", dtype_name(mu[k].scalar_type()), " like mu");
     }
   }
+  check_dtype_option(op, "again", again);
+  TORCH_CHECK_VALUE(
+      !again || grad_w[0].defined(), op, ": what the forward formed is formed again with its gradient only");
   if (grad_kl && grad_kl->defined()) {
     TORCH_CHECK_VALUE(grad_kl->numel() == 1, op, ": grad_kl must be a scalar, got shape ", grad_kl->sizes());
     check_device(op, "grad_kl", *grad_kl, mu[0].device());

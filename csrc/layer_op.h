@@ -58,12 +58,18 @@ struct Wanted {
 
 // The gradients of the products' operands, undefined where not wanted, become those of the posteriors: in
 // place where the types allow, so that no more memory of the parameters' size is taken. Without
-// W_variance, W and bias are the gradients of the drawn weights. Returns those of mu, then those of rho.
+// moments, W and bias are the gradients of the drawn weights. Returns those of mu, then those of rho. `again`
+// asks for the drawn weight, or the weight's variance, in `formed`.
 struct OperandGradients {
-  at::Tensor input, W, bias, W_variance, bias_variance;
+  at::Tensor W, bias, W_variance, bias_variance;
 };
 std::vector<at::Tensor> posterior_gradients(
-    const Layer& layer, OperandGradients& grads, const OptionalTensor& grad_kl, bool moments);
+    const Layer& layer,
+    OperandGradients& grads,
+    const OptionalTensor& grad_kl,
+    bool moments,
+    std::optional<at::ScalarType> again,
+    at::Tensor& formed);
 
 // The gradients that output_mask wants, in the order input, W_mu, W_rho, bias_mu, bias_rho.
 std::vector<at::Tensor> pick_gradients(
@@ -174,12 +180,19 @@ class LayerOp {
     layer.check(op.c_str(), product.out_features(W_mu));
     const Wanted wanted{
         output_mask[0], output_mask[1] || output_mask[2], has(bias_mu) && (output_mask[3] || output_mask[4])};
-    OperandGradients grads = Estimator::backward(op.c_str(), product, layer, grad, kept, wanted);
+    const typename Estimator::template Backward<decltype(product)> through(
+        op.c_str(), product, layer, grad, kept);
     std::vector<at::Tensor> parameters;
+    at::Tensor formed, grad_input;
     if (wanted.W || wanted.bias) {
-      parameters = posterior_gradients(layer, grads, grad_kl, Estimator::kMoments);
+      OperandGradients grads = through.operands(wanted.W, wanted.bias);
+      // The pass over the parameters also forms what the input's gradient needs of them.
+      const auto again = wanted.input && wanted.W ? through.again() : std::nullopt;
+      parameters = posterior_gradients(layer, grads, grad_kl, Estimator::kMoments, again, formed);
+      if (!again) formed = at::Tensor();
     }
-    return pick_gradients(grads.input, parameters, output_mask);
+    if (wanted.input) grad_input = through.input(formed);
+    return pick_gradients(grad_input, parameters, output_mask);
   }
 
   static LayerOutputs autograd(

@@ -57,45 +57,62 @@ struct LocalReparameterization {
   }
 
   template <class Product>
-  static OperandGradients backward(
-      const char* op,
-      const Product& product,
-      const Layer& layer,
-      const at::Tensor& grad,
-      const OptionalTensor& kept,
-      const Wanted& wanted) {
-    const at::Tensor v = kept.value_or(at::Tensor());
-    TORCH_CHECK_VALUE(v.defined(), op, ": kept, the variance of the output, is missing");
-    TORCH_CHECK_VALUE(
-        grad.sizes() == v.sizes(), op, ": grad must have shape ", v.sizes(), ", got ", grad.sizes());
-    const auto vdtype = v.scalar_type();
-    const auto pdtype = product_dtype_for(layer.input, vdtype);
-    const std::array<bool, 3> which{wanted.input, wanted.W, wanted.bias};
-    const auto format = product.output_format(layer.input, layer.W_mu);
-    const auto arranged = [&](const at::Tensor& t) { return product.arranged(t, layer.input, layer.W_mu); };
-    at::Tensor g = in_format(grad, format);
-    const at::Tensor g_v = arranged(as_type(lrt_sample_backward(g, v, layer.rng), pdtype));
-    g = arranged(g);
-    const at::Tensor x = arranged(layer.input);
+  class Backward {
+   public:
+    Backward(
+        const char* op,
+        const Product& product,
+        const Layer& layer,
+        const at::Tensor& grad,
+        const OptionalTensor& kept)
+        : product_(product), layer_(layer) {
+      const at::Tensor v = kept.value_or(at::Tensor());
+      TORCH_CHECK_VALUE(v.defined(), op, ": kept, the variance of the output, is missing");
+      TORCH_CHECK_VALUE(
+          grad.sizes() == v.sizes(), op, ": grad must have shape ", v.sizes(), ", got ", grad.sizes());
+      vdtype_ = v.scalar_type();
+      pdtype_ = product_dtype_for(layer.input, vdtype_);
+      format_ = product.output_format(layer.input, layer.W_mu);
+      const auto arranged = [&](const at::Tensor& t) { return product.arranged(t, layer.input, layer.W_mu); };
+      const at::Tensor g = in_format(grad, format_);
+      g_v_ = arranged(as_type(lrt_sample_backward(g, v, layer.rng), pdtype_));
+      g_ = arranged(g);
+      x_ = arranged(layer.input);
+      x2_ = as_type(square(x_, vdtype_), pdtype_);
+      W_ = as_type(layer.W_mu, layer.input.scalar_type());
+    }
 
-    OperandGradients grads;
-    std::tie(grads.input, grads.W, grads.bias) =
-        product.backward(g, x, as_type(layer.W_mu, layer.input.scalar_type()), which);
-    // Without the input's gradient, its shape and type alone matter.
-    at::Tensor W_variance = layer.W_rho;
-    if (wanted.input) {
-      W_variance = std::get<0>(
-          variance({layer.W_mu}, {layer.W_rho}, layer.prior_mu, layer.prior_sigma, false, vdtype))[0];
+    OperandGradients operands(bool W, bool bias) const {
+      const std::array<bool, 3> which{false, W, bias};
+      OperandGradients grads;
+      std::tie(std::ignore, grads.W, grads.bias) = product_.backward(g_, x_, W_, which);
+      std::tie(std::ignore, grads.W_variance, grads.bias_variance) =
+          product_.backward(g_v_, x2_, shaped_like(layer_.W_rho, pdtype_), which);
+      return grads;
     }
-    at::Tensor g_x2;
-    std::tie(g_x2, grads.W_variance, grads.bias_variance) =
-        product.backward(g_v, as_type(square(x, vdtype), pdtype), as_type(W_variance, pdtype), which);
-    if (wanted.input) {
-      square_backward_(grads.input, x, g_x2);
-      grads.input = in_format(grads.input, format);
+
+    std::optional<at::ScalarType> again() const { return vdtype_; }
+
+    at::Tensor input(const at::Tensor& formed) const {
+      const at::Tensor W_variance =
+          formed.defined()
+              ? formed
+              : std::get<0>(variance(
+                    {layer_.W_mu}, {layer_.W_rho}, layer_.prior_mu, layer_.prior_sigma, false, vdtype_))[0];
+      const std::array<bool, 3> which{true, false, false};
+      at::Tensor g_x = std::get<0>(product_.backward(g_, x_, W_, which));
+      const at::Tensor g_x2 = std::get<0>(product_.backward(g_v_, x2_, as_type(W_variance, pdtype_), which));
+      square_backward_(g_x, x_, g_x2);
+      return in_format(g_x, format_);
     }
-    return grads;
-  }
+
+   private:
+    const Product& product_;
+    const Layer& layer_;
+    at::ScalarType vdtype_, pdtype_;
+    at::MemoryFormat format_;
+    at::Tensor g_, g_v_, x_, x2_, W_;
+  };
 };
 
 TORCH_LIBRARY_IMPL(bbb_fast, CompositeExplicitAutograd, m) {

@@ -16,14 +16,15 @@ TORCH_LIBRARY(bbb_fast, m) {
   // The backward of both, and of variance: the gradient of mu and rho through the weights, the KL, or both. A
   // weight that got no gradient is None; rng is needed where one did. The second form writes to grad_mu and
   // grad_rho, which may be the given gradients; grad_variance, where the list is not empty, is that of
-  // sigma^2, and grad_w then that of the mean.
+  // sigma^2, and grad_w then that of the mean. `again` asks for what the forward formed of the first tensor,
+  // in that type: the weight, or with grad_variance sigma^2; without, the result is empty.
   m.def(
       "posterior_backward(Tensor?[] grad_w, Tensor? grad_kl, Tensor[] mu, Tensor[] rho, Tensor? rng, "
       "float[] prior_mu, float[] prior_sigma) -> (Tensor[], Tensor[])");
   m.def(
       "posterior_backward_out(Tensor?[] grad_w, Tensor?[] grad_variance, Tensor? grad_kl, Tensor[] mu, "
       "Tensor[] rho, Tensor? rng, float[] prior_mu, float[] prior_sigma, Tensor(a!)[] grad_mu, "
-      "Tensor(b!)[] grad_rho) -> ()");
+      "Tensor(b!)[] grad_rho, ScalarType? again=None) -> Tensor");
 
   // The passes beside the products of lrt_linear and lrt_conv.
   m.def(

@@ -57,7 +57,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
   return op.call(optionals(grad_w), optional(grad_kl), mu, rho, optional(rng), prior_mu, prior_sigma);
 }
 
-void posterior_backward_out(
+at::Tensor posterior_backward_out(
     at::TensorList grad_w,
     at::TensorList grad_variance,
     const at::Tensor& grad_kl,
@@ -67,14 +67,15 @@ void posterior_backward_out(
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma,
     at::TensorList grad_mu,
-    at::TensorList grad_rho) {
-  static const auto op = find_op<void(
+    at::TensorList grad_rho,
+    std::optional<at::ScalarType> again) {
+  static const auto op = find_op<at::Tensor(
       const OptionalList&, const OptionalList&, const OptionalTensor&, at::TensorList, at::TensorList,
-      const OptionalTensor&, at::ArrayRef<double>, at::ArrayRef<double>, at::TensorList, at::TensorList)>(
-      "posterior_backward_out");
-  op.call(
+      const OptionalTensor&, at::ArrayRef<double>, at::ArrayRef<double>, at::TensorList, at::TensorList,
+      std::optional<at::ScalarType>)>("posterior_backward_out");
+  return op.call(
       optionals(grad_w), optionals(grad_variance), optional(grad_kl), mu, rho, optional(rng), prior_mu,
-      prior_sigma, grad_mu, grad_rho);
+      prior_sigma, grad_mu, grad_rho, again);
 }
 
 at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {

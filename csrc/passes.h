@@ -53,7 +53,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> variance(
     bool with_kl,
     at::ScalarType dtype);
 
-// Undefined tensors stand for those that are not there. grad_variance may be empty.
+// Undefined tensors stand for those that are not there; an undefined result, too. grad_variance may be empty.
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
     at::TensorList grad_w,
     const at::Tensor& grad_kl,
@@ -62,7 +62,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
     const at::Tensor& rng,
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma);
-void posterior_backward_out(
+at::Tensor posterior_backward_out(
     at::TensorList grad_w,
     at::TensorList grad_variance,
     const at::Tensor& grad_kl,
@@ -72,7 +72,8 @@ void posterior_backward_out(
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma,
     at::TensorList grad_mu,
-    at::TensorList grad_rho);
+    at::TensorList grad_rho,
+    std::optional<at::ScalarType> again);
 
 at::Tensor square(const at::Tensor& input, at::ScalarType dtype);
 void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at::Tensor& grad);

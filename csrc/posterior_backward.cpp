@@ -23,7 +23,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> allocate_and_run(
   }
   posterior_backward_out(
       tensors(grad_w), {}, grad_kl.value_or(at::Tensor()), mu, rho, rng.value_or(at::Tensor()), prior_mu,
-      prior_sigma, grad_mu, grad_rho);
+      prior_sigma, grad_mu, grad_rho, std::nullopt);
   return {std::move(grad_mu), std::move(grad_rho)};
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
@@ -119,6 +120,10 @@ bool Convolution::faster_in_channels_last(const at::Tensor& input, const at::Ten
   return input.device().is_cpu() && input.dim() == 4 && input.scalar_type() == at::kFloat && !transposed_ &&
          groups_ == 1 && ones(stride_) && ones(dilation_) && weight.size(0) >= 32 && weight.size(1) >= 32 &&
          weight.size(2) * weight.size(3) >= 9 && input.size(2) * input.size(3) >= 49 && input.numel() > 0;
+}
+
+at::Tensor shaped_like(const at::Tensor& weight, at::ScalarType dtype) {
+  return weight.scalar_type() == dtype ? weight : at::empty_like(weight, weight.options().dtype(dtype));
 }
 
 at::Tensor in_format(const at::Tensor& t, at::MemoryFormat format) {

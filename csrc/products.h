@@ -37,6 +37,9 @@ class Linear {
       const std::array<bool, 3>& wanted) const;
 };
 
+// What a product is given as its weight where it forms no gradient of the input: shape and type alone matter.
+at::Tensor shaped_like(const at::Tensor& weight, at::ScalarType dtype);
+
 // t in a memory format; a copy if it is not.
 at::Tensor in_format(const at::Tensor& t, at::MemoryFormat format);
 

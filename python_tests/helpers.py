@@ -117,11 +117,19 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
     def variance(mu: Tensor, rho: Tensor) -> list[Tensor]:
         return flat(ops.variance([mu], [rho], *prior, True, other))
 
+    def backward_and_again(grad: Tensor, mu: Tensor, rho: Tensor) -> list[Tensor]:
+        out = [torch.empty_like(mu)], [torch.empty_like(rho)]
+        priors = ([p] for p in prior)
+        again = ops.posterior_backward_out([grad], [], grad_kl, [mu], [rho], r, *priors, *out, other)
+        return [*flat(out), again]
+
     def backward_of_moments(grad: Tensor, grad_variance: Tensor, mu: Tensor, rho: Tensor) -> list[Tensor]:
         out = [torch.empty_like(mu)], [torch.empty_like(rho)]
         priors = ([p] for p in prior)
-        ops.posterior_backward_out([grad], [grad_variance], grad_kl, [mu], [rho], None, *priors, *out)
-        return flat(out)
+        again = ops.posterior_backward_out(
+            [grad], [grad_variance], grad_kl, [mu], [rho], None, *priors, *out, other
+        )
+        return [*flat(out), again]
 
     def square_backward(grad_input: Tensor, input: Tensor, grad: Tensor) -> list[Tensor]:
         ops.square_backward_(grad_input, input, grad)
@@ -137,6 +145,7 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
         "posterior_backward": Kernel(y, posterior_backward),
         "kl_divergence": Kernel(x, kl_divergence),
         "posterior_backward, KL alone": Kernel(x, backward_of_kl),
+        "posterior_backward, and the weight": Kernel(y, backward_and_again),
         "posterior_backward, moments": Kernel({**y, "grad_variance": v}, backward_of_moments),
         "variance": Kernel(x, variance),
         "square": Kernel({"input": narrow[0]}, lambda input: [ops.square(input, other)]),
@@ -157,6 +166,7 @@ KERNELS = {
     "posterior_backward": ("grad", "mu", "rho"),
     "kl_divergence": ("mu", "rho"),
     "posterior_backward, KL alone": ("mu", "rho"),
+    "posterior_backward, and the weight": ("grad", "mu", "rho"),
     "posterior_backward, moments": ("grad", "mu", "rho", "grad_variance"),
     "variance": ("mu", "rho"),
     "square": ("input",),

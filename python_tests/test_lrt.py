@@ -441,6 +441,10 @@ def test_opcheck(native: None) -> None:
     torch.library.opcheck(
         ops.posterior_backward_out, (mu, rho, torch.tensor(0.3), mu, rho, None, *priors, *outs)
     )
+    torch.library.opcheck(
+        ops.posterior_backward_out,
+        (mu, rho, torch.tensor(0.3), mu, rho, None, *priors, *outs, torch.bfloat16),
+    )
     torch.library.opcheck(ops.square, (torch.randn(9), torch.bfloat16))
     channels_last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(ops.square, (channels_last, torch.float32))

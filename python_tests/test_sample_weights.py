@@ -189,6 +189,26 @@ def test_opcheck(native: None, with_kl: bool) -> None:
     torch.library.opcheck(torch.ops.bbb_fast.posterior_backward, ([None, torch.randn(4)], None, *arguments))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 2), (5000,), (0,)])
+def test_backward_forms_again_what_the_forward_formed(
+    isa: str, shape: tuple[int, ...], dtype: torch.dtype, other: torch.dtype
+) -> None:
+    ops, priors = torch.ops.bbb_fast, ([0.0, 0.0], [0.1, 0.1])
+    mu = [torch.randn(shape).to(dtype) for _ in range(2)]
+    rho = [(torch.randn(shape) - 3).to(dtype) for _ in range(2)]
+    grad = [torch.randn(shape).to(other) for _ in range(2)]
+    out = [torch.empty_like(m) for m in mu], [torch.empty_like(m) for m in mu]
+    weights, _ = ops.sample_weights(mu, rho, rng(), 0.0, 0.1, False, other)
+    again = ops.posterior_backward_out(grad, [], None, mu, rho, rng(), *priors, *out, other)
+    assert again.dtype == other and torch.equal(again, weights[0])
+    variances, _ = ops.variance(mu, rho, 0.0, 0.1, False, other)
+    again = ops.posterior_backward_out(grad, grad, None, mu, rho, None, *priors, *out, other)
+    assert again.dtype == other and torch.equal(again, variances[0])
+    assert ops.posterior_backward_out(grad, grad, None, mu, rho, None, *priors, *out).numel() == 0
+
+
 def test_backward_rejects_what_does_not_fit(native: None) -> None:
     """Reached by autograd alone, but an op all the same."""
     mu, g, one = [torch.zeros(3, 2)], [torch.ones(3, 2)], torch.tensor(1.0)
@@ -212,6 +232,13 @@ def test_backward_rejects_what_does_not_fit(native: None) -> None:
         backward([g[0].int()], one, rng())
     for gradients in backward([None], None):
         assert not gradients[0].any()
+    outs = [torch.zeros(3, 2)], [torch.zeros(3, 2)]
+    with pytest.raises(ValueError, match="is formed again with its gradient only"):
+        torch.ops.bbb_fast.posterior_backward_out(
+            [None], [], one, mu, mu, rng(), [0.0], [0.1], *outs, torch.float32
+        )
+    with pytest.raises(TypeError, match="again must be float32"):
+        torch.ops.bbb_fast.posterior_backward_out(g, [], one, mu, mu, rng(), [0.0], [0.1], *outs, torch.int32)
 
 
 def test_vmap_over_rng(backend: str) -> None:

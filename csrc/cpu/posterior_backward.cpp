@@ -1,5 +1,5 @@
 // posterior_backward: the gradient of mu and rho through the weights, whose eps is regenerated, or through
-// the mean and the variance, and through the KL.
+// the mean and the variance, and through the KL; in the same pass, the weights or the variance once more.
 #ifndef BBB_ISA
 
 #include <torch/library.h>
@@ -14,6 +14,7 @@ struct BackwardArgs {
   Span mu, rho;
   Span grad_w, grad_variance;  // data is null where there is none
   Span grad_mu, grad_rho;      // may be grad_w and grad_variance
+  Span again;                  // the weight, or the variance; data is null where it is not wanted
   uint64_t seed, stream;
   f64::Prior prior;
   double grad_kl;  // 0 without KL
@@ -26,7 +27,7 @@ struct BackwardArgs {
 
 namespace bbb_fast {
 
-void posterior_backward_cpu(
+at::Tensor posterior_backward_cpu(
     const c10::List<OptionalTensor>& grad_w_list,
     const c10::List<OptionalTensor>& grad_variance_list,
     const OptionalTensor& grad_kl,
@@ -36,11 +37,12 @@ void posterior_backward_cpu(
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma,
     at::TensorList grad_mu,
-    at::TensorList grad_rho) {
+    at::TensorList grad_rho,
+    std::optional<at::ScalarType> again) {
   const std::vector<at::Tensor> grad_w = tensors(grad_w_list), grad_variance = tensors(grad_variance_list);
   check_posterior_backward(
       "posterior_backward", grad_w, grad_variance, grad_kl, mu, rho, rng, prior_mu, prior_sigma, grad_mu,
-      grad_rho);
+      grad_rho, again);
   uint64_t seed = 0, stream = 0;
   if (rng && rng->defined()) {
     const at::Tensor numbers = rng->contiguous();
@@ -54,17 +56,27 @@ void posterior_backward_cpu(
                                                                  : g;
   };
   const auto span = [](const at::Tensor& g) { return g.defined() ? Span(g) : Span(); };
+  const at::Tensor formed = again ? fresh(mu[0].sizes(), *again) : at::detail::empty_cpu({0}, at::kFloat);
   for (size_t k = 0; k < mu.size(); ++k) {
     const at::Tensor m = mu[k].contiguous(), r = rho[k].contiguous();
     const at::Tensor g_w = dense_gradient(grad_w[k], m);
     const at::Tensor g_v = dense_gradient(grad_variance.empty() ? at::Tensor() : grad_variance[k], m);
-    const BackwardArgs args{Span(m),   Span(r),          span(g_w),
-                            span(g_v), Span(grad_mu[k]), Span(grad_rho[k]),
-                            seed,      stream + k,       {prior_mu[k], prior_sigma[k]},
-                            g_kl};
+    const BackwardArgs args{
+        Span(m),
+        Span(r),
+        span(g_w),
+        span(g_v),
+        Span(grad_mu[k]),
+        Span(grad_rho[k]),
+        again && k == 0 ? Span(formed) : Span(),
+        seed,
+        stream + k,
+        {prior_mu[k], prior_sigma[k]},
+        g_kl};
     for_each_chunk(
         m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(backward_chunks, args, begin, end) });
   }
+  return formed;
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
@@ -85,7 +97,8 @@ void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
   const Prior prior = make_prior(a.prior);
   const float grad_kl = static_cast<float>(a.grad_kl);
   alignas(64) float mu_buffer[kTile], rho_buffer[kTile], w_buffer[kTile], v_buffer[kTile];
-  alignas(64) float g_mu_buffer[kTile], g_rho_buffer[kTile];
+  alignas(64) float g_mu_buffer[kTile], g_rho_buffer[kTile], again_buffer[kTile];
+  const bool form = kThrough != Through::kl && a.again.data != nullptr;
   const int64_t stop = std::min(end * kChunk, a.mu.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
@@ -96,6 +109,7 @@ void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
         kThrough == Through::moments ? read_tile(a.grad_variance, i, count, v_buffer) : nullptr;
     float* g_mu_tile = write_tile(a.grad_mu, i, count, g_mu_buffer);
     float* g_rho_tile = write_tile(a.grad_rho, i, count, g_rho_buffer);
+    float* again_tile = form ? write_tile(a.again, i, count, again_buffer) : nullptr;
     vquad z[kQuads];
     if constexpr (kThrough == Through::weight) noise.tile(i / 4, z);
     for (int q = 0; q < kQuads; ++q) {
@@ -111,15 +125,18 @@ void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
         const vquad g = load_quad(w_tile + at);
         g_mu += g;
         g_rho += g * z[q] * derivative;
+        if (form) store(again_tile + at, s.value * z[q] + mu);
       } else if constexpr (kThrough == Through::moments) {
         g_mu += load_quad(w_tile + at);
         g_rho += load_quad(v_tile + at) * (s.value * derivative * 2.0f);
+        if (form) store(again_tile + at, s.value * s.value);
       }
       store(g_mu_tile + at, g_mu);
       store(g_rho_tile + at, g_rho);
     }
     commit_tile(a.grad_mu, i, count, g_mu_tile);
     commit_tile(a.grad_rho, i, count, g_rho_tile);
+    if (form) commit_tile(a.again, i, count, again_tile);
   }
 }
 
@@ -136,11 +153,14 @@ inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
       f64::softplus_derivative(rho, s, derivative, ratio);
       f64::kl_derivative(mu, s, derivative, ratio, a.prior, a.grad_kl, g_mu, g_rho);
       if (a.grad_w.data != nullptr) {
+        const bool moments = a.grad_variance.data != nullptr;
         const double g = read_double(a.grad_w, j);
         g_mu += g;
-        g_rho += a.grad_variance.data != nullptr
-                     ? read_double(a.grad_variance, j) * 2.0 * s.value * derivative
-                     : g * eps[j - i] * derivative;
+        g_rho += moments ? read_double(a.grad_variance, j) * 2.0 * s.value * derivative
+                         : g * eps[j - i] * derivative;
+        if (a.again.data != nullptr) {
+          write_double(a.again, j, moments ? s.value * s.value : mu + s.value * eps[j - i]);
+        }
       }
       write_double(a.grad_mu, j, g_mu);
       write_double(a.grad_rho, j, g_rho);

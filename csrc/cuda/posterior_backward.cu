@@ -1,5 +1,6 @@
 // posterior_backward: the gradient of mu and rho through the weights, whose eps is regenerated, or through
 // the mean and the variance, and through the KL. One launch for the tensors of a layer, or of a model.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../checks.h"
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kMoments>) backwa
   });
 }
 
-void posterior_backward_out(
+at::Tensor posterior_backward_out(
     const c10::List<OptionalTensor>& grad_w_list,
     const c10::List<OptionalTensor>& grad_variance_list,
     const OptionalTensor& grad_kl,
@@ -94,11 +95,12 @@ void posterior_backward_out(
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma,
     at::TensorList grad_mu,
-    at::TensorList grad_rho) {
+    at::TensorList grad_rho,
+    std::optional<at::ScalarType> again) {
   const std::vector<at::Tensor> grad_w = tensors(grad_w_list), grad_variance = tensors(grad_variance_list);
   check_posterior_backward(
       "posterior_backward", grad_w, grad_variance, grad_kl, mu, rho, rng, prior_mu, prior_sigma, grad_mu,
-      grad_rho);
+      grad_rho, again);
   const DeviceGuard guard(mu[0].device());
   const auto dtype = mu[0].scalar_type();
   const bool moments = !grad_variance.empty();
@@ -166,6 +168,12 @@ void posterior_backward_out(
     if (!g_mu[k].is_same(grad_mu[k])) grad_mu[k].copy_(g_mu[k]);
     if (!g_rho[k].is_same(grad_rho[k])) grad_rho[k].copy_(g_rho[k]);
   }
+  if (!again) return at::empty({0}, mu[0].options().dtype(at::kFloat));
+  // A pass of its own here: written into the kernel, it would have to be measured.
+  auto formed = moments
+                    ? variance({mu[0]}, {rho[0]}, prior_mu[0], prior_sigma[0], false, *again)
+                    : sample_weights({mu[0]}, {rho[0]}, numbers, prior_mu[0], prior_sigma[0], false, again);
+  return std::get<0>(formed)[0];
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, BBB_DISPATCH_KEY, m) {
