@@ -29,13 +29,12 @@ void Layer::check(const char* op, int64_t out_features) const {
   check_prior(op, prior_mu, prior_sigma);
 }
 
-std::vector<at::Tensor> posterior_gradients(
+PosteriorGradients posterior_gradients(
     const Layer& layer,
-    OperandGradients& grads,
+    const OperandGradients& grads,
     const OptionalTensor& grad_kl,
     bool moments,
-    std::optional<at::ScalarType> again,
-    at::Tensor& formed) {
+    std::optional<at::ScalarType> again) {
   const std::vector<at::Tensor> mu = layer.mu(), rho = layer.rho();
   std::vector<at::Tensor> grad_w, grad_variance, grad_mu, grad_rho;
   const auto reused = [](const at::Tensor& grad, const at::Tensor& like) {
@@ -50,11 +49,11 @@ std::vector<at::Tensor> posterior_gradients(
     if (moments) grad_variance.push_back(k == 0 ? grads.W_variance : grads.bias_variance);
     grad_rho.push_back(reused(moments ? grad_variance[k] : at::Tensor(), mu[k]));
   }
-  formed = posterior_backward_out(
+  at::Tensor formed = posterior_backward_out(
       grad_w, grad_variance, grad_kl.value_or(at::Tensor()), mu, rho, layer.rng, layer.prior_mus(),
       layer.prior_sigmas(), grad_mu, grad_rho, again);
   for (at::Tensor& g : grad_rho) grad_mu.push_back(std::move(g));
-  return grad_mu;
+  return {std::move(grad_mu), std::move(formed)};
 }
 
 std::vector<at::Tensor> pick_gradients(

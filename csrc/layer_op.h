@@ -57,19 +57,21 @@ struct Wanted {
 };
 
 // The gradients of the products' operands, undefined where not wanted, become those of the posteriors: in
-// place where the types allow, so that no more memory of the parameters' size is taken. Without
-// moments, W and bias are the gradients of the drawn weights. Returns those of mu, then those of rho. `again`
-// asks for the drawn weight, or the weight's variance, in `formed`.
+// place where the types allow, so that no more memory of the parameters' size is taken. Without moments, W
+// and bias are the gradients of the drawn weights.
 struct OperandGradients {
   at::Tensor W, bias, W_variance, bias_variance;
 };
-std::vector<at::Tensor> posterior_gradients(
+struct PosteriorGradients {
+  std::vector<at::Tensor> parameters;  // of mu, then of rho
+  at::Tensor formed;                   // the drawn weight, or the weight's variance, if `again` asked for it
+};
+PosteriorGradients posterior_gradients(
     const Layer& layer,
-    OperandGradients& grads,
+    const OperandGradients& grads,
     const OptionalTensor& grad_kl,
     bool moments,
-    std::optional<at::ScalarType> again,
-    at::Tensor& formed);
+    std::optional<at::ScalarType> again);
 
 // The gradients that output_mask wants, in the order input, W_mu, W_rho, bias_mu, bias_rho.
 std::vector<at::Tensor> pick_gradients(
@@ -182,17 +184,15 @@ class LayerOp {
         output_mask[0], output_mask[1] || output_mask[2], has(bias_mu) && (output_mask[3] || output_mask[4])};
     const typename Estimator::template Backward<decltype(product)> through(
         op.c_str(), product, layer, grad, kept);
-    std::vector<at::Tensor> parameters;
-    at::Tensor formed, grad_input;
+    PosteriorGradients gradients;
     if (wanted.W || wanted.bias) {
-      OperandGradients grads = through.operands(wanted.W, wanted.bias);
       // The pass over the parameters also forms what the input's gradient needs of them.
       const auto again = wanted.input && wanted.W ? through.again() : std::nullopt;
-      parameters = posterior_gradients(layer, grads, grad_kl, Estimator::kMoments, again, formed);
-      if (!again) formed = at::Tensor();
+      gradients = posterior_gradients(
+          layer, through.operands(wanted.W, wanted.bias), grad_kl, Estimator::kMoments, again);
     }
-    if (wanted.input) grad_input = through.input(formed);
-    return pick_gradients(grad_input, parameters, output_mask);
+    const at::Tensor grad_input = wanted.input ? through.input(gradients.formed) : at::Tensor();
+    return pick_gradients(grad_input, gradients.parameters, output_mask);
   }
 
   static LayerOutputs autograd(

@@ -73,9 +73,10 @@ at::Tensor posterior_backward_out(
       const OptionalList&, const OptionalList&, const OptionalTensor&, at::TensorList, at::TensorList,
       const OptionalTensor&, at::ArrayRef<double>, at::ArrayRef<double>, at::TensorList, at::TensorList,
       std::optional<at::ScalarType>)>("posterior_backward_out");
-  return op.call(
+  at::Tensor formed = op.call(
       optionals(grad_w), optionals(grad_variance), optional(grad_kl), mu, rho, optional(rng), prior_mu,
       prior_sigma, grad_mu, grad_rho, again);
+  return again ? std::move(formed) : at::Tensor();
 }
 
 at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {

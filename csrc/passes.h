@@ -53,7 +53,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> variance(
     bool with_kl,
     at::ScalarType dtype);
 
-// Undefined tensors stand for those that are not there; an undefined result, too. grad_variance may be empty.
+// Undefined tensors stand for those that are not there, also as the second's result. grad_variance may be
+// empty.
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
     at::TensorList grad_w,
     const at::Tensor& grad_kl,
