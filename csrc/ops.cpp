@@ -1,6 +1,7 @@
 // Every op's schema. A kernel is registered at the foot of its own file: csrc/cpu/<op>.cpp for the CPU,
 // csrc/cuda/<op>.cu for CUDA; the device-independent ones and autograd in csrc/<op>.cpp. Fake kernels:
 // bbb_fast/_ops.py. The layers' ops: csrc/bbb.cpp, csrc/lrt.cpp, over csrc/layer_op.h.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <string>
@@ -56,5 +57,16 @@ TORCH_LIBRARY(bbb_fast, m) {
       m.def(forward.c_str());
       m.def(backward.c_str());
     }
+  }
+}
+
+// Each of these is reached only from within an op that has its own backward. Differentiating through
+// one of these (a second derivative, say) raises, instead of giving wrong numbers.
+TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
+  for (const char* name :
+       {"normal", "posterior_backward", "posterior_backward_out", "variance", "square", "square_backward_",
+        "lrt_sample_", "lrt_sample_backward", "bbb_linear_backward", "bbb_conv_backward",
+        "lrt_linear_backward", "lrt_conv_backward"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -1,8 +1,5 @@
 #include "passes.h"
 
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 namespace bbb_fast {
 namespace {
 
@@ -98,17 +95,6 @@ at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, cons
   static const auto op =
       find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>("lrt_sample_backward");
   return op.call(grad, v, rng);
-}
-
-// Everything below is reached only from within an op that has its own backward. Differentiating through
-// one of these (a second derivative, say) raises, instead of giving wrong numbers.
-TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
-  for (const char* name :
-       {"normal", "posterior_backward", "posterior_backward_out", "variance", "square", "square_backward_",
-        "lrt_sample_", "lrt_sample_backward", "bbb_linear_backward", "bbb_conv_backward",
-        "lrt_linear_backward", "lrt_conv_backward"}) {
-    m.impl(name, torch::autograd::autogradNotImplementedFallback());
-  }
 }
 
 }  // namespace bbb_fast
