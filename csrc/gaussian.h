@@ -96,9 +96,9 @@ BBB_INLINE void box_muller(U x, U y, F& z0, F& z1) {
   z1 = radius * sin;
 }
 
-// sigma = softplus(rho) with what its derivative and its logarithm need. With t = e^-|rho| and
-// L = ln(1 + t) / t: sigma = t L for rho < 0 and rho + t L else, and
-// ln(sigma) = min(rho, 0) + ln(base), base = L or sigma; no denormal is ever logged or divided by.
+// sigma = softplus(rho) with what its derivative needs. With t = e^-|rho| and L = ln(1 + t) / t: sigma = t L
+// for rho < 0 and rho + t L else; base = L or sigma, by which the derivative's ratio to sigma is formed
+// without dividing by a denormal.
 template <class F>
 struct Sigma {
   F t;      // e^-|rho|
