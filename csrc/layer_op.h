@@ -51,11 +51,6 @@ struct Layer {
   }
 };
 
-// Which gradients are asked for.
-struct Wanted {
-  bool input, W, bias;
-};
-
 // The gradients of the products' operands, undefined where not wanted, become those of the posteriors: in
 // place where the types allow, so that no more memory of the parameters' size is taken. Without moments, W
 // and bias are the gradients of the drawn weights.
@@ -180,18 +175,17 @@ class LayerOp {
     const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
     product.check(op.c_str(), input, W_mu);
     layer.check(op.c_str(), product.out_features(W_mu));
-    const Wanted wanted{
-        output_mask[0], output_mask[1] || output_mask[2], has(bias_mu) && (output_mask[3] || output_mask[4])};
+    const bool W = output_mask[1] || output_mask[2];
+    const bool bias = has(bias_mu) && (output_mask[3] || output_mask[4]);
     const typename Estimator::template Backward<decltype(product)> through(
         op.c_str(), product, layer, grad, kept);
     PosteriorGradients gradients;
-    if (wanted.W || wanted.bias) {
+    if (W || bias) {
       // The pass over the parameters also forms what the input's gradient needs of them.
-      const auto again = wanted.input && wanted.W ? through.again() : std::nullopt;
-      gradients = posterior_gradients(
-          layer, through.operands(wanted.W, wanted.bias), grad_kl, Estimator::kMoments, again);
+      const auto again = output_mask[0] && W ? through.again() : std::nullopt;
+      gradients = posterior_gradients(layer, through.operands(W, bias), grad_kl, Estimator::kMoments, again);
     }
-    const at::Tensor grad_input = wanted.input ? through.input(gradients.formed) : at::Tensor();
+    const at::Tensor grad_input = output_mask[0] ? through.input(gradients.formed) : at::Tensor();
     return pick_gradients(grad_input, gradients.parameters, output_mask);
   }
 

@@ -28,23 +28,13 @@ BBB_PAIRWISE(+)
 BBB_PAIRWISE(-)
 BBB_PAIRWISE(*)
 BBB_PAIRWISE(&)
-BBB_PAIRWISE(|)
 BBB_PAIRWISE(^)
 BBB_PAIRWISE(<<)
-BBB_PAIRWISE(>>)
 #undef BBB_PAIRWISE
 
 template <class T>
-BBB_INLINE Pair<T> operator-(const Pair<T>& x) {
-  return {-x.a, -x.b};
-}
-template <class T>
 BBB_INLINE Pair<T>& operator+=(Pair<T>& x, const Pair<T>& y) {
   return x = x + y;
-}
-template <class T>
-BBB_INLINE Pair<T>& operator*=(Pair<T>& x, const Pair<T>& y) {
-  return x = x * y;
 }
 template <class T>
 BBB_INLINE auto operator<(const Pair<T>& x, float y) -> Pair<decltype(x.a < y)> {
@@ -63,7 +53,6 @@ BBB_INLINE auto operator>(const Pair<T>& x, float y) -> Pair<decltype(x.a > y)> 
 BBB_PAIRWISE(as_int)
 BBB_PAIRWISE(as_float)
 BBB_PAIRWISE(as_signed)
-BBB_PAIRWISE(as_unsigned)
 BBB_PAIRWISE(to_float)
 BBB_PAIRWISE(square_root)
 BBB_PAIRWISE(square_root_normal)
