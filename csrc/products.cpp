@@ -24,6 +24,13 @@ at::Tensor as_matrix(const at::Tensor& t) {
   return t.reshape({rows, t.size(-1)});
 }
 
+// Of a bias along dimension 1: the sum over the others.
+at::Tensor bias_gradient(const at::Tensor& grad) {
+  std::vector<int64_t> summed{0};
+  for (int64_t d = 2; d < grad.dim(); ++d) summed.push_back(d);
+  return at::sum(grad, summed, false, grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
 }  // namespace
 
 void Linear::check(const char* op, const at::Tensor& input, const at::Tensor& weight) const {
@@ -51,10 +58,7 @@ ProductGradients Linear::backward(
     if (input.dim() != 2) g_x = g_x.view(input.sizes());
   }
   if (wanted[1]) g_w = at::mm(g.t(), as_matrix(input));
-  if (wanted[2]) {
-    const auto wide = g.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    g_b = at::sum(g, {0}, false, wide);
-  }
+  if (wanted[2]) g_b = bias_gradient(g);
   return {std::move(g_x), std::move(g_w), std::move(g_b)};
 }
 
@@ -189,12 +193,13 @@ ProductGradients Convolution::backward(
         parts);
   };
   const auto shape = direct(input, weight);
-  if (!shape && wanted[1] && few_pixels(grad, input, weight)) {
+  const bool by_pixels = !shape && wanted[1] && few_pixels(grad, input, weight);
+  if (by_pixels || (wanted[2] && !wanted[1])) {
     ProductGradients grads;
-    // The library's gradient of the bias comes with the weight's.
-    if (wanted[0]) grads = library({true, false, false});
-    std::get<1>(grads) = weight_gradient_by_pixels(grad, input, weight);
-    if (wanted[2]) std::get<2>(grads) = at::sum(grad, {0, 2, 3});
+    // The library's gradient of the bias comes with the weight's, wanted or not.
+    if (wanted[0]) grads = backward(grad, input, weight, {true, false, false});
+    if (by_pixels) std::get<1>(grads) = weight_gradient_by_pixels(grad, input, weight);
+    if (wanted[2]) std::get<2>(grads) = bias_gradient(grad);
     return grads;
   }
   if (!shape) return library(wanted);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -230,6 +231,16 @@ def compare(
         size = 1.0 if b is None or not b.numel() else max(1.0, float(b.detach().float().abs().max()))
         assert_same(a, b, dtype, loosen, size)
     assert [t.stride() for t in native[0]] == [t.stride() for t in expected[0]]
+
+
+def compare_subsets(
+    run: Callable[..., Any], case: Sequence[Tensor], dtype: torch.dtype, loosen: float = 1.0
+) -> None:
+    """:func:`compare` of ``run(*case)`` for every choice of the arguments that want a gradient."""
+    for wanted in product((False, True), repeat=len(case)):
+        leaves = [t.detach().requires_grad_(w) for t, w in zip(case, wanted, strict=True)]
+        if any(wanted):
+            compare(lambda args=leaves: run(*args), [t for t in leaves if t.requires_grad], dtype, loosen)
 
 
 def linear_case(

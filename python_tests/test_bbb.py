@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from helpers import (
     LINEAR_CASES,
     assert_same,
     compare,
+    compare_subsets,
     conv_case,
     grads,
     leaf,
@@ -299,18 +301,21 @@ def test_conv_padding_by_name(backend: str, padding: str) -> None:
     assert_same(y, F.conv2d(case[0], *weights, padding=padding, dilation=(1, 2)), torch.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute_weight", [False, True])
-@pytest.mark.parametrize(
-    "frozen", [(0,), (1,), (2,), (3, 4), (0, 1, 3), (1, 2), (1, 2, 3, 4), (0, 1, 2), (4,), (0, 2, 3, 4)]
-)
-def test_frozen_arguments(native: None, kind: str, frozen: tuple[int, ...], recompute_weight: bool) -> None:
-    case = small(kind)
-    for k in frozen:
-        case[k] = case[k].detach()
-    wanted = [t for k, t in enumerate(case) if k not in frozen]
-    compare(lambda: op(kind)(*case, rng(), **KL, recompute_weight=recompute_weight), wanted, torch.float32)
-    compare(lambda: op(kind)(*case, rng()), wanted, torch.float32)
+@pytest.mark.parametrize("spatial", [0, 1, 2, 3])
+def test_frozen_arguments(native: None, spatial: int, recompute_weight: bool, dtype: torch.dtype) -> None:
+    """Every subset of what may want a gradient; ``spatial`` 0 is a linear layer."""
+    if spatial:
+        kernel, size = (3, 2, 2)[:spatial], (5, 4, 3)[:spatial]
+        case = conv_case(spatial, 2, 4, 6, kernel, size, dtype=dtype, parameter_dtype=torch.float32)
+        function = CONV[spatial]
+    else:
+        case = linear_case((4,), 6, 3, dtype=dtype, parameter_dtype=torch.float32)
+        function = functional.bbb_linear
+    for options in ({}, KL):
+        run = functools.partial(function, recompute_weight=recompute_weight, **options)
+        compare_subsets(lambda *args, run=run: run(*args, rng()), case, dtype, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers import (
     LINEAR_CASES,
     assert_same,
     compare,
+    compare_subsets,
     conv_case,
     leaf,
     linear_case,
@@ -171,14 +173,32 @@ def test_conv_unbatched(backend: str) -> None:
     assert torch.equal(single, batched[0])
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3, 4), (0, 1, 3), (1, 2, 3, 4), (4,)])
-def test_frozen_arguments(native: None, kind: str, frozen: tuple[int, ...]) -> None:
-    case, function = small(kind), op(kind)
-    for k in frozen:
-        case[k] = case[k].detach()
-    wanted = [t for k, t in enumerate(case) if k not in frozen]
-    compare(lambda: function(*case, rng()), wanted, torch.float32)
+@pytest.mark.parametrize(
+    ("dtype", "variance_dtype"),
+    [
+        (torch.float32, None),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.float16, None),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("spatial", [0, 1, 2, 3])
+def test_frozen_arguments(
+    native: None, spatial: int, dtype: torch.dtype, variance_dtype: torch.dtype | None
+) -> None:
+    """Every subset of what may want a gradient; ``spatial`` 0 is a linear layer."""
+    if spatial:
+        kernel, size = (3, 2, 2)[:spatial], (5, 4, 3)[:spatial]
+        case = conv_case(spatial, 2, 4, 6, kernel, size, dtype=dtype, parameter_dtype=torch.float32)
+        function = CONV[spatial]
+    else:
+        case = linear_case((4,), 6, 3, dtype=dtype, parameter_dtype=torch.float32)
+        function = functional.lrt_linear
+    narrowest = torch.bfloat16 if variance_dtype is torch.bfloat16 else dtype
+    for options in ({}, KL):
+        run = functools.partial(function, variance_dtype=variance_dtype, **options)
+        compare_subsets(lambda *args, run=run: run(*args, rng()), case, narrowest, 2)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
