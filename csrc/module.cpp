@@ -12,6 +12,7 @@
 #include "cpu/isa.h"
 #include "layer_calls.h"
 #include "macros.h"
+#include "routes.h"
 
 // setup.py defines BBB_FAST_CUDA_ARCHS, as 8.0:9.0+PTX, in a build with CUDA kernels.
 #ifdef BBB_FAST_CUDA_ARCHS
@@ -66,6 +67,52 @@ OptionalTensor take(
   return left.take({W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma});
 }
 
+using Numbers = std::vector<int64_t>;
+
+ConvProblem conv_problem(
+    const Numbers& input,
+    const Numbers& weight,
+    const Numbers& stride,
+    const Numbers& padding,
+    const Numbers& dilation,
+    int64_t groups) {
+  const auto numbers = [](auto begin, auto end) { return c10::SmallVector<int64_t, 3>(begin, end); };
+  const auto all = [&](const Numbers& n) { return numbers(n.begin(), n.end()); };
+  return {
+      input.at(0),
+      input.at(1),
+      weight.at(0),
+      groups,
+      /*contiguous=*/true,
+      /*transposed=*/false,
+      /*narrow=*/false,
+      numbers(input.begin() + 2, input.end()),
+      numbers(weight.begin() + 2, weight.end()),
+      all(stride),
+      all(padding),
+      all(dilation)};
+}
+
+std::vector<std::string> ways(
+    const Numbers& input,
+    const Numbers& weight,
+    const Numbers& stride,
+    const Numbers& padding,
+    const Numbers& dilation,
+    int64_t groups) {
+  return ways_of(conv_problem(input, weight, stride, padding, dilation, groups));
+}
+
+std::string way(
+    const Numbers& input,
+    const Numbers& weight,
+    const Numbers& stride,
+    const Numbers& padding,
+    const Numbers& dilation,
+    int64_t groups) {
+  return way_name(choose_way(conv_problem(input, weight, stride, padding, dilation, groups)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,6 +137,22 @@ PYBIND11_MODULE(_C, m) {
         };
       },
       "How the extension was built, and the instruction set in use.");
+  m.def(
+      "routes",
+      [] {
+        const Routes routes = current_routes();
+        return std::pair(routes.rules, routes.measured);
+      },
+      "The rules by which convolutions go around the library, and the measured exceptions as (key, way).");
+  m.def(
+      "set_routes",
+      [](std::string rules, std::vector<std::pair<std::vector<int64_t>, std::string>> measured) {
+        set_routes({std::move(rules), std::move(measured)});
+      });
+  m.def("rules_of_this_cpu", &rules_of_this_cpu);
+  m.def("ways_of", &ways, "The ways that a convolution over contiguous float32 images may take.");
+  m.def("way_of", &way, "The one it takes.");
+  m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether this CPU has instructions for it.");
   m.def(
       "set_isa", &bbb_fast::set_isa, pybind11::arg("name"),
       "Forces an instruction set: base, avx2, avx512, or auto for the best. For tests and benchmarks.");

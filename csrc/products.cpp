@@ -7,11 +7,10 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
-
-#include <algorithm>
 
 #include "checks.h"
+#include "cpu/conv_by_pixels.h"
+#include "cpu/direct_conv.h"
 #include "cpu/huge_pages.h"
 
 namespace bbb_fast {
@@ -108,22 +107,35 @@ at::MemoryFormat Convolution::output_format(const at::Tensor& input, const at::T
   return at::MemoryFormat::Contiguous;
 }
 
-std::optional<ConvShape> Convolution::direct(const at::Tensor& input, const at::Tensor& weight) const {
-  if (!input.device().is_cpu()) return std::nullopt;
-  return direct_conv_shape(
-      input, weight, C10_AS_INTARRAYREF_SLOW(stride_), C10_AS_INTARRAYREF_SLOW(padding_),
-      C10_AS_INTARRAYREF_SLOW(dilation_), transposed_, groups_.expect_int());
+ConvProblem Convolution::problem(const at::Tensor& input, const at::Tensor& weight) const {
+  const auto numbers = [](c10::SymIntArrayRef symbolic) {
+    c10::SmallVector<int64_t, 3> values;
+    for (const auto& n : symbolic) values.push_back(n.expect_int());
+    return values;
+  };
+  const auto spatial = [](const at::Tensor& t) {
+    return c10::SmallVector<int64_t, 3>(t.sizes().begin() + 2, t.sizes().end());
+  };
+  return {
+      input.size(0),
+      input.size(1),
+      out_features(weight),
+      groups_.expect_int(),
+      input.is_contiguous(),
+      transposed_,
+      input.scalar_type() == at::kBFloat16,
+      spatial(input),
+      spatial(weight),
+      numbers(stride_),
+      numbers(padding_),
+      numbers(dilation_)};
 }
 
-// Measured (benchmarks/formats.py): the library takes up to twice as long over contiguous images of many
-// pixels and channels, more than it takes to rearrange them.
-bool Convolution::faster_in_channels_last(const at::Tensor& input, const at::Tensor& weight) const {
-  const auto ones = [](c10::SymIntArrayRef numbers) {
-    return std::all_of(numbers.begin(), numbers.end(), [](const c10::SymInt& n) { return n == 1; });
-  };
-  return input.device().is_cpu() && input.dim() == 4 && input.scalar_type() == at::kFloat && !transposed_ &&
-         groups_ == 1 && ones(stride_) && ones(dilation_) && weight.size(0) >= 32 && weight.size(1) >= 32 &&
-         weight.size(2) * weight.size(3) >= 9 && input.size(2) * input.size(3) >= 49 && input.numel() > 0;
+ConvWay Convolution::way(const at::Tensor& input, const at::Tensor& weight) const {
+  const auto type = input.scalar_type();
+  const bool choice = input.device().is_cpu() && weight.scalar_type() == type &&
+                      (type == at::kFloat || type == at::kBFloat16);
+  return choice ? choose_way(problem(input, weight)) : ConvWay::library;
 }
 
 at::Tensor shaped_like(const at::Tensor& weight, at::ScalarType dtype) {
@@ -139,46 +151,20 @@ at::Tensor in_format(const at::Tensor& t, at::MemoryFormat format) {
 
 at::Tensor Convolution::arranged(
     const at::Tensor& t, const at::Tensor& input, const at::Tensor& weight) const {
-  return faster_in_channels_last(input, weight) ? in_format(t, at::MemoryFormat::ChannelsLast) : t;
-}
-
-// Measured: over so few pixels the library takes several times as long as the products below.
-bool Convolution::few_pixels(
-    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const {
-  return input.device().is_cpu() && weight.dim() == 4 && input.scalar_type() == at::kFloat && !transposed_ &&
-         groups_ == 1 && grad.size(2) * grad.size(3) <= 4 && grad.size(0) >= 16 && weight.size(0) >= 32 &&
-         weight.size(1) >= 32;
-}
-
-// A product over the batch for each output pixel and tap of the kernel that meets the image there.
-at::Tensor Convolution::weight_gradient_by_pixels(
-    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const {
-  const at::Tensor g = grad.permute({2, 3, 1, 0}).contiguous(), x = input.permute({2, 3, 0, 1}).contiguous();
-  const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3);
-  at::Tensor result = at::zeros({kernel_h, kernel_w, weight.size(0), weight.size(1)}, weight.options());
-  const auto position = [&](int64_t out, int64_t tap, int d) {
-    return out * stride_[d].expect_int() + tap * dilation_[d].expect_int() - padding_[d].expect_int();
-  };
-  for (int64_t kh = 0; kh < kernel_h; ++kh) {
-    for (int64_t kw = 0; kw < kernel_w; ++kw) {
-      at::Tensor tap = result[kh][kw];
-      for (int64_t oh = 0; oh < g.size(0); ++oh) {
-        for (int64_t ow = 0; ow < g.size(1); ++ow) {
-          const int64_t h = position(oh, kh, 0), w = position(ow, kw, 1);
-          if (h < 0 || h >= x.size(0) || w < 0 || w >= x.size(1)) continue;
-          tap.addmm_(g[oh][ow], x[h][w]);
-        }
-      }
-    }
-  }
-  return result.permute({2, 3, 0, 1}).contiguous();
+  return way(input, weight) == ConvWay::channels_last ? in_format(t, at::MemoryFormat::ChannelsLast) : t;
 }
 
 at::Tensor Convolution::forward(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const {
-  if (const auto shape = direct(input, weight)) return direct_conv(*shape, input, weight, bias);
-  return at::convolution_symint(
-      input, weight, bias, stride_, padding_, dilation_, transposed_, output_padding_, groups_);
+  switch (way(input, weight)) {
+    case ConvWay::direct:
+      return direct_conv(direct_conv_shape(problem(input, weight)), input, weight, bias);
+    case ConvWay::by_pixels:
+      return conv_by_pixels(problem(input, weight), input, weight, bias);
+    default:
+      return at::convolution_symint(
+          input, weight, bias, stride_, padding_, dilation_, transposed_, output_padding_, groups_);
+  }
 }
 
 ProductGradients Convolution::backward(
@@ -192,23 +178,29 @@ ProductGradients Convolution::backward(
         grad, input, weight, features, stride_, padding_, dilation_, transposed_, output_padding_, groups_,
         parts);
   };
-  const auto shape = direct(input, weight);
-  const bool by_pixels = !shape && wanted[1] && few_pixels(grad, input, weight);
-  if (by_pixels || (wanted[2] && !wanted[1])) {
-    ProductGradients grads;
-    // The library's gradient of the bias comes with the weight's, wanted or not.
-    if (wanted[0]) grads = backward(grad, input, weight, {true, false, false});
-    if (by_pixels) std::get<1>(grads) = weight_gradient_by_pixels(grad, input, weight);
-    if (wanted[2]) std::get<2>(grads) = bias_gradient(grad);
-    return grads;
-  }
-  if (!shape) return library(wanted);
-  // Measured: the library gains on the direct kernels sooner here than for the other products.
-  if (shape->in <= 4) return direct_conv_backward(*shape, grad, input, weight, wanted);
+  const auto [x_wanted, W_wanted, bias_wanted] = wanted;
   ProductGradients grads;
-  if (wanted[1] || wanted[2]) grads = library({false, wanted[1], wanted[2]});
-  std::get<0>(grads) =
-      std::get<0>(direct_conv_backward(*shape, grad, input, weight, {wanted[0], false, false}));
+  auto& [g_x, g_W, g_bias] = grads;
+  switch (way(input, weight)) {
+    case ConvWay::direct: {
+      // Measured: the library gains on the direct kernels sooner for the weight's gradient.
+      const bool all = input.size(1) <= 4;
+      if (W_wanted && !all) std::tie(std::ignore, g_W, g_bias) = library({false, true, bias_wanted});
+      auto direct = direct_conv_backward(
+          direct_conv_shape(problem(input, weight)), grad, input, weight, {x_wanted, W_wanted && all});
+      g_x = std::move(direct.first);
+      if (all) g_W = std::move(direct.second);
+      break;
+    }
+    case ConvWay::by_pixels:
+      std::tie(g_x, g_W) =
+          conv_by_pixels_backward(problem(input, weight), grad, input, weight, {x_wanted, W_wanted});
+      break;
+    default:
+      // The library's gradient of the bias comes with the weight's, wanted or not.
+      if (x_wanted || W_wanted) grads = library({x_wanted, W_wanted, W_wanted && bias_wanted});
+  }
+  if (bias_wanted && !g_bias.defined()) g_bias = bias_gradient(grad);
   return grads;
 }
 

@@ -7,8 +7,8 @@
 #include <array>
 #include <tuple>
 
-#include "cpu/direct_conv.h"
 #include "passes.h"
+#include "routes.h"
 
 namespace bbb_fast {
 
@@ -74,12 +74,8 @@ class Convolution {
       const std::array<bool, 3>& wanted) const;
 
  private:
-  // Where the library is slow on the CPU.
-  std::optional<ConvShape> direct(const at::Tensor& input, const at::Tensor& weight) const;
-  bool faster_in_channels_last(const at::Tensor& input, const at::Tensor& weight) const;
-  bool few_pixels(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const;
-  at::Tensor weight_gradient_by_pixels(
-      const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) const;
+  ConvProblem problem(const at::Tensor& input, const at::Tensor& weight) const;
+  ConvWay way(const at::Tensor& input, const at::Tensor& weight) const;
 
   c10::SymIntArrayRef stride_, padding_, dilation_;
   bool transposed_;

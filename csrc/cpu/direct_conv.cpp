@@ -6,7 +6,6 @@
 #include "direct_conv.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 
 #include "huge_pages.h"
 #include "span.h"
@@ -143,30 +142,14 @@ void correlate_batch(
 
 }  // namespace
 
-std::optional<ConvShape> direct_conv_shape(
-    const at::Tensor& input,
-    const at::Tensor& weight,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    bool transposed,
-    int64_t groups) {
-  const auto all_one = [](at::IntArrayRef numbers) {
-    return std::all_of(numbers.begin(), numbers.end(), [](int64_t n) { return n == 1; });
-  };
-  if (!input.device().is_cpu() || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat ||
-      weight.dim() > 4 || transposed || groups != 1 || !all_one(stride) || !all_one(dilation) ||
-      !input.is_contiguous() || input.numel() == 0 || weight.numel() == 0) {
-    return std::nullopt;
-  }
-  const bool two = weight.dim() == 4;
-  const ConvShape s{input.size(0),           input.size(1),        weight.size(0),
-                    two ? input.size(2) : 1, input.size(-1),       two ? weight.size(2) : 1,
-                    weight.size(-1),         two ? padding[0] : 0, padding[two ? 1 : 0]};
-  // Measured: from 16 input channels on, the library's kernels fill their vectors. The gradient of the input
-  // wants a border of kernel - 1 - padding.
-  const bool few = s.in < 16 && s.in * s.out <= 512;
-  return few && s.padding_h < s.kernel_h && s.padding_w < s.kernel_w ? std::optional(s) : std::nullopt;
+ConvShape direct_conv_shape(const ConvProblem& p) {
+  // One dimension: images of one row.
+  const bool two = p.size.size() == 2;
+  return {p.batch,         p.in,
+          p.out,           two ? p.size[0] : 1,
+          p.size.back(),   two ? p.kernel[0] : 1,
+          p.kernel.back(), two ? p.padding[0] : 0,
+          p.padding.back()};
 }
 
 at::Tensor direct_conv(
@@ -189,15 +172,15 @@ at::Tensor direct_conv(
   return output;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> direct_conv_backward(
+std::pair<at::Tensor, at::Tensor> direct_conv_backward(
     const ConvShape& s,
     const at::Tensor& grad,
     const at::Tensor& input,
     const at::Tensor& weight,
-    const std::array<bool, 3>& wanted) {
+    const std::array<bool, 2>& wanted) {
   const at::Tensor g = grad.contiguous();
   const at::Tensor w = weight.contiguous();
-  at::Tensor g_x, g_w, g_b;
+  at::Tensor g_x, g_w;
   if (wanted[0]) {
     g_x = at::empty(input.sizes(), input.options());
     hint_huge_pages(g_x);
@@ -260,10 +243,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> direct_conv_backward(
       to[i] = lanes[0];
     }
   }
-  if (wanted[2]) {
-    g_b = at::sum(g, weight.dim() == 4 ? at::IntArrayRef{0, 2, 3} : at::IntArrayRef{0, 2});
-  }
-  return {std::move(g_x), std::move(g_w), std::move(g_b)};
+  return {std::move(g_x), std::move(g_w)};
 }
 
 }  // namespace bbb_fast

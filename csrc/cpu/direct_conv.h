@@ -6,7 +6,9 @@
 
 #include <array>
 #include <optional>
-#include <tuple>
+#include <utility>
+
+#include "../routes.h"
 
 namespace bbb_fast {
 
@@ -20,16 +22,8 @@ struct ConvShape {
   int64_t out_width() const { return width + 2 * padding_w - kernel_w + 1; }
 };
 
-// The shape, if the direct kernels compute this convolution (of one or two dimensions, stride and dilation
-// 1, one group) and are the faster ones.
-std::optional<ConvShape> direct_conv_shape(
-    const at::Tensor& input,
-    const at::Tensor& weight,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    bool transposed,
-    int64_t groups);
+// Of a convolution that allows ConvWay::direct.
+ConvShape direct_conv_shape(const ConvProblem& problem);
 
 at::Tensor direct_conv(
     const ConvShape& shape,
@@ -37,13 +31,13 @@ at::Tensor direct_conv(
     const at::Tensor& weight,
     const std::optional<at::Tensor>& bias);
 
-// Gradients of input, weight and bias; undefined where not wanted. The weight's does not depend on the
-// number of threads.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> direct_conv_backward(
+// Gradients of input and weight; undefined where not wanted. The weight's does not depend on the number of
+// threads.
+std::pair<at::Tensor, at::Tensor> direct_conv_backward(
     const ConvShape& shape,
     const at::Tensor& grad,
     const at::Tensor& input,
     const at::Tensor& weight,
-    const std::array<bool, 3>& wanted);
+    const std::array<bool, 2>& wanted);
 
 }  // namespace bbb_fast
