@@ -1,4 +1,4 @@
-"""Parameters that ``torch.distributed`` keeps in shards (DTensor), as ``fully_shard`` does outside a forward."""
+"""Parameters in shards (DTensor), as ``fully_shard`` keeps them outside a forward."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def refuse_sharded(op: str, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if is_sharded(t):
             raise NotImplementedError(
-                f"{op}: {name} is a DTensor; only the KL takes shards (fully_shard gathers a layer's parameters "
-                "for its forward, tensor parallelism does not)"
+                f"{op}: {name} is a DTensor; only the KL takes shards (fully_shard gathers a layer's "
+                "parameters for its forward, tensor parallelism does not)"
             )
 
 

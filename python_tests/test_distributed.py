@@ -1,4 +1,4 @@
-"""Data-parallel training: ranks draw independent noise and end with the same parameters; sharded parameters."""
+"""Data-parallel training, with whole and with sharded parameters: independent noise, one result."""
 
 from __future__ import annotations
 

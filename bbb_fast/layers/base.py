@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from .. import _backend, functional
 from .._checks import FLOAT_DTYPES
 from .._noise import draws_freely, layer_rng, means_wanted, rank_offset
-from ..reference import conv_memory_format
+from ..reference import conv_memory_format, in_format
 
 DEFAULT_PRIORS: dict[str, Any] = {
     "prior_mu": 0.0,
@@ -420,8 +420,7 @@ class ConvBase(BayesianLayer):
             return input, self.padding
         padded = F.pad(input, self._input_padding, mode=self.padding_mode)
         # The memory format numbers the noise; F.pad keeps it in some modes and on some devices only.
-        memory_format = conv_memory_format(input, self.W_mu)
-        return padded.contiguous(memory_format=memory_format), (0,) * self.spatial
+        return in_format(padded, conv_memory_format(input, self.W_mu)), (0,) * self.spatial
 
     def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)
