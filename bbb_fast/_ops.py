@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _checks
 from .reference import accumulate_dtype, conv_memory_format, variance_dtype_for
@@ -105,7 +105,8 @@ def _layer_kl(W_mu: Tensor) -> Tensor:
     return W_mu.new_empty((), dtype=accumulate_dtype(W_mu))
 
 
-def _linear_output(input: Tensor, W_mu: Tensor) -> Tensor:
+def _linear_output(op: str, input: Tensor, W_mu: Tensor) -> Tensor:
+    _checks.linear(op, input, W_mu)
     return input.new_empty((*input.shape[:-1], W_mu.shape[0]))
 
 
@@ -121,7 +122,8 @@ def _bbb_linear(
     with_kl: bool,
     recompute_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _linear_output(input, W_mu), _contiguous_like(W_mu, input.dtype), _layer_kl(W_mu)
+    y = _linear_output("bbb_linear", input, W_mu)
+    return y, _contiguous_like(W_mu, input.dtype), _layer_kl(W_mu)
 
 
 def _lrt_linear(
@@ -136,12 +138,36 @@ def _lrt_linear(
     with_kl: bool,
     variance_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = _linear_output(input, W_mu)
+    y = _linear_output("lrt_linear", input, W_mu)
     return y, _contiguous_like(y, variance_dtype_for(input, variance_dtype)), _layer_kl(W_mu)
 
 
-def _conv_output(input: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
-    return torch.ops.aten.convolution.default(input, weight.to(input.dtype), None, *geometry)
+def _in_format(shape: Sequence[int], dtype: torch.dtype, input: Tensor, W_mu: Tensor) -> Tensor:
+    """What ``in_format`` of csrc/products.cpp makes of a convolution's output and of its input's gradient."""
+    memory_format = conv_memory_format(input, W_mu)
+    return torch.empty(shape, dtype=dtype, device=input.device, memory_format=memory_format)
+
+
+def _conv_shape(
+    op: str,
+    input: Tensor,
+    W_mu: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> list[int]:
+    _checks.conv(op, input, W_mu, stride, padding, dilation, transposed, output_padding, groups)
+    shape = [input.shape[0], W_mu.shape[1] * groups if transposed else W_mu.shape[0]]
+    for d, length in enumerate(input.shape[2:]):
+        reach = dilation[d] * (W_mu.shape[2 + d] - 1) + 1
+        if transposed:
+            shape.append((length - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d])
+        else:
+            shape.append((length + 2 * padding[d] - reach) // stride[d] + 1)
+    return shape
 
 
 def _bbb_conv(
@@ -162,9 +188,9 @@ def _bbb_conv(
     with_kl: bool,
     recompute_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight = _contiguous_like(W_mu, input.dtype)
-    y = _conv_output(input, weight, stride, padding, dilation, transposed, output_padding, groups)
-    return y, weight, _layer_kl(W_mu)
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    y = _in_format(_conv_shape("bbb_conv", input, W_mu, *geometry), input.dtype, input, W_mu)
+    return y, _contiguous_like(W_mu, input.dtype), _layer_kl(W_mu)
 
 
 def _lrt_conv(
@@ -185,19 +211,17 @@ def _lrt_conv(
     with_kl: bool,
     variance_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = _conv_output(input, W_mu, stride, padding, dilation, transposed, output_padding, groups).shape
-    options = {"device": input.device, "memory_format": conv_memory_format(input, W_mu)}
-    return (
-        torch.empty(shape, dtype=input.dtype, **options),
-        torch.empty(shape, dtype=variance_dtype_for(input, variance_dtype), **options),
-        _layer_kl(W_mu),
-    )
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    shape = _conv_shape("lrt_conv", input, W_mu, *geometry)
+    y = _in_format(shape, input.dtype, input, W_mu)
+    v = _in_format(shape, variance_dtype_for(input, variance_dtype), input, W_mu)
+    return y, v, _layer_kl(W_mu)
 
 
-def _gradients(output_mask: Sequence[bool], *like: OptionalTensor) -> list[Tensor]:
-    return [
-        _contiguous_like(t) for t, wanted in zip(like, output_mask, strict=True) if wanted and t is not None
-    ]
+def _gradients(output_mask: Sequence[bool], grad_input: Tensor, *parameters: OptionalTensor) -> list[Tensor]:
+    """Those of parameters are contiguous, whatever a parameter is."""
+    grads = [grad_input, *(t if t is None else _contiguous_like(t) for t in parameters)]
+    return [g for g, wanted in zip(grads, output_mask, strict=True) if wanted and g is not None]
 
 
 def _linear_backward(
@@ -214,7 +238,7 @@ def _linear_backward(
     prior_sigma: float,
     output_mask: list[bool],
 ) -> list[Tensor]:
-    return _gradients(output_mask, input, W_mu, W_rho, bias_mu, bias_rho)
+    return _gradients(output_mask, _contiguous_like(input), W_mu, W_rho, bias_mu, bias_rho)
 
 
 def _conv_backward(
@@ -237,7 +261,8 @@ def _conv_backward(
     prior_sigma: float,
     output_mask: list[bool],
 ) -> list[Tensor]:
-    return _gradients(output_mask, input, W_mu, W_rho, bias_mu, bias_rho)
+    grad_input = _in_format(input.shape, input.dtype, input, W_mu)
+    return _gradients(output_mask, grad_input, W_mu, W_rho, bias_mu, bias_rho)
 
 
 FAKES: dict[str, Callable[..., Any]] = {
@@ -260,31 +285,61 @@ FAKES: dict[str, Callable[..., Any]] = {
     "lrt_conv": _lrt_conv,
     "lrt_conv_backward": _conv_backward,
 }
-# The ops users reach; vmap runs their autograd inside each call.
-_VMAPPED = ("normal", "sample_weights", "kl_divergence", "bbb_linear", "bbb_conv", "lrt_linear", "lrt_conv")
+
+
+def _slice(value: Any, dim: Any, i: int) -> Any:
+    """Slice ``i`` of an argument along its mapped dimensions."""
+    if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_slice(v, d, i) for v, d in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, i)
+
+
+def _summed(value: Any, dim: Any) -> Any:
+    """What stands for a slice where there is none: zeros that autograd connects with the argument."""
+    if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_summed(v, d) for v, d in zip(value, dim, strict=True)]
+    return value if dim is None else value.sum(dim)
+
+
+def _stack(parts: Sequence[Any]) -> Any:
+    """The results of the slices as one; torch.stack keeps the memory order that they have in common."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.stack(parts)
+    return type(first)(map(_stack, zip(*parts, strict=True)))
 
 
 def _vmap_rule(name: str) -> Callable[..., Any]:
     """vmap by a loop over the mapped dimension: each slice may have an ``rng`` of its own."""
-    op = getattr(torch.ops.bbb_fast, name)
+    op = getattr(torch.ops.bbb_fast, name).default
+    arguments = op._schema.arguments
+    written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
 
-    def pick(value: Any, dim: Any, i: int) -> Any:
-        if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
-            return [pick(v, d, i) for v, d in zip(value, dim, strict=True)]
-        return value if dim is None or not isinstance(value, Tensor) else value.select(dim, i)
+    def run(slices: list[Any]) -> Any:
+        if not any(written):
+            return op(*slices)
+        # What is written to has to be dense, which a slice need not be.
+        copies = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, slices)
+        result = op(*copies)
+        for part, copy, back in zip(slices, copies, written, strict=False):
+            if back:
+                tree_map(Tensor.copy_, part, copy)
+        return result
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        slices = [
-            op(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
-        ]
-
-        def stack(*parts: Any) -> Any:
-            if isinstance(parts[0], Tensor):
-                return torch.stack(parts)
-            return type(parts[0])(stack(*p) for p in zip(*parts, strict=True))
-
-        stacked = stack(*slices)
-        return stacked, tree_map(lambda _: 0, stacked)
+        mapped = list(zip(args, in_dims, strict=True))
+        for (_, dim), argument, to in zip(mapped, arguments, written, strict=False):
+            if to and any(d is None for d in tree_leaves(dim, is_leaf=lambda d: d is None)):
+                raise ValueError(f"{name}: vmap must map {argument.name}, which is written to")
+        if info.batch_size == 0:
+            result = tree_map(
+                lambda t: None if t is None else t[:0], _stack([run([_summed(*a) for a in mapped])])
+            )
+        else:
+            result = _stack([run([_slice(*a, i) for a in mapped]) for i in range(info.batch_size)])
+        return result, tree_map(lambda t: None if t is None else 0, result)
 
     return rule
 
@@ -317,5 +372,4 @@ def register() -> None:
     """Called once, when the extension is loaded."""
     for name, fake in FAKES.items():
         torch.library.register_fake(f"bbb_fast::{name}", _on_one_device(name, fake))
-    for name in _VMAPPED:
         torch.library.register_vmap(f"bbb_fast::{name}", _vmap_rule(name))

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _checks, reference
 from ._backend import use_native
 from ._noise import draw_rng
+from ._sharded import is_sharded, kl_of_shards, refuse_sharded
 
 __all__ = [
     "bbb_conv1d",
@@ -80,6 +81,7 @@ def sample_weights(
     (float64 for float64). Differentiable in mu and rho through both results.
     """
     mu, rho = list(mu), list(rho)
+    refuse_sharded("sample_weights", mu=mu[0] if mu else None)
     if mu and use_native(mu[0].device):
         return _native.sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype)
     device = _checks.posteriors("sample_weights", mu, rho)
@@ -116,6 +118,9 @@ def kl_divergence(
     general prior). Accepts one tensor or a list, the priors as one number or a list of the same length;
     a list is summed in one call. Accumulated in float64.
 
+    Of parameters that are sharded over ranks (DTensors), it is the KL of the whole, on every rank; all ranks
+    call it.
+
     Returns a scalar, float32 (float64 for float64), differentiable in mu and rho.
     """
     mus = [mu] if isinstance(mu, Tensor) else list(mu)
@@ -123,6 +128,8 @@ def kl_divergence(
     count = len(mus)
     prior_mus = list(prior_mu) if isinstance(prior_mu, Sequence) else [float(prior_mu)] * count
     prior_sigmas = list(prior_sigma) if isinstance(prior_sigma, Sequence) else [float(prior_sigma)] * count
+    if any(is_sharded(t) for t in (*mus, *rhos)):
+        return kl_of_shards(kl_divergence, mus, rhos, prior_mus, prior_sigmas)
     if mus and use_native(mus[0].device):
         return _native.kl_divergence(mus, rhos, prior_mus, prior_sigmas)
     _checks.posteriors("kl_divergence", mus, rhos)
@@ -153,6 +160,7 @@ def _linear(
     with_kl: bool,
     **option: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    refuse_sharded(op, input=input, W_mu=W_mu)
     input = _autocast(input)
     operands = (input, W_mu, W_rho, bias_mu, bias_rho, rng)
     if use_native(input.device):
@@ -311,6 +319,7 @@ def _conv(
             f"{name}: input must have {spatial + 1} (unbatched) or {spatial + 2} dimensions, got "
             f"{list(input.shape)}"
         )
+    refuse_sharded(name, input=input, W_mu=W_mu)
     input = _autocast(input)
     unbatched = input.dim() == spatial + 1
     if unbatched:

@@ -317,6 +317,19 @@ def lrt_conv(
     return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
 
 
+def _is_channels_last(t: Tensor, memory_format: torch.memory_format) -> bool:
+    try:
+        return t.is_contiguous(memory_format=memory_format)
+    except RuntimeError:
+        # Under vmap only the strides tell.
+        step = 1
+        for d in (1, *range(t.dim() - 1, 1, -1), 0):
+            if t.shape[d] != 1 and t.stride(d) != step:
+                return False
+            step *= t.shape[d]
+        return True
+
+
 def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """The memory format of a convolution's output, which numbers its noise.
 
@@ -326,6 +339,13 @@ def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
     if channels_last is not None:
         for t in (input, weight):
-            if t.is_contiguous(memory_format=channels_last) and not t.is_contiguous():
+            if not t.is_contiguous() and _is_channels_last(t, channels_last):
                 return channels_last
     return torch.contiguous_format
+
+
+def in_format(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``t.contiguous(memory_format=memory_format)``, which vmap refuses for channels_last."""
+    if memory_format is torch.contiguous_format:
+        return t.contiguous()
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -49,6 +49,11 @@ inline void check_device(const char* op, const Name& name, const at::Tensor& t, 
   TORCH_CHECK_VALUE(t.device() == device, op, ": ", name, " is on ", t.device(), ", expected ", device);
 }
 
+inline void check_no_tangent(const char* op, const at::Tensor& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !t.defined() || !t._fw_grad(0).defined(), op, ": forward-mode derivatives are not implemented");
+}
+
 inline void check_rng(const char* op, const at::Tensor& rng, at::Device device) {
   TORCH_CHECK_TYPE(
       rng.scalar_type() == at::kLong, op, ": rng must be int64 (seed, stream), got ",

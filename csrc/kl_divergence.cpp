@@ -2,6 +2,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "kl_node.h"
 
 namespace bbb_fast {
@@ -13,6 +14,9 @@ at::Tensor kl_divergence_autograd(
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("bbb_fast::kl_divergence", "")
           .typed<at::Tensor(at::TensorList, at::TensorList, at::ArrayRef<double>, at::ArrayRef<double>)>();
+  for (const at::TensorList list : {mu, rho}) {
+    for (const at::Tensor& t : list) check_no_tangent("kl_divergence", t);
+  }
   at::Tensor kl;
   {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -38,7 +38,9 @@ PosteriorGradients posterior_gradients(
   const std::vector<at::Tensor> mu = layer.mu(), rho = layer.rho();
   std::vector<at::Tensor> grad_w, grad_variance, grad_mu, grad_rho;
   const auto reused = [](const at::Tensor& grad, const at::Tensor& like) {
-    if (grad.defined() && grad.scalar_type() == like.scalar_type() && grad.is_contiguous()) return grad;
+    if (grad.defined() && grad.scalar_type() == like.scalar_type() && grad.is_contiguous()) {
+      return in_format(grad, at::MemoryFormat::Contiguous);
+    }
     at::Tensor fresh = at::empty(like.sizes(), like.options());
     hint_huge_pages(fresh);
     return fresh;

@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "checks.h"
 #include "kl_node.h"
 #include "passes.h"
 #include "products.h"
@@ -203,10 +204,9 @@ class LayerOp {
       Option option) {
     namespace ag = torch::autograd;
     const at::Tensor b_mu = bias_mu.value_or(at::Tensor()), b_rho = bias_rho.value_or(at::Tensor());
+    static const std::string own_name = name();
     for (const at::Tensor* t : {&input, &W_mu, &W_rho, &b_mu, &b_rho}) {
-      TORCH_CHECK_NOT_IMPLEMENTED(
-          !t->defined() || !t->_fw_grad(0).defined(), name(),
-          ": forward-mode derivatives are not implemented");
+      check_no_tangent(own_name.c_str(), *t);
     }
     decltype(make_node<Node>()) node;
     if (ag::compute_requires_grad(input, W_mu, W_rho, b_mu, b_rho)) {

@@ -30,6 +30,16 @@ at::Tensor bias_gradient(const at::Tensor& grad) {
   return at::sum(grad, summed, false, grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+// Those of at::empty.
+std::vector<int64_t> strides_of(at::IntArrayRef sizes, at::MemoryFormat format) {
+  if (format == at::MemoryFormat::ChannelsLast) return c10::get_channels_last_strides_2d(sizes);
+  if (format == at::MemoryFormat::ChannelsLast3d) return c10::get_channels_last_strides_3d(sizes);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t next = 1;
+  for (size_t d = sizes.size(); d-- > 0; next *= std::max<int64_t>(sizes[d], 1)) strides[d] = next;
+  return strides;
+}
+
 }  // namespace
 
 void Linear::check(const char* op, const at::Tensor& input, const at::Tensor& weight) const {
@@ -143,7 +153,11 @@ at::Tensor shaped_like(const at::Tensor& weight, at::ScalarType dtype) {
 }
 
 at::Tensor in_format(const at::Tensor& t, at::MemoryFormat format) {
-  if (t.is_contiguous(format)) return t;
+  if (t.is_contiguous(format)) {
+    // A dimension of size 1 may have any stride.
+    const auto strides = strides_of(t.sizes(), format);
+    return t.strides() == at::IntArrayRef(strides) ? t : t.as_strided(t.sizes(), strides);
+  }
   at::Tensor copy = at::empty(t.sizes(), t.options().memory_format(format));
   hint_huge_pages(copy);
   return copy.copy_(t);

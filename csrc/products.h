@@ -40,7 +40,9 @@ class Linear {
 // What a product is given as its weight where it forms no gradient of the input: shape and type alone matter.
 at::Tensor shaped_like(const at::Tensor& weight, at::ScalarType dtype);
 
-// t in a memory format; a copy if it is not.
+// t with exactly the strides that a fresh tensor of its sizes has in a memory format; a copy if it is not in
+// it. What an op returns goes through here: its strides then follow from those of the arguments, whatever way
+// the products went, and the fake kernels (bbb_fast/_ops.py) can tell them.
 at::Tensor in_format(const at::Tensor& t, at::MemoryFormat format);
 
 // Convolutions of 1 to 3 dimensions.

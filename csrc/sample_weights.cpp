@@ -1,57 +1,50 @@
 // sample_weights: its autograd. Kernels: cpu/sample_weights.cpp.
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include "passes.h"
+#include "checks.h"
+#include "kl_node.h"
 
 namespace bbb_fast {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+namespace ag = torch::autograd;
 
-class SampleWeights : public torch::autograd::Function<SampleWeights> {
- public:
-  // Returns the weights, then the KL.
-  static variable_list forward(
-      AutogradContext* ctx,
-      at::TensorList mu,
-      at::TensorList rho,
-      const at::Tensor& rng,
-      double prior_mu,
-      double prior_sigma,
-      bool with_kl,
-      std::optional<at::ScalarType> dtype) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [outputs, kl] = bbb_fast::sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
-    variable_list saved(mu.begin(), mu.end());
-    saved.insert(saved.end(), rho.begin(), rho.end());
-    saved.push_back(rng);
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["prior_mu"] = prior_mu;
-    ctx->saved_data["prior_sigma"] = prior_sigma;
-    // A weight or a KL that the loss does not use gets an undefined gradient, not zeros to add up.
-    ctx->set_materialize_grads(false);
-    if (!with_kl) ctx->mark_non_differentiable({kl});
-    outputs.push_back(std::move(kl));
-    return outputs;
+// Not a torch::autograd::Function, which the transforms of torch.func refuse.
+struct SampleWeightsNode : ag::Node {
+  std::vector<ag::SavedVariable> mu, rho;
+  ag::SavedVariable rng;
+  double prior_mu = 0.0, prior_sigma = 1.0;
+
+  std::string name() const override { return "sample_weights_backward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* list : {&mu, &rho}) {
+      for (ag::SavedVariable& saved : *list) saved.reset_data();
+    }
+    rng.reset_data();
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const size_t count = grads.size() - 1;
-    const at::TensorList all(saved);
-    const std::vector<double> prior_mu(count, ctx->saved_data["prior_mu"].toDouble());
-    const std::vector<double> prior_sigma(count, ctx->saved_data["prior_sigma"].toDouble());
-    auto [g_mu, g_rho] = posterior_backward(
-        {grads.data(), count}, grads[count], all.slice(0, count), all.slice(count, count), all.back(),
-        prior_mu, prior_sigma);
-    // One entry for each tensor in the lists, then rng and the four plain arguments.
-    variable_list result(2 * count + 5);
-    for (size_t k = 0; k < count; ++k) {
-      result[k] = g_mu[k];
-      result[count + k] = g_rho[k];
-    }
+  // Of the weights, then of the KL; what the loss does not use is undefined.
+  ag::variable_list apply(ag::variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const size_t count = mu.size();
+    grads.resize(count + 1);
+    const auto unpacked = [](std::vector<ag::SavedVariable>& list) {
+      std::vector<at::Tensor> result;
+      for (ag::SavedVariable& saved : list) result.push_back(saved.unpack());
+      return result;
+    };
+    const std::vector<at::Tensor> m = unpacked(mu), r = unpacked(rho);
+    const at::Tensor rng_ = rng.unpack();
+    // As in a layer's node: a second derivative raises, else autograd is passed by.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+    if (!at::GradMode::is_enabled()) guard.emplace();
+    auto [result, g_rho] = posterior_backward(
+        {grads.data(), count}, grads[count], m, r, rng_, std::vector<double>(count, prior_mu),
+        std::vector<double>(count, prior_sigma));
+    std::move(g_rho.begin(), g_rho.end(), std::back_inserter(result));
     return result;
   }
 };
@@ -64,10 +57,26 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_autograd(
     double prior_sigma,
     bool with_kl,
     std::optional<at::ScalarType> dtype) {
-  auto outputs = SampleWeights::apply(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
-  at::Tensor kl = std::move(outputs.back());
-  outputs.pop_back();
-  return {std::move(outputs), std::move(kl)};
+  std::vector<at::Tensor> parameters(mu.begin(), mu.end());
+  parameters.insert(parameters.end(), rho.begin(), rho.end());
+  for (const at::Tensor& t : parameters) check_no_tangent("sample_weights", t);
+  std::tuple<std::vector<at::Tensor>, at::Tensor> outputs;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    outputs = sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
+  }
+  const at::TensorList all(parameters);
+  if (!ag::compute_requires_grad(all)) return outputs;
+  auto node = make_node<SampleWeightsNode>();
+  node->set_next_edges(ag::collect_next_edges(all));
+  for (const at::Tensor& t : mu) node->mu.emplace_back(t, false);
+  for (const at::Tensor& t : rho) node->rho.emplace_back(t, false);
+  node->rng = ag::SavedVariable(rng, false);
+  node->prior_mu = prior_mu;
+  node->prior_sigma = prior_sigma;
+  for (const at::Tensor& weight : std::get<0>(outputs)) ag::set_history(weight, node);
+  if (with_kl) ag::set_history(std::get<1>(outputs), node);
+  return outputs;
 }
 
 TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from .. import _backend, functional
 from .._checks import FLOAT_DTYPES
 from .._noise import draws_freely, layer_rng, means_wanted, rank_offset
-from ..reference import conv_memory_format
+from ..reference import conv_memory_format, in_format
 
 DEFAULT_PRIORS: dict[str, Any] = {
     "prior_mu": 0.0,
@@ -139,11 +139,27 @@ class BayesianLayer(nn.Module):
                 rho.normal_(*self.posterior_rho_initial)
 
     def posterior(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """The layer's (mu, rho) pairs: of the weight and, if there is one, of the bias."""
+        """The layer's (mu, rho) pairs: of the weight and, if there is one, of the bias.
+
+        Under ``fully_shard`` they are DTensors outside a forward. Raises RuntimeError where
+        FullyShardedDataParallel has them in pieces.
+        """
+        self._check_whole()
         pairs = [(self.W_mu, self.W_rho)]
         if self.bias_mu is not None and self.bias_rho is not None:
             pairs.append((self.bias_mu, self.bias_rho))
         return pairs
+
+    def _check_whole(self) -> None:
+        # FullyShardedDataParallel leaves a flat piece of a parameter in its place, or (use_orig_params=False)
+        # an attribute without memory.
+        W_mu = self.W_mu
+        freed = "W_mu" in self.__dict__ and W_mu.numel() > 0 and W_mu.untyped_storage().size() == 0
+        if W_mu.dim() < 2 or freed:
+            raise RuntimeError(
+                f"{type(self).__name__}: FullyShardedDataParallel has the parameters in pieces here; ask for "
+                "the KL within the forward of the wrapped module, or use fully_shard"
+            )
 
     def _parameters_in_order(self) -> _Parameters:
         # Past nn.Module's __getattr__, which takes half a microsecond each; but not for a parameter that
@@ -404,8 +420,7 @@ class ConvBase(BayesianLayer):
             return input, self.padding
         padded = F.pad(input, self._input_padding, mode=self.padding_mode)
         # The memory format numbers the noise; F.pad keeps it in some modes and on some devices only.
-        memory_format = conv_memory_format(input, self.W_mu)
-        return padded.contiguous(memory_format=memory_format), (0,) * self.spatial
+        return in_format(padded, conv_memory_format(input, self.W_mu)), (0,) * self.spatial
 
     def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)
