@@ -10,6 +10,8 @@
 #include <ostream>
 #include <string>
 
+#include "layout.h"
+
 namespace bbb_fast {
 
 inline bool is_supported_dtype(at::ScalarType t) {
@@ -176,9 +178,8 @@ inline void check_lrt_sample(
       v.sizes());
   check_device(op, "v", v, m.device());
   TORCH_CHECK_VALUE(
-      (m.strides() == v.strides() && m.is_non_overlapping_and_dense()) ||
-          (m.is_contiguous() && v.is_contiguous()),
-      op, ": ", name, " and v must be dense with the same strides, got ", m.strides(), " and ", v.strides());
+      m.numel() == 0 || (m.is_non_overlapping_and_dense() && same_order(m, v)), op, ": ", name,
+      " and v must be dense with the same strides, got ", m.strides(), " and ", v.strides());
   check_rng(op, rng, m.device());
 }
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -230,7 +230,11 @@ def compare(
         # Gradients of parameters sum over the batch: an entry that cancels keeps the others' rounding.
         size = 1.0 if b is None or not b.numel() else max(1.0, float(b.detach().float().abs().max()))
         assert_same(a, b, dtype, loosen, size)
-    assert [t.stride() for t in native[0]] == [t.stride() for t in expected[0]]
+    for a, b in zip(native[0], expected[0], strict=True):
+        # The stride of a dimension of size 1 means nothing.
+        assert [s for s, n in zip(a.stride(), a.shape, strict=True) if n != 1] == [
+            s for s, n in zip(b.stride(), b.shape, strict=True) if n != 1
+        ]
 
 
 def compare_subsets(
@@ -241,6 +245,22 @@ def compare_subsets(
         leaves = [t.detach().requires_grad_(w) for t, w in zip(case, wanted, strict=True)]
         if any(wanted):
             compare(lambda args=leaves: run(*args), [t for t in leaves if t.requires_grad], dtype, loosen)
+
+
+def ones_and_formats(spatial: int) -> Iterator[tuple[list[Tensor], bool]]:
+    """Arguments of a convolution in every memory format of input and weight, with every choice of up to two
+    dimensions of size 1; whether the input is to be given without its batch dimension of 1."""
+    last = torch.channels_last if spatial == 2 else torch.channels_last_3d
+    choices = [c for k in range(3) for c in combinations(range(3 + 2 * spatial), k)]
+    for ones, of_input, of_weight in product(choices, (False, True), (False, True)):
+        n, i, o, *kernel = (1 if d in ones else (2, 3, 4, 2, 2, 2)[d] for d in range(3 + spatial))
+        size = [k if 3 + spatial + d in ones else 4 for d, k in enumerate(kernel)]
+        case = conv_case(spatial, n, i, o, tuple(kernel), tuple(size))
+        for k, wanted in enumerate((of_input, of_weight, of_weight)):
+            if wanted:
+                case[k] = case[k].detach().contiguous(memory_format=last).requires_grad_()
+        for unbatched in (False, True) if n == 1 else (False,):
+            yield case, unbatched
 
 
 def linear_case(

@@ -21,6 +21,7 @@ from helpers import (
     grads,
     leaf,
     linear_case,
+    ones_and_formats,
     posterior,
     rng,
 )
@@ -278,6 +279,19 @@ def test_conv_channels_last(isa: str, spatial: int, weight_too: bool, channels: 
     y, _ = run()
     assert y.is_contiguous(memory_format=last if channels > 1 else torch.contiguous_format)
     assert_same(y, CONV[spatial](*case, rng()), torch.float32)
+
+
+@pytest.mark.parametrize("spatial", [2, 3])
+def test_conv_dimensions_of_size_1(native: None, spatial: int) -> None:
+    """Of any strides: they have no say in the output's format, nor in the noise's order."""
+    for case, unbatched in ones_and_formats(spatial):
+        x, *parameters = case
+        compare(
+            lambda x=x[0] if unbatched else x, p=parameters: CONV[spatial](x, *p, rng()),
+            case,
+            torch.float32,
+            2,
+        )
 
 
 @pytest.mark.parametrize("spatial", [1, 2, 3])

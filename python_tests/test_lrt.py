@@ -19,6 +19,7 @@ from helpers import (
     conv_case,
     leaf,
     linear_case,
+    ones_and_formats,
     posterior,
     rng,
     variance_of,
@@ -164,6 +165,19 @@ def test_conv_noise_follows_the_memory_format(backend: str) -> None:
         else:
             eps = noise.view(2, 5, 6, 5)
         torch.testing.assert_close(y, torch.conv2d(x, W_mu, b_mu) + v.sqrt() * eps, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial", [2, 3])
+def test_conv_dimensions_of_size_1(native: None, spatial: int) -> None:
+    """Of any strides: they have no say in the output's format, nor in the noise's order."""
+    for case, unbatched in ones_and_formats(spatial):
+        x, *parameters = case
+        compare(
+            lambda x=x[0] if unbatched else x, p=parameters: CONV[spatial](x, *p, rng()),
+            case,
+            torch.float32,
+            2,
+        )
 
 
 def test_conv_unbatched(backend: str) -> None:
@@ -361,6 +375,25 @@ def test_differentiating_an_inner_pass_raises(native: None) -> None:
 def test_lrt_sample_rejects_mixed_strides(native: None) -> None:
     with pytest.raises(ValueError, match="same strides"):
         torch.ops.bbb_fast.lrt_sample_(torch.randn(4, 5), torch.rand(5, 4).t(), rng())
+
+
+def test_passes_ignore_the_stride_of_one_element(native: None) -> None:
+    ops, strides = torch.ops.bbb_fast, (99, 1, 77, 4)
+    t, v, g = torch.randn(1, 4, 1, 5), torch.rand(1, 4, 1, 5), torch.randn(1, 4, 1, 5)
+    last = [x.contiguous(memory_format=torch.channels_last) for x in (t, v, g)]
+    odd = [torch.empty_strided(x.shape, strides).copy_(x) for x in (t, v, g)]
+    assert torch.equal(
+        ops.lrt_sample_backward(odd[2], last[1], rng()), ops.lrt_sample_backward(*last[:0:-1], rng())
+    )
+    for one, other in ((odd[0], last[1]), (last[0].clone(), odd[1])):
+        ops.lrt_sample_(one, other, rng())
+        expected = reference.lrt_sample(t, v, rng(), torch.channels_last)
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+    ops.square_backward_(odd[0], last[1], odd[2])
+    expected = last[0].clone()
+    ops.lrt_sample_(expected, last[1], rng())
+    ops.square_backward_(expected, v, g)
+    assert torch.equal(odd[0], expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
