@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from .. import _backend, functional
 from .._checks import FLOAT_DTYPES
-from .._noise import draws_freely, layer_rng, means_wanted, rank_offset
+from .._noise import FREE, RandomModule, draw_rng, rank_offset
 from ..reference import conv_memory_format
 
 DEFAULT_PRIORS: dict[str, Any] = {
@@ -63,7 +63,7 @@ def resolve_priors(priors: Mapping[str, Any] | None) -> dict[str, Any]:
 _Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-class BayesianLayer(nn.Module):
+class BayesianLayer(RandomModule):
     """A layer whose weights have the posterior q(w) = N(mu, softplus(rho)^2), elementwise.
 
     Parameters: ``W_mu``, ``W_rho`` (shaped as torch.nn shapes the weight), ``bias_mu``, ``bias_rho``
@@ -224,23 +224,26 @@ class BayesianLayer(nn.Module):
 
         ``sample=False`` uses the posterior means instead and draws nothing.
         """
-        if sample and type(input) is Tensor and draws_freely() and not is_compiling():
+        draw = self.wanted_draw() if sample else None
+        if draw is FREE and type(input) is Tensor and not is_compiling():
             native = _backend.native_module()
             drawn = None if native is None else self._draw_at_once(native, input)
             if drawn is not None:
                 # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
                 output, self.__dict__["_forward_kl"] = drawn
                 return output
-        if not sample or means_wanted():
+        if draw is None or draw.means:
             # Float32 parameters follow a narrower input; any other pair of types torch.nn will judge.
             own = self.W_mu.dtype
             narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
             dtype = input.dtype if narrow else own
             bias = None if self.bias_mu is None else self.bias_mu.to(dtype)
             return self._mean_output(input, self.W_mu.to(dtype), bias)
-        rng, pinned = layer_rng(self, input.device)
-        # Only in weight space is one draw one function.
-        estimator = "bbb" if pinned else self.estimator
+        if draw.pinned is None:
+            rng, estimator = draw_rng(input.device), self.estimator
+        else:
+            # Only in weight space is one draw one function.
+            rng, estimator = draw.pinned.rng(self, input.device), "bbb"
         return self._draw_output(
             estimator, input, self._parameters_in_order(), rng, **self._options(estimator)
         )
