@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,46 @@ def resolve_priors(priors: Mapping[str, Any] | None) -> dict[str, Any]:
 
 # W_mu, W_rho, bias_mu, bias_rho.
 _Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class DrawnAtEachForward:
+    """What ``layer.weight`` and ``layer.bias`` are: a tensor's shape, dtype and device, and no numbers.
+
+    torch.nn's transformer layers hand their sublayers' weights to one fused call in eval mode, if those are
+    tensors alone; as these are not, they call the sublayers. Whatever else is done with them raises TypeError.
+    """
+
+    def __init__(self, name: str, mean: Tensor) -> None:
+        self._name = name
+        self.shape, self.dtype, self.device = mean.shape, mean.dtype, mean.device
+        self.requires_grad = mean.requires_grad
+
+    def _refuse(self) -> NoReturn:
+        raise TypeError(
+            f"{self._name} has no numbers, each forward draws them: call the layer, or take the parameters of "
+            "its posterior (W_mu and W_rho, bias_mu and bias_rho)"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> NoReturn:
+        pending = [*args, *(kwargs or {}).values()]
+        while not isinstance(found := pending.pop(0), cls):
+            pending += found if isinstance(found, (tuple, list)) else ()
+        found._refuse()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Whoever looks for a protocol shall not find one.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self._refuse()
+
+    def __repr__(self) -> str:
+        return f"<{self._name} {list(self.shape)}, drawn at each forward>"
 
 
 class BayesianLayer(RandomModule):
@@ -144,6 +184,20 @@ class BayesianLayer(RandomModule):
         if self.bias_mu is not None and self.bias_rho is not None:
             pairs.append((self.bias_mu, self.bias_rho))
         return pairs
+
+    @property
+    def weight(self) -> DrawnAtEachForward:
+        """No tensor: its shape, dtype and device may be read, its numbers may not.
+
+        So ``hasattr(layer, "weight")`` says True, and an initialisation that goes by it raises TypeError: a
+        posterior is initialised by ``priors`` and ``reset_parameters``.
+        """
+        return DrawnAtEachForward(f"{type(self).__name__}.weight", self.W_mu)
+
+    @property
+    def bias(self) -> DrawnAtEachForward | None:
+        """As ``weight``; None in a layer without bias."""
+        return None if self.bias_mu is None else DrawnAtEachForward(f"{type(self).__name__}.bias", self.bias_mu)
 
     def _parameters_in_order(self) -> _Parameters:
         # Past nn.Module's __getattr__, which takes half a microsecond each; but not for a parameter that
