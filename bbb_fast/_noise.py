@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from . import _checks, _recompute
+from ._recompute import Place, graph_task
 
 _INT64_MAX = (1 << 63) - 1
 _MAX_SAMPLE = (1 << 31) - 1
@@ -19,12 +24,22 @@ _RANK_STEP = 0x9E3779B97F4A7C15
 _DISTRIBUTED = torch.distributed.is_available()
 
 
+class Draw(NamedTuple):
+    """What layers use: their posterior means, a pinned draw or, without either, a fresh one."""
+
+    pinned: fixed_noise | None = None
+    means: bool = False
+
+
+FREE = Draw()
+
+
 class _State(threading.local):
     def __init__(self) -> None:
         # On the instance, not the class: torch.compile recompiles for a change of the former only.
-        self.pinned: fixed_noise | None = None
-        self.outer: list[fixed_noise | None] = []
-        self.means = False
+        self.draw = FREE
+        self.place = Place()
+        self.outer: list[tuple[Draw, Place]] = []
 
 
 _state = _State()
@@ -49,79 +64,88 @@ def rank_offset() -> int:
     return 0
 
 
-@contextmanager
-def posterior_means() -> Iterator[None]:
-    """Inside, every Bayesian layer uses its posterior means and draws nothing."""
-    before = _state.means
-    _state.means = True
-    try:
-        yield
-    finally:
-        _state.means = before
+class RandomModule(nn.Module):
+    """A module that draws noise. ``fixed_noise`` numbers a model's, and reaches their replicas."""
+
+    # Whether the last forward drew freely; and of a replica, what it was made under, and of which module.
+    _drew_freely: bool = True
+    _origin: tuple[Draw, RandomModule] | None = None
+
+    def _replicate_for_data_parallel(self) -> RandomModule:
+        replica = super()._replicate_for_data_parallel()
+        draw = self.wanted_draw()
+        if draw.pinned is not None:
+            # In this thread, where the model around the layer can be told.
+            draw.pinned.number(self)
+        replica.__dict__.update(_drew_freely=False, _origin=(draw, self))
+        return replica
+
+    def wanted_draw(self) -> Draw:
+        """What the module's forward, which asks once, has to use."""
+        if is_compiling():
+            return _state.draw
+        if self._drew_freely and _state.draw is FREE and graph_task() == -1:
+            return FREE
+        draw = _current_draw(self)
+        noted = draw is not FREE and _leave(draw)
+        self.__dict__["_drew_freely"] = not noted and self._origin is None
+        return draw
 
 
-def means_wanted() -> bool:
-    """Whether a :func:`posterior_means` context is open in this thread."""
-    return _state.means
+def _current_draw(module: RandomModule | None = None) -> Draw:
+    task = graph_task()
+    # A context that was entered in this backward pass is one that the forward itself enters again.
+    if task != -1 and _state.place.graph_task != task:
+        forward = _recompute.recomputed()
+        if forward is not None and forward.draw is not None:
+            return forward.draw
+        if forward is not None and not forward.preserves_rng_state and module is not None:
+            raise RuntimeError(
+                f"{type(module).__name__}: a checkpoint with preserve_rng_state=False would draw other noise in "
+                "backward than forward drew; leave it True, or run the forward under fixed_noise"
+            )
+        if forward is not None:
+            return FREE
+        if _state.draw is FREE and module is not None and module._origin is None and not module._drew_freely:
+            raise RuntimeError(
+                f"{type(module).__name__}: runs again in backward, and what its forward drew under fixed_noise or "
+                "posterior_means is not known here; call backward inside the same context"
+            )
+    if _state.draw is FREE and module is not None and module._origin is not None:
+        return module._origin[0]
+    return _state.draw
 
 
-def draws_freely() -> bool:
-    """Whether a layer's draw is a fresh one: no context asks for the means or for a pinned draw."""
-    return _state.pinned is None and not _state.means
+def _leave(draw: Draw) -> bool:
+    """Tells the checkpoints that the forward is in what it uses, if a backward may follow."""
+    if draw.pinned is not None and not draw.pinned.differentiable:
+        return False
+    _recompute.leave(draw, _state.place)
+    return True
 
 
-def layer_rng(layer: nn.Module, device: torch.device) -> tuple[Tensor, bool]:
-    """The ``rng`` of a layer's next forward, and whether ``fixed_noise`` pinned it."""
-    pinned = _state.pinned
-    if pinned is None:
-        return draw_rng(device), False
-    return pinned._rng_for(layer, device), True
+_Context = TypeVar("_Context", bound="_DrawContext")
 
 
-class fixed_noise:
-    """Context manager that pins the draw: inside, every layer uses one function sample.
+class _DrawContext:
+    """A context that says what layers use. Thread-local; contexts may be nested."""
 
-    ``fixed_noise(seed, sample=k)`` names a draw of all weights of a model: within the context (and in
-    any later context with the same two numbers, on any device, for any batch size) each layer sees the
-    same weights at every forward. Layers are told apart by the order in which they first run. Layers of
-    every estimator draw their weights in weight space here, w = mu + sigma * eps: it is the same
-    posterior, and the only form in which one draw is one function.
+    # Whether a backward may follow.
+    differentiable = True
 
-    Args: ``seed`` any int64; ``sample`` 0 ... 2^31 - 1. Raises TypeError or ValueError otherwise.
-    Thread-local; contexts may be nested, the inner one counts.
-    """
+    def _inside(self, outer: Draw) -> Draw:
+        raise NotImplementedError
 
-    def __init__(self, seed: int, sample: int = 0) -> None:
-        for name, value in (("seed", seed), ("sample", sample)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"fixed_noise: {name} must be an int, got {type(value).__name__}")
-        if not -(1 << 63) <= seed <= _INT64_MAX:
-            raise ValueError(f"fixed_noise: seed must fit in int64, got {seed}")
-        if not 0 <= sample <= _MAX_SAMPLE:
-            raise ValueError(f"fixed_noise: sample must be in 0 ... {_MAX_SAMPLE}, got {sample}")
-        self.seed = seed
-        self.sample = sample
-        # A tensor, so that one torch.compile graph serves every seed and sample.
-        self._rng = torch.tensor([seed, sample << 32], device="cpu")
-        self._order: dict[nn.Module, int] = {}
-
-    def _rng_for(self, layer: nn.Module, device: torch.device) -> Tensor:
-        index = self._order.setdefault(layer, len(self._order))
-        # 2^8 streams a layer: its tensors take consecutive ones.
-        if torch.compiler.is_compiling():
-            return (self._rng + torch.tensor([0, index << 8], device="cpu")).to(device)
-        if device.type == "cpu":
-            return torch.tensor([self.seed, (self.sample << 32) + (index << 8)], device="cpu")
-        # Filled in on the device: a copy from the host would wait for it, and could not be captured in a
-        # CUDA graph.
-        rng = torch.empty(2, dtype=torch.int64, device=device)
-        rng[0].fill_(self.seed)
-        rng[1].fill_((self.sample << 32) + (index << 8))
-        return rng
-
-    def __enter__(self) -> fixed_noise:
-        _state.outer.append(_state.pinned)
-        _state.pinned = self
+    def __enter__(self: _Context) -> _Context:
+        _state.outer.append((_state.draw, _state.place))
+        if is_compiling():
+            _state.draw = self._inside(_state.draw)
+        else:
+            outer = _current_draw()
+            if outer is not FREE:
+                _leave(outer)
+            place = _recompute.here(sys._getframe(1)) if self.differentiable else Place(graph_task())
+            _state.draw, _state.place = self._inside(outer), place
         return self
 
     def __exit__(
@@ -130,4 +154,129 @@ class fixed_noise:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _state.pinned = _state.outer.pop()
+        _state.draw, _state.place = _state.outer.pop()
+
+
+class posterior_means(_DrawContext):
+    """Context manager: inside, every Bayesian layer uses its posterior means and draws nothing."""
+
+    def _inside(self, outer: Draw) -> Draw:
+        return Draw(outer.pinned, True)
+
+
+_CALL = nn.Module.__call__.__code__
+# Of all contexts: models are numbered rarely.
+_numbering = threading.Lock()
+
+
+def _outermost_call(since: FrameType | None) -> nn.Module | None:
+    """The module whose call this thread is in and that was called first, within the frame ``since``."""
+    found = None
+    at: FrameType | None = sys._getframe(1)
+    while at is not None and at is not since:
+        if at.f_code is _CALL:
+            found = at.f_locals["self"]
+        at = at.f_back
+    return found
+
+
+class fixed_noise(_DrawContext):
+    """Context manager that pins the draw: inside, every layer uses one function sample.
+
+    ``fixed_noise(seed, sample=k)`` names a draw of all weights of a model: within the context (and in
+    any later context with the same two numbers, on any device, for any batch size) each layer sees the
+    same weights at every forward. Layers of every estimator draw their weights in weight space here,
+    w = mu + sigma * eps: it is the same posterior, and the only form in which one draw is one function.
+
+    Layers are told apart by their place in the model (in the order of ``model.modules()``), so which of
+    them run, and when, changes nothing. The model is ``model`` or, without it, what is called first within
+    the context; a layer outside it is counted on when its own model is first called. (A function compiled
+    around the model, or ``model.forward`` called past ``model(...)``, hides it: layers are numbered in the
+    order of their first use then, so give ``model`` where they run in another order than they are
+    registered in.)
+
+    Args: ``seed`` any int64; ``sample`` 0 ... 2^31 - 1. Raises TypeError or ValueError otherwise.
+    Contexts may be nested, the inner one counts. They hold in the thread that enters them, in replicas
+    that it makes (``torch.nn.DataParallel``) and where a checkpoint (``torch.utils.checkpoint``) runs a
+    forward again, in whatever thread and after the context. A thread of your own enters the context
+    itself; one object may be entered by several at once.
+    """
+
+    # Of the draws of one prediction: [draws, 2], and rows of it by the number of a layer.
+    _all: Tensor
+    _rngs: dict[int, tuple[Tensor, ...]] | None = None
+
+    def __init__(self, seed: int, sample: int = 0, *, model: nn.Module | None = None) -> None:
+        numbers = {"seed": seed, "sample": sample}
+        for name, value in numbers.items():
+            numbers[name] = _checks.integer(value)
+            if numbers[name] is None:
+                raise TypeError(f"fixed_noise: {name} must be an int, got {type(value).__name__}")
+        seed, sample = numbers.values()
+        if not -(1 << 63) <= seed <= _INT64_MAX:
+            raise ValueError(f"fixed_noise: seed must fit in int64, got {seed}")
+        if not 0 <= sample <= _MAX_SAMPLE:
+            raise ValueError(f"fixed_noise: sample must be in 0 ... {_MAX_SAMPLE}, got {sample}")
+        self.seed = seed
+        self.sample = sample
+        # A tensor, so that one torch.compile graph serves every seed and sample.
+        self._rng = torch.tensor([seed, sample << 32], device="cpu")
+        self._numbers: dict[nn.Module, int] = {}
+        if model is not None:
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"fixed_noise: model must be a torch.nn.Module, got {type(model).__name__}")
+            self._add(model)
+
+    def samples(self, count: int) -> Iterator[fixed_noise]:
+        """The draws 0 ... count - 1 of the seed, for predictions: no backward follows."""
+        numbers = torch.tensor([[self.seed, k << 32] for k in range(count)], device="cpu")
+        shared = {**self.__dict__, "differentiable": False, "_all": numbers, "_rngs": {}}
+        for k, rng in enumerate(numbers.unbind()):
+            draw = object.__new__(fixed_noise)
+            draw.__dict__.update(shared, sample=k, _rng=rng)
+            yield draw
+
+    def _on_cpu(self, number: int) -> Tensor:
+        if self._rngs is None:
+            return torch.tensor([self.seed, (self.sample << 32) + (number << 8)], device="cpu")
+        # A tensor from numbers takes longer than a small layer's product; here all draws' are formed at once.
+        if number not in self._rngs:
+            self._rngs[number] = (self._all + torch.tensor([0, number << 8], device="cpu")).unbind()
+        return self._rngs[number][self.sample]
+
+    def _inside(self, outer: Draw) -> Draw:
+        return Draw(self, outer.means)
+
+    def _add(self, model: nn.Module) -> None:
+        with _numbering:
+            for module in model.modules():
+                if isinstance(module, RandomModule):
+                    self._numbers.setdefault(module, len(self._numbers))
+
+    def number(self, module: RandomModule) -> int:
+        """The module's place among those that draw, in the model that it is a part of."""
+        if is_compiling():
+            return self._numbers.setdefault(module, len(self._numbers))
+        if module._origin is not None:
+            module = module._origin[1]
+        if module not in self._numbers:
+            model = _outermost_call(_state.place.caller)
+            if model is not None:
+                self._add(model)
+            self._add(module)
+        return self._numbers[module]
+
+    def rng(self, module: RandomModule, device: torch.device) -> Tensor:
+        """The ``rng`` of the module's forwards."""
+        number = self.number(module)
+        # 2^8 streams a layer: its tensors take consecutive ones.
+        if is_compiling():
+            return (self._rng + torch.tensor([0, number << 8], device="cpu")).to(device)
+        if device.type == "cpu":
+            return self._on_cpu(number)
+        # Filled in on the device: a copy from the host would wait for it, and could not be captured in a
+        # CUDA graph.
+        rng = torch.empty(2, dtype=torch.int64, device=device)
+        rng[0].fill_(self.seed)
+        rng[1].fill_((self.sample << 32) + (number << 8))
+        return rng

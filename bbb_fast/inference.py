@@ -2,53 +2,181 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._checks import integer
+from ._eval_mode import in_eval_mode
 from ._noise import _INT64_MAX, fixed_noise
 
 __all__ = ["predict"]
 
+def _map(function: Callable[[Any], Any], x: Any) -> Any:
+    """``x``, tuples, lists and dicts and what they hold, with ``function`` of everything else in it."""
+    if isinstance(x, Mapping):
+        items = {key: _map(function, value) for key, value in x.items()}
+        return items if type(x) is dict else type(x)(items)
+    if isinstance(x, (tuple, list)):
+        values = [_map(function, value) for value in x]
+        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
+    return function(x)
 
-def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
+
+def _leaves(x: Any) -> list[Any]:
+    if isinstance(x, Mapping):
+        return _leaves(list(x.values()))
+    return [leaf for value in x for leaf in _leaves(value)] if isinstance(x, (tuple, list)) else [x]
+
+
+def _tensors_for(model: nn.Module, x: Any) -> Any:
+    """``x`` with NumPy arrays as tensors on the model's device, floating numbers in its parameters' type."""
+    if not any(isinstance(leaf, np.ndarray) for leaf in _leaves(x)):
+        return x
+    of_model = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def tensor(leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray):
+            return leaf
+        try:
+            t = torch.as_tensor(leaf)
+        except TypeError as error:
+            raise TypeError(f"predict: x must hold numbers, got a NumPy array of {leaf.dtype}") from error
+        return t.to(of_model.device, of_model.dtype if t.is_floating_point() else t.dtype)
+
+    return _map(tensor, x)
+
+
+def _rows(x: Any) -> int:
+    """The number of rows that batches are made of."""
+    rows = set()
+    for leaf in _leaves(x):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            rows.add(leaf.shape[0])
+        elif not (leaf is None or isinstance(leaf, (Tensor, bool, int, float))):
+            raise TypeError(
+                f"predict: with batch_size, x must hold tensors and numbers, got {type(leaf).__name__}"
+            )
+    if len(rows) != 1:
+        raise ValueError(
+            "predict: with batch_size, the tensors of x must have the same number of rows, got "
+            f"{sorted(rows) or 'no tensor'}"
+        )
+    return rows.pop()
+
+
+def _part(x: Any, start: int, stop: int) -> Any:
+    return _map(lambda t: t[start:stop] if isinstance(t, Tensor) and t.dim() > 0 else t, x)
+
+
+def _output(result: Any) -> Tensor:
+    if isinstance(result, tuple) and result:
+        result = result[0]
+    if isinstance(result, Tensor):
+        if result.layout is not torch.strided or result.is_nested:
+            raise TypeError(f"predict: the model's output must be a dense tensor, got {result.layout}")
+        return result
+    what, fields = type(result).__name__, []
+    if isinstance(result, Mapping):
+        fields = list(result)
+    elif dataclasses.is_dataclass(result):
+        fields = [field.name for field in dataclasses.fields(result)]
+    if fields:
+        what += f" of {', '.join(map(str, fields))}"
+    raise TypeError(
+        "predict: the model must return a tensor, or a tuple whose first element is one, got "
+        f"{what}; say what to take of it with call=lambda model, x: ..."
+    )
+
+
+class _Outputs:
+    """All draws in one tensor, of the first output's type and device; ``rows``: x's, if it comes in parts."""
+
+    all: Tensor
+
+    def __init__(self, samples: int, rows: int | None) -> None:
+        self._samples, self._rows = samples, rows
+
+    def put(self, k: int, output: Tensor, start: int, size: int) -> None:
+        """Of draw ``k`` the part that begins with x's row ``start`` and has ``size`` rows, or fewer."""
+        shape = output.shape
+        if self._rows is not None:
+            rows = min(size, self._rows - start)
+            if not shape or shape[0] % rows:
+                raise ValueError(
+                    "predict: with batch_size, the first dimension of the output must be that of the rows, got "
+                    f"output {list(shape)} for {rows} rows; leave batch_size out"
+                )
+            # A row of x may become several.
+            start *= shape[0] // rows
+            shape = (self._rows * (shape[0] // rows), *shape[1:])
+        if not hasattr(self, "all"):
+            self.all = output.new_empty((self._samples, *shape))
+            self._draws = self.all.unbind()
+        if self.all.shape[1:] != shape or self.all.dtype != output.dtype:
+            raise ValueError(
+                f"predict: the output must keep its shape and type from draw to draw and from batch to batch, "
+                f"got {list(shape)} {output.dtype} after {list(self.all.shape[1:])} {self.all.dtype}"
+            )
+        of_draw = self._draws[k]
+        (of_draw if self._rows is None else of_draw[start : start + len(output)]).copy_(output)
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     samples: int = 10,
     *,
     seed: int | None = None,
     batch_size: int | None = None,
+    call: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Tensor:
     """The model's outputs under ``samples`` independent draws of all its weights.
 
     Each draw is one function: the same weights for every row of ``x``, whatever ``batch_size`` splits it
     into. Layers of every estimator draw in weight space, one product a layer. The same ``seed``
-    gives the same draws; without one it comes from PyTorch's default generator. The model runs in eval
-    mode and gets its modes back.
+    gives the same draws (draw k is that of ``fixed_noise(seed, sample=k, model=model)``); without one it
+    comes from PyTorch's default generator.
 
-    Args: x [N, ...]. Returns [samples, N, ...], what the model returns (before any softmax), or its first
-    element if it returns a tuple. Raises ValueError for samples < 1 or batch_size < 1.
+    The model runs in eval mode and is not written to: other threads may predict with it, or train it, at
+    the same time. What runs is a copy of its module objects around the same parameters and buffers, so
+    that what a forward stores in attributes of its module is gone afterwards. Compiled and scripted models,
+    and those whose modules are reached by closures or other objects, run themselves, in eval mode until the
+    last prediction ends: another thread must not train them meanwhile.
+
+    Args: x, a tensor [N, ...], a NumPy array (which goes to the model's device and type), or tuples, lists
+    and dicts of tensors, which the model gets as they are and ``batch_size`` splits along their first
+    dimension. ``call(model, x)`` says how the model is called and what of its result is the output, if not
+    ``model(x)``: for example ``lambda model, x: model(**x).logits``.
+    Returns [samples, N, ...], what the model returns (before any softmax), or its first element if it
+    returns a tuple. Raises ValueError for samples < 1 or batch_size < 1, and for outputs whose shape
+    changes or does not follow the rows that ``batch_size`` gives them; TypeError for an output that is no
+    tensor.
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"predict: model must be a torch.nn.Module, got {type(model).__name__}")
+    count = integer(samples)
+    if count is None or count < 1:
         raise ValueError(f"predict: samples must be an int >= 1, got {samples!r}")
-    if batch_size is not None and batch_size < 1:
+    size = None if batch_size is None else integer(batch_size)
+    if batch_size is not None and (size is None or size < 1):
         raise ValueError(f"predict: batch_size must be >= 1, got {batch_size!r}")
     if seed is None:
         seed = int(torch.randint(0, _INT64_MAX, ()).item())
-    batches = (x,) if batch_size is None else x.split(batch_size)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        draws = []
-        for k in range(samples):
-            with fixed_noise(seed, sample=k):
-                parts = [_output(model(batch)) for batch in batches]
-            draws.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-        return torch.stack(draws)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    x = _tensors_for(model, x)
+    parts, rows = [(0, x)], None
+    if size is not None and size < (total := _rows(x)):
+        parts, rows = [(start, _part(x, start, start + size)) for start in range(0, total, size)], total
+    outputs = _Outputs(count, rows)
+    with in_eval_mode(model) as running:
+        for k, draw in enumerate(fixed_noise(seed, model=running).samples(count)):
+            with draw:
+                for start, part in parts:
+                    result = running(part) if call is None else call(running, part)
+                    outputs.put(k, _output(result), start, size)
+    return outputs.all

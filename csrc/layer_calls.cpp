@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TracerMode.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/randint.h>
@@ -39,8 +40,8 @@ bool can_draw(const at::Tensor& input, const PosteriorAndPrior& p) {
   const bool device = input.device().is_cpu() || (kWithCuda && input.is_cuda());
   return device && plain(input) && plain(p.W_mu) && plain(p.W_rho) &&
          (!has(p.bias_mu) || plain(*p.bias_mu)) && (!has(p.bias_rho) || plain(*p.bias_rho)) &&
-         !in_transform() && !at::impl::torch_function_mode_enabled() &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set();
+         !in_transform() && !at::tracer::impl::is_dispatch_enabled() &&
+         !at::impl::torch_function_mode_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 // torch.randint(0, 2^63 - 1, (2,)) of the device's generator, plus offset. On the CPU past the dispatcher,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from .. import _backend, functional
 from .._checks import FLOAT_DTYPES
-from .._noise import draws_freely, layer_rng, means_wanted, rank_offset
+from .._noise import FREE, RandomModule, draw_rng, rank_offset
 from ..reference import conv_memory_format, in_format
 
 DEFAULT_PRIORS: dict[str, Any] = {
@@ -63,7 +63,47 @@ def resolve_priors(priors: Mapping[str, Any] | None) -> dict[str, Any]:
 _Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-class BayesianLayer(nn.Module):
+class DrawnAtEachForward:
+    """What ``layer.weight`` and ``layer.bias`` are: a tensor's shape, dtype and device, and no numbers.
+
+    torch.nn's transformer layers hand their sublayers' weights to one fused call in eval mode, if those are
+    tensors alone; as these are not, they call the sublayers. Whatever else is done with them raises TypeError.
+    """
+
+    def __init__(self, name: str, mean: Tensor) -> None:
+        self._name = name
+        self.shape, self.dtype, self.device = mean.shape, mean.dtype, mean.device
+        self.requires_grad = mean.requires_grad
+
+    def _refuse(self) -> NoReturn:
+        raise TypeError(
+            f"{self._name} has no numbers, each forward draws them: call the layer, or take the parameters of "
+            "its posterior (W_mu and W_rho, bias_mu and bias_rho)"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> NoReturn:
+        pending = [*args, *(kwargs or {}).values()]
+        while not isinstance(found := pending.pop(0), cls):
+            pending += found if isinstance(found, (tuple, list)) else ()
+        found._refuse()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Whoever looks for a protocol shall not find one.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self._refuse()
+
+    def __repr__(self) -> str:
+        return f"<{self._name} {list(self.shape)}, drawn at each forward>"
+
+
+class BayesianLayer(RandomModule):
     """A layer whose weights have the posterior q(w) = N(mu, softplus(rho)^2), elementwise.
 
     Parameters: ``W_mu``, ``W_rho`` (shaped as torch.nn shapes the weight), ``bias_mu``, ``bias_rho``
@@ -149,6 +189,20 @@ class BayesianLayer(nn.Module):
         if self.bias_mu is not None and self.bias_rho is not None:
             pairs.append((self.bias_mu, self.bias_rho))
         return pairs
+
+    @property
+    def weight(self) -> DrawnAtEachForward:
+        """No tensor: its shape, dtype and device may be read, its numbers may not.
+
+        So ``hasattr(layer, "weight")`` says True, and an initialisation that goes by it raises TypeError: a
+        posterior is initialised by ``priors`` and ``reset_parameters``.
+        """
+        return DrawnAtEachForward(f"{type(self).__name__}.weight", self.W_mu)
+
+    @property
+    def bias(self) -> DrawnAtEachForward | None:
+        """As ``weight``; None in a layer without bias."""
+        return None if self.bias_mu is None else DrawnAtEachForward(f"{type(self).__name__}.bias", self.bias_mu)
 
     def _check_whole(self) -> None:
         # FullyShardedDataParallel leaves a flat piece of a parameter in its place, or (use_orig_params=False)
@@ -240,23 +294,26 @@ class BayesianLayer(nn.Module):
 
         ``sample=False`` uses the posterior means instead and draws nothing.
         """
-        if sample and type(input) is Tensor and draws_freely() and not is_compiling():
+        draw = self.wanted_draw() if sample else None
+        if draw is FREE and type(input) is Tensor and not is_compiling():
             native = _backend.native_module()
             drawn = None if native is None else self._draw_at_once(native, input)
             if drawn is not None:
                 # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
                 output, self.__dict__["_forward_kl"] = drawn
                 return output
-        if not sample or means_wanted():
+        if draw is None or draw.means:
             # Float32 parameters follow a narrower input; any other pair of types torch.nn will judge.
             own = self.W_mu.dtype
             narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
             dtype = input.dtype if narrow else own
             bias = None if self.bias_mu is None else self.bias_mu.to(dtype)
             return self._mean_output(input, self.W_mu.to(dtype), bias)
-        rng, pinned = layer_rng(self, input.device)
-        # Only in weight space is one draw one function.
-        estimator = "bbb" if pinned else self.estimator
+        if draw.pinned is None:
+            rng, estimator = draw_rng(input.device), self.estimator
+        else:
+            # Only in weight space is one draw one function.
+            rng, estimator = draw.pinned.rng(self, input.device), "bbb"
         return self._draw_output(
             estimator, input, self._parameters_in_order(), rng, **self._options(estimator)
         )
