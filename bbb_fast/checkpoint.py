@@ -328,7 +328,8 @@ def restore_model(model: nn.Module, state: Mapping[str, Any], path: str | os.Pat
             )
         if found.dtype != tensor.dtype or found.layout != tensor.layout:
             raise CheckpointError(
-                f"{path} does not fit {name}: {key} is {found.dtype}, {found.layout}, needed is {tensor.dtype}"
+                f"{path} does not fit {name}: {key} is {found.dtype}, {found.layout}, needed is "
+                f"{tensor.dtype}, {tensor.layout}"
             )
     for key in state:
         if key not in expected:

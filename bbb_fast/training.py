@@ -237,8 +237,8 @@ def fit(
 
     Returns:
         What ``metrics.json`` holds: the run's name, which its checkpoints have too, the options, seeds,
-        versions, sizes, history, timing, the best validation scores, the last epoch's mean KL weight, and ``test`` (accuracy, nll, brier, ece,
-        samples; None without a test set).
+        versions, sizes, history, timing, the best validation scores, the last epoch's mean KL weight, and
+        ``test`` (accuracy, nll, brier, ece, samples; None without a test set).
 
     Raises:
         ValueError: a wrong option or data set, or a resume that does not fit (also CheckpointError).
@@ -347,7 +347,8 @@ def _load_previous(folder: Path, config: TrainConfig, train: ImageSet, valid: Im
         best = others[BEST] = checkpoint.load(folder / BEST)
         # That of the next epoch, where the run was stopped before it had written last.pt.
         if best["epoch"] not in (last["best"].get("epoch"), last["epoch"] + 1):
-            raise _foreign(folder / BEST, f"is of epoch {best['epoch']}, which {LAST} does not know as its best")
+            what = f"is of epoch {best['epoch']}, which {LAST} does not know as its best"
+            raise _foreign(folder / BEST, what)
     if (folder / METRICS).exists():
         try:
             others[METRICS] = json.loads((folder / METRICS).read_text())
@@ -362,8 +363,8 @@ def _load_previous(folder: Path, config: TrainConfig, train: ImageSet, valid: Im
 
 def _foreign(path: Path, what: str) -> checkpoint.CheckpointError:
     return checkpoint.CheckpointError(
-        f"cannot resume {path.parent}: {path.name} {what}; put the run's own file back, or replace everything "
-        "with --overwrite"
+        f"cannot resume {path.parent}: {path.name} {what}; put the run's own file back, or replace "
+        "everything with --overwrite"
     )
 
 
@@ -613,7 +614,7 @@ class _Run:
     def _after_divergence(self) -> str:
         advice = f"try a lower --lr (it is {self.config.lr})"
         if self.epoch:
-            advice += f", with --overwrite or in another folder: this one holds the {self.epoch} epoch(s) before"
+            advice += f", with --overwrite or in another folder: this one holds {self.epoch} epoch(s)"
         return advice
 
 

@@ -314,8 +314,8 @@ def own_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
         found = [name for name in FILES if (folder.path / name).exists()]
         if found and not overwrite:
             raise FileExistsError(
-                f"{folder.path} already holds results ({', '.join(found)}): replace them with --overwrite, or "
-                "choose another folder with --out"
+                f"{folder.path} already holds results ({', '.join(found)}): replace them with --overwrite, "
+                "or choose another folder with --out"
             )
         yield folder
 
@@ -326,7 +326,7 @@ def save(
     settings: Mapping[str, Any],
     indices: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[Path], str | None]:
-    """Writes ``uncertainty.json``, ``uncertainty.npz`` and ``uncertainty.png`` into a folder of :func:`own_folder`.
+    """Writes :data:`FILES` into a folder of :func:`own_folder`.
 
     The JSON holds summaries, detection scores, ``settings`` (anything JSON can say) and versions. The
     npz holds ``in_*`` and ``out_*`` arrays, one row an image; with ``indices`` (int64 ``[N_in]`` and

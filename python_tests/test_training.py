@@ -377,7 +377,7 @@ class TestResume:
         checkpoint.save(tmp_path / "other/best.pt", {**state, **cut})
         shutil.copy(tmp_path / "other" / name, copied)
         before = contents(copied)
-        with pytest.raises(ValueError, match=rf"cannot resume .*: {name} belongs to another run than last\.pt"):
+        with pytest.raises(ValueError, match=rf"cannot resume .*: {name} belongs to another run"):
             fit(QUICK, *sets, copied, resume=True, progress=False)
         assert contents(copied) == before
 
@@ -595,7 +595,7 @@ class TestFailures:
             ({"prior_sigma": 1e-30}, r"the KL is inf before anything was trained; look at --prior-mu .*"
              r"--prior-sigma \(it is 1e-30\), --posterior-mu-initial"),
             ({"posterior_mu_initial": (0.0, 1e30), "beta": 0.0}, "the KL is inf"),
-            ({"posterior_mu_initial": (0.0, 1e18), "prior_sigma": 1e20}, "the NLL is nan .*--posterior-mu-initial"),
+            ({"posterior_mu_initial": (0.0, 1e18), "prior_sigma": 1e20}, "the NLL is nan .*--posterior-mu"),
             ({"beta": 1e300}, r"the loss is inf .* look at --beta \(it is 1e\+300\)"),
         ],
     )  # fmt: skip
@@ -607,9 +607,7 @@ class TestFailures:
             fit(replace(QUICK, **changes), *sets, tmp_path, progress=False)
         assert "--lr" not in str(caught.value)
 
-    def test_the_folder_is_deleted(
-        self, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_folder_is_deleted(self, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder, advance = tmp_path / "run", training._Run.advance
 
         def delete(run: Any, progress: bool) -> bool:

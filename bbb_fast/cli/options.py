@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-__all__ = ["path"]
+__all__ = ["folder", "path"]
 
 
 def path(text: str) -> Path:
@@ -16,3 +17,11 @@ def path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} names no user of this machine: write ./{text}") from None
+
+
+def folder(text: str) -> Path:
+    """The name of a folder to read from, or to download into."""
+    name = path(text)
+    if os.path.exists(name) and not name.is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is not a folder")
+    return name

@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
 
     where = parser.add_argument_group("data")
     where.add_argument("--dataset", choices=data.DATASETS, default=default.dataset, help="its name")
-    where.add_argument("--data-dir", type=options.path, help="folder with its files; digits needs none")
+    where.add_argument("--data-dir", type=options.folder, help="folder with its files; digits needs none")
     where.add_argument("--download", action="store_true", help="fetch missing files into --data-dir")
     where.add_argument(
         "--valid-size", type=int, help="images held out of the training set (default: a tenth)"

@@ -26,7 +26,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ),
     )
     add = parser.add_argument
-    add("--checkpoint", type=options.path, required=True, metavar="FILE", help="a .pt file that `train` wrote")
+    add(
+        "--checkpoint", type=options.path, required=True, metavar="FILE",
+        help="a .pt file that `train` wrote",
+    )  # fmt: skip
     add(
         "--in", dest="inside", metavar="SET", choices=DATASETS,
         help=f"known images (default: what the model was trained on): {', '.join(DATASETS)}",
@@ -36,9 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=(*DATASETS, *DERIVED),
         help=f"never-seen images: another data set, or made on the spot: {', '.join(DERIVED)}",
     )  # fmt: skip
-    add("--data-dir", type=options.path, metavar="FOLDER", help="where the data sets' files are")
+    add("--data-dir", type=options.folder, metavar="FOLDER", help="where the data sets' files are")
     add(
-        "--ood-data-dir", type=options.path, metavar="FOLDER",
+        "--ood-data-dir", type=options.folder, metavar="FOLDER",
         help="where the never-seen set is, if elsewhere",
     )  # fmt: skip
     add("--download", action="store_true", help="fetch missing files first")
