@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent
 # Code for 8.0 runs on every 8.x, PTX of 9.0 on whatever comes after it.
 WITHOUT_A_GPU = ("8.0", "9.0")
 # Seconds that one core takes for a C++ file, and for a CUDA file and architecture: to say how long to wait.
-CXX_SECONDS, CUDA_SECONDS = 20, 45
+CXX_SECONDS, CUDA_SECONDS = 10, 45
 # The kernels never read errno or floating point exceptions; without these two, selects and roots would
 # not vectorise. Nothing here changes a result the way -ffast-math would.
 COMPILE_ARGS = [

@@ -132,8 +132,8 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     Only for a folder that nobody else writes to. What cannot be removed stays.
     """
     unfinished = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[0-9a-f]{{8}}\.tmp")
-    for name in os.listdir(folder):
-        if unfinished.fullmatch(name):
+    with suppress(OSError):
+        for name in filter(unfinished.fullmatch, os.listdir(folder)):
             with suppress(OSError):
                 (folder / name).unlink()
 

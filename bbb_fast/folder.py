@@ -52,6 +52,9 @@ class OwnedFolder:
     process leaves it behind, and the message says so.
     """
 
+    _file: int
+    _process: int
+
     def __init__(self, path: Path, purpose: str, files: tuple[str, ...]) -> None:
         self.path, self._purpose, self._files = path, purpose, files
         self._lock = path / f".{purpose}.lock"

@@ -276,6 +276,7 @@ def _train(
     if threads is None and previous is not None:
         threads = previous["config"].get("threads")
     config = replace(config, threads=threads or torch.get_num_threads())
+    config.validate()  # once more: the number may be a file's
     # Flushed: a log should show an epoch when it ends.
     say: Callable[[str], None] = partial(print, flush=True) if progress else lambda line: None
     with _surroundings(config):
@@ -495,6 +496,7 @@ class _Run:
         checkpoint.restore_model(self.model, state["model"], path)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
+            self._check_optimizer(state["epoch"])
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["rng"]["torch"])
@@ -508,6 +510,15 @@ class _Run:
         # Runs of earlier releases have no name and get none.
         self.name = state.get("run")
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
+
+    def _check_optimizer(self, epoch: int) -> None:
+        """The optimizer itself would start anew where a state is missing, and not look at shapes."""
+        for parameter in self.model.parameters() if epoch else ():
+            for key in ("exp_avg", "exp_avg_sq"):
+                found = self.optimizer.state[parameter][key]
+                if found.shape != parameter.shape:
+                    shapes = f"{list(found.shape)} for a parameter of shape {list(parameter.shape)}"
+                    raise ValueError(f"{key} has shape {shapes}")
 
     def advance(self, progress: bool) -> bool:
         """Trains one epoch and validates; returns whether these are the best weights so far."""

@@ -428,6 +428,24 @@ class TestResume:
         with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt cannot be resumed"):
             fit(QUICK, *sets, copied, resume=True, progress=False)
 
+    @pytest.mark.parametrize("change", ["shape", "missing"])
+    def test_an_optimizer_that_does_not_fit(self, copied: Path, sets: Sets, change: str) -> None:
+        state = checkpoint.load(copied / "last.pt")
+        moments = state["optimizer"]["state"]
+        if change == "missing":
+            del moments[3]
+        else:
+            moments[3]["exp_avg"] = torch.zeros(1)
+        checkpoint.save(copied / "last.pt", state)
+        with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt cannot be resumed: its optimizer"):
+            fit(QUICK, *sets, copied, resume=True, progress=False)
+
+    def test_a_number_of_threads_that_does_not_fit(self, copied: Path, sets: Sets) -> None:
+        state = checkpoint.load(copied / "last.pt")
+        checkpoint.save(copied / "last.pt", {**state, "config": {**state["config"], "threads": 10**9}})
+        with pytest.raises(ValueError, match="threads must be an int <= 1024"):
+            fit(replace(QUICK, threads=None), *sets, copied, resume=True, progress=False)
+
 
 class TestOutput:
     def test_metrics_json(self, finished: tuple[Path, dict[str, Any]]) -> None:
@@ -478,6 +496,12 @@ class TestOutput:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(ImportError):
             training_curves([])
+
+    @pytest.mark.parametrize("history", [[], [{"epoch": 1}], [{"epoch": 1, "seconds": 2.0}]])
+    def test_nothing_to_draw(self, history: list[dict[str, Any]]) -> None:
+        pytest.importorskip("matplotlib")
+        with pytest.raises(ValueError, match="no epochs with an nll"):
+            training_curves(history)
 
     @pytest.mark.parametrize("panels", [2, 3])
     def test_curves(self, finished: tuple[Path, dict[str, Any]], panels: int) -> None:
