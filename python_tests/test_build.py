@@ -129,7 +129,7 @@ class TestCuda:
         few, many = (build.announcement({"cuda_architectures": a}) for a in ("9.0", "8.0 9.0 10.0+PTX"))
         assert f"and {kernels} CUDA files for 9.0, 1 at a time" in few
         minutes = [int(text.split("about ")[1].split()[0]) for text in (few, many)]
-        assert minutes[1] - minutes[0] == pytest.approx(2 * kernels * build.CUDA_SECONDS / 60, abs=1)
+        assert minutes[1] - minutes[0] == pytest.approx(2 * kernels * build.ARCHITECTURE_SECONDS / 60, abs=1)
 
     def test_every_kernel_of_the_cpu_has_one_for_cuda(self) -> None:
         """An op gets both, or neither; without CUDA it gets a clear error."""
