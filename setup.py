@@ -34,7 +34,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 # Code for 8.0 runs on every 8.x, PTX of 9.0 on whatever comes after it.
 WITHOUT_A_GPU = ("8.0", "9.0")
-# What one core takes for a C++ file, for a CUDA file, and for each architecture of it: to say how long to wait.
+# Of one core, for a C++ file, for a CUDA file, and for each architecture of that: to say how long to wait.
 CXX_SECONDS, CUDA_SECONDS, ARCHITECTURE_SECONDS = 10, 20, 10
 # The kernels never read errno or floating point exceptions; without these two, selects and roots would
 # not vectorise. Nothing here changes a result the way -ffast-math would.

@@ -88,16 +88,20 @@ class OwnedFolder:
         # Before the lock is free: after that it may be another's. A system without locks may refuse to
         # remove an open file.
         if ours and fcntl is not None:
-            self._lock.unlink(missing_ok=True)
+            self._remove_lock()
         _held.discard(self._file)
         os.close(self._file)
         if ours and fcntl is None:
-            self._lock.unlink(missing_ok=True)
+            self._remove_lock()
+
+    def _remove_lock(self) -> None:
+        with suppress(OSError):
+            self._lock.unlink()
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Writes a file of the folder in one step. Raises OSError, also where the folder is another's now."""
         if not self._is_ours(self._file):
-            why = f"cannot be written: {self.path} was deleted or replaced in the meantime"
+            why = f"cannot be written: {self.path} or its lock was deleted or replaced in the meantime"
             raise OSError(errno.ENOENT, why, str(self.path / name))
         atomic_write(self.path / name, data)
 

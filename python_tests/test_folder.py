@@ -118,7 +118,7 @@ def test_a_deleted_folder_is_not_written_to(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with own(path) as owned:
         shutil.rmtree(path)
-        with pytest.raises(OSError, match="was deleted or replaced") as caught:
+        with pytest.raises(OSError, match="or its lock was deleted or replaced") as caught:
             owned.write("a.txt", b"")
     assert caught.value.filename == str(path / "a.txt")
     assert not path.exists()
@@ -129,7 +129,7 @@ def test_a_folder_that_was_made_again_is_its_new_owners(tmp_path: Path) -> None:
     with own(path) as old:
         shutil.rmtree(path)
         new = own(path).__enter__()
-        with pytest.raises(OSError, match="was deleted or replaced"):
+        with pytest.raises(OSError, match="or its lock was deleted or replaced"):
             old.write("a.txt", b"old")
     try:
         assert_busy(path, "is writing to it")  # the old owner's end has not freed it

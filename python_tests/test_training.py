@@ -639,7 +639,7 @@ class TestFailures:
             return advance(run, progress)
 
         monkeypatch.setattr(training._Run, "advance", delete)
-        with pytest.raises(OSError, match="cannot be written: .*run was deleted or replaced"):
+        with pytest.raises(OSError, match="cannot be written: .*run or its lock was deleted"):
             fit(QUICK, *sets, folder, progress=False)
         assert not folder.exists()
 
