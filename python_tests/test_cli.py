@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import bbb_fast
-from bbb_fast import checkpoint
+from bbb_fast import checkpoint, training
 from bbb_fast.cli import main, train
 
 pytestmark = pytest.mark.cpu_only("the command line names its device itself")
@@ -81,6 +81,25 @@ class TestSignals:
                 torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
         one, other = (json.loads((f / "metrics.json").read_text())["test"] for f in (broken, whole))
         assert one == other
+
+    def test_a_live_run_keeps_its_folder_and_a_killed_one_does_not(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("sklearn")
+        process = start(*SMALL, "--epochs", "100000", "--out", tmp_path)
+        try:
+            signal_after_an_epoch(process, tmp_path, signal.SIGSTOP)
+            before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+            for option in ((), ("--resume",), ("--overwrite",)):
+                assert main([*SMALL, "--epochs", "100000", "--out", str(tmp_path), *option]) == 1
+                assert f"{tmp_path}: process {process.pid} on " in error_line(capsys)
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        finally:
+            process.kill()
+            finish(process)
+        (tmp_path / ".best.pt.0123abcd.tmp").touch()
+        assert main([*SMALL, "--epochs", "1", "--out", str(tmp_path), "--overwrite"]) == 0
+        assert {"last.pt", "best.pt", "metrics.json"} <= set(os.listdir(tmp_path)) <= set(training.FILES)
 
     def test_ctrl_c(self, tmp_path: Path) -> None:
         pytest.importorskip("sklearn")
