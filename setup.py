@@ -8,8 +8,13 @@ Environment:
   BBB_FAST_NO_EXT=1      leave the extension out
   BBB_FAST_NO_CUDA=1     leave the CUDA kernels out
   FORCE_CUDA=1           stop with an error where they cannot be built
-  TORCH_CUDA_ARCH_LIST   architectures, as torch reads it (default: those below that the compiler knows)
-  CXX, CFLAGS, MAX_JOBS  as usual
+  TORCH_CUDA_ARCH_LIST   architectures, as torch reads it (default: those of the GPUs at hand, or else
+                         WITHOUT_A_GPU below, and PTX for later ones)
+  MAX_JOBS               files compiled at a time (default: as many as there are cores)
+  CXX, CFLAGS            as usual
+
+pip shows what is printed here with `pip install -v`, or when the build fails. `python -m bbb_fast info`
+shows the record of it later.
 """
 
 from __future__ import annotations
@@ -20,13 +25,17 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
+# Code for 8.0 runs on every 8.x, PTX of 9.0 on whatever comes after it.
+WITHOUT_A_GPU = ("8.0", "9.0")
+# Of one core, for a C++ file, for a CUDA file, and for each architecture of that: to say how long to wait.
+CXX_SECONDS, CUDA_SECONDS, ARCHITECTURE_SECONDS = 10, 20, 10
 # The kernels never read errno or floating point exceptions; without these two, selects and roots would
 # not vectorise. Nothing here changes a result the way -ffast-math would.
 COMPILE_ARGS = [
@@ -116,12 +125,25 @@ def why_no_cuda() -> str | None:
     return reason
 
 
+def visible_gpus() -> list[str]:
+    """The compute capabilities of the GPUs that torch sees, the oldest first."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}.{minor}" for major, minor in sorted(found)]
+
+
 def architectures(toolkit: Path) -> str:
-    """TORCH_CUDA_ARCH_LIST, or the default ones that the compiler knows and PTX of the last."""
+    """TORCH_CUDA_ARCH_LIST; or what is at hand, as far as the compiler knows it, and PTX of the last."""
     if asked := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         return ";".join(asked.replace(";", " ").split())
     known = output_of(str(toolkit / "bin" / "nvcc"), "--list-gpu-arch").split()
-    return ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
+    for wanted in (visible_gpus(), list(WITHOUT_A_GPU)):
+        if fitting := [a for a in wanted if f"compute_{a.replace('.', '')}" in known]:
+            return ";".join(fitting) + "+PTX"
+    return ";".join(WITHOUT_A_GPU) + "+PTX"
 
 
 def runtime_library(toolkit: Path) -> list[str]:
@@ -141,6 +163,8 @@ def build_record() -> dict[str, object]:
     """What was built, for ``python -m bbb_fast info`` and the loader."""
     reason = why_no_extension()
     record: dict[str, object] = {"native": reason is None, "reason": reason, "devices": "cpu"}
+    if switched_on("BBB_FAST_NO_EXT"):
+        record["reference_asked_for"] = True
     try:
         import torch
 
@@ -157,15 +181,35 @@ def build_record() -> dict[str, object]:
     return record
 
 
+def write_record(folder: Path, record: dict[str, object]) -> None:
+    target = folder / "bbb_fast" / "_build_info.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def jobs() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("MAX_JOBS", "")
+    return min(cores, max(int(asked), 1)) if asked.isdigit() else cores
+
+
+def announcement(record: dict[str, object]) -> str:
+    """What is going to be compiled, and for how long."""
+    count = len(files("csrc/*.cpp", "csrc/cpu/*.cpp"))
+    text, seconds = f"bbb_fast: compiling {count} C++ files", count * CXX_SECONDS
+    if "cuda_architectures" in record:
+        kernels, targets = len(files("csrc/cuda/*.cu")), str(record["cuda_architectures"])
+        text += f" and {kernels} CUDA files for {targets}"
+        seconds += kernels * (CUDA_SECONDS + len(targets.split()) * ARCHITECTURE_SECONDS)
+    return f"{text}, {jobs()} at a time (MAX_JOBS): about {max(round(seconds / jobs() / 60), 1)} minute(s)"
+
+
 class BuildPy(build_py):
     """Also writes the record down."""
 
     def run(self) -> None:
         super().run()
-        folder = ROOT if self.editable_mode else Path(self.build_lib)
-        target = folder / "bbb_fast" / "_build_info.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(build_record(), indent=2) + "\n")
+        write_record(ROOT if self.editable_mode else Path(self.build_lib), build_record())
 
 
 def extension() -> object:
@@ -203,7 +247,18 @@ if why_no_extension() is None:
     extensions.append(extension())
     from torch.utils.cpp_extension import BuildExtension
 
-    commands["build_ext"] = BuildExtension
+    class BuildExt(BuildExtension):
+        """Also says what it does, and adds to the record how long that took."""
+
+        def run(self) -> None:
+            record = build_record()
+            print(announcement(record), flush=True)
+            start = time.perf_counter()
+            super().run()
+            took = {"build_seconds": round(time.perf_counter() - start), "build_jobs": jobs()}
+            write_record(ROOT if self.inplace else Path(self.build_lib), {**record, **took})
+
+    commands["build_ext"] = BuildExt
 else:
     print(f"bbb_fast: installing the reference path only: {why_no_extension()}")
 

@@ -1,4 +1,4 @@
-"""Loads the native extension, or says once why it is not there; chooses native or reference."""
+"""Loads the native extension; chooses native or reference; says once why it is the latter if nobody asked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.compiler import is_compiling
 
 BackendName = Literal["auto", "native", "reference"]
 _BACKENDS = ("auto", "native", "reference")
@@ -63,12 +64,29 @@ if _C is not None:
     from . import _ops
 
     _ops.register()
-else:
-    # pip hides what a build prints, so the notice is given here: once a process, at import.
+
+
+def _reference_asked_for() -> bool:
+    """Whether the extension was left out on request, now or at installation."""
+    asked_now = not _off(os.environ.get("BBB_FAST_NO_EXT"))
+    return asked_now or bool(read_build_record().get("reference_asked_for"))
+
+
+_to_be_told = _C is None and not _reference_asked_for()
+
+
+def _tell() -> None:
+    """Warns that the reference path runs: at the first op, so that an import raises under no filter.
+
+    pip hides what a build prints, so this is where most people learn of it.
+    """
+    global _to_be_told
+    _to_be_told = False
     warnings.warn(
-        f"bbb_fast runs on its reference path (correct, slower): {_why_not}",
+        f"bbb_fast runs on its reference path (correct, slower): {_why_not}. Set BBB_FAST_NO_EXT=1 to ask "
+        "for that path and not be told.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=2,
     )
 
 
@@ -109,7 +127,11 @@ def native_module() -> Any:
 
 def use_native(device: torch.device) -> bool:
     """Whether an op on ``device`` goes to the native kernels."""
-    if _choice == "reference" or _C is None:
+    if _choice == "reference":
+        return False
+    if _C is None:
+        if not is_compiling() and _to_be_told:
+            _tell()
         return False
     if device.type in _device_types or device.type == "meta":
         return True

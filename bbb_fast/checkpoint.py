@@ -3,19 +3,23 @@
 A checkpoint is a dict: ``format`` and ``version``; ``config`` (what :func:`build_model` needs, and
 every option of the run); ``model``, ``optimizer``, ``scheduler`` (state dicts; scheduler None without
 one); ``rng`` (generator states: ``torch``, ``shuffle``, ``cuda``); ``epoch`` (epochs completed);
-``best`` and ``history`` (plain values); ``data`` (what the run was trained on); ``mean``, ``std`` (of
-each input channel, in [0, 1] units); ``classes`` (names, by label).
+``best`` (of the best epoch so far, {} before the first) and ``history`` (of each epoch); ``data`` (what
+the run was trained on); ``mean``, ``std`` (of each input channel, in [0, 1] units); ``classes`` (names, by
+label); ``run`` (a random name that all files of one run share; files of earlier releases have none).
 """
 
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import pickle
 import re
 import secrets
+import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +34,8 @@ from .models.build import LAYER_TYPES, choose
 
 __all__ = [
     "MODELS", "MODEL_LAYER_TYPES", "VARIANCE_DTYPES", "CheckpointError", "LoadedModel",
-    "atomic_write", "build_model", "load", "load_model", "restore_model", "save",
+    "atomic_write", "build_model", "load", "load_model", "pack", "remove_leftovers", "restore_model",
+    "same_run", "save",
 ]  # fmt: skip
 
 _FORMAT = "bbb_fast-checkpoint"
@@ -49,6 +54,10 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "std": list,
     "classes": list,
 }
+
+# The scores of a validation; a history entry has them as valid_accuracy and so on.
+_SCORES = ("accuracy", "nll", "ece")
+_ENTRY = ("lr", "loss", "nll", "accuracy", *(f"valid_{key}" for key in _SCORES), "images_per_second")
 
 # By name: the Bayesian model and its point-estimate twin.
 MODELS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
@@ -77,6 +86,7 @@ class LoadedModel:
         classes: the class names, by label.
         dataset: the name of the data set it was trained on.
         epoch: epochs of training behind these weights.
+        run: the name of the run; None in checkpoints of earlier releases.
     """
 
     model: nn.Module
@@ -86,12 +96,14 @@ class LoadedModel:
     classes: tuple[str, ...]
     dataset: str
     epoch: int
+    run: str | None = None
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Writes a file in one step: whoever reads ``path`` sees the old content or all of the new.
 
-    Raises OSError that names ``path``; then what was there is unchanged and nothing is left beside it.
+    Raises OSError that names ``path``; then what was there is unchanged and nothing is left beside it. (A
+    process that is killed may leave a file for :func:`remove_leftovers`.)
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -108,25 +120,46 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview) -> None
                 temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        why = f"cannot be written ({error.strerror or error}); what was there before is unchanged"
+        gone = not path.parent.is_dir()
+        rest = f"there is no folder {path.parent}" if gone else "what was there before is unchanged"
+        why = f"cannot be written ({error.strerror or error}); {rest}"
         raise OSError(error.errno, why, str(path)) from error
 
 
-def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Writes a checkpoint in one step; ``format`` and ``version`` are added. Raises OSError."""
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Removes what :func:`atomic_write` left of these files where its process was killed.
+
+    Only for a folder that nobody else writes to. What cannot be removed stays.
+    """
+    unfinished = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[0-9a-f]{{8}}\.tmp")
+    with suppress(OSError):
+        for name in filter(unfinished.fullmatch, os.listdir(folder)):
+            with suppress(OSError):
+                (folder / name).unlink()
+
+
+def pack(state: Mapping[str, Any]) -> memoryview:
+    """The content of a checkpoint; ``format`` and ``version`` are added."""
     buffer = io.BytesIO()
     torch.save({"format": _FORMAT, "version": _VERSION, **state}, buffer)
-    atomic_write(path, buffer.getbuffer())
+    return buffer.getbuffer()
+
+
+def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint in one step (see :func:`pack`). Raises OSError."""
+    atomic_write(path, pack(state))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, and never runs code that a file brings along.
 
     Raises CheckpointError for a file that is missing, damaged, not a checkpoint of this package and
-    version, or that holds anything besides tensors and plain values.
+    version, that holds anything besides tensors and plain values, or whose parts contradict each other.
     """
     path = Path(path)
     try:
+        if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is not a file")  # reading from a pipe or a device may never end
         content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
@@ -139,9 +172,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         # torch.load does not compare the checksums that torch.save writes.
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = archive.namelist()
             intact = archive.testzip() is None
     except Exception as error:  # a damaged zip file can raise nearly anything
         raise CheckpointError(damaged) from error
+    # Other zip files, and TorchScript's, which torch.load would take for damaged.
+    if not any(n.endswith("/data.pkl") for n in names) or any(n.endswith("/constants.pkl") for n in names):
+        raise CheckpointError(foreign)
     if not intact:
         raise CheckpointError(damaged)
     try:
@@ -163,7 +200,62 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     for key, kind in _FIELDS.items():
         if not isinstance(state.get(key, ...), kind):
             raise CheckpointError(f"{path} is incomplete: its entry {key!r} is missing or malformed")
+    wrong = _contradiction(state)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is inconsistent: {wrong}")
     return state
+
+
+def _is_finite(*values: Any) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+
+
+def _contradiction(state: Mapping[str, Any]) -> str | None:
+    """What no run can have written, or None. The types of the fields are right already."""
+    epoch, best, history = state["epoch"], state["best"], state["history"]
+    if isinstance(epoch, bool) or epoch < 0:
+        return f"its epoch is {epoch}"
+    for key in ("config", "best", "history", "data", "classes"):
+        try:
+            json.dumps(state[key], allow_nan=False)
+        except (TypeError, ValueError):
+            return f"its {key} holds something besides finite numbers, names and lists of them"
+    if len(history) != epoch:
+        return f"its history is of {len(history)} epochs, but it completed {epoch}"
+    for number, entry in enumerate(history, 1):
+        if (
+            not isinstance(entry, dict)
+            or entry.get("epoch") != number
+            or not _is_finite(*(entry.get(key) for key in (*_ENTRY, "seconds")))
+            or entry["seconds"] <= 0
+            or not _is_finite(entry.get("kl", 0), entry.get("kl_weight", 0))
+            or ("kl" in entry) != ("kl" in history[0])
+        ):
+            return f"its history says nothing sensible of epoch {number}"
+    if epoch == 0 and best:
+        return "it has a best epoch before the first"
+    if epoch and (type(best.get("epoch")) is not int or not 1 <= best["epoch"] <= epoch):
+        return f"its best epoch is {best.get('epoch')!r} of {epoch}"
+    if epoch and any(best.get(key) != history[best["epoch"] - 1][f"valid_{key}"] for key in _SCORES):
+        return "its best scores are not those of its history"
+    mean, std, classes = (state[key] for key in ("mean", "std", "classes"))
+    if not _is_finite(*mean, *std) or len(mean) != len(std) or any(s <= 0 for s in std):
+        return f"its mean and std are {mean} and {std}"
+    if not all(isinstance(name, str) for name in classes):
+        return "its classes are not names"
+    if not isinstance(state.get("run"), str | None):
+        return "its run has no name"
+    return None
+
+
+def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two checkpoints, or a checkpoint and what ``metrics.json`` holds, are of one run.
+
+    They must share the run's name and the epochs that both have seen: the measured times in the history
+    tell runs apart that have no name, and two continuations of one.
+    """
+    epochs = min(len(one["history"]), len(other["history"]))
+    return one.get("run") == other.get("run") and one["history"][:epochs] == other["history"][:epochs]
 
 
 def build_model(config: Mapping[str, Any]) -> nn.Module:
@@ -202,11 +294,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     state = load(path)
     config, mean, std, classes = (state[key] for key in ("config", "mean", "std", "classes"))
     # Checked before the model is built: a wrong size would cost memory first and an error after.
-    if (
-        not all(isinstance(value, float) for value in (*mean, *std))
-        or not len(mean) == len(std) == config.get("inputs")
-        or len(classes) != config.get("outputs")
-    ):
+    if len(mean) != config.get("inputs") or len(classes) != config.get("outputs"):
         raise CheckpointError(f"{path} is inconsistent: mean, std and classes do not fit its config")
     try:
         with torch.random.fork_rng(devices=[]):
@@ -222,6 +310,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
         classes=tuple(classes),
         dataset=str(config.get("dataset")),
         epoch=state["epoch"],
+        run=state.get("run"),
     )
 
 
@@ -236,6 +325,11 @@ def restore_model(model: nn.Module, state: Mapping[str, Any], path: str | os.Pat
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise CheckpointError(
                 f"{path} does not fit {name}: {key} has shape {shape}, needed is {list(tensor.shape)}"
+            )
+        if found.dtype != tensor.dtype or found.layout != tensor.layout:
+            raise CheckpointError(
+                f"{path} does not fit {name}: {key} is {found.dtype}, {found.layout}, needed is "
+                f"{tensor.dtype}, {tensor.layout}"
             )
     for key in state:
         if key not in expected:

@@ -14,7 +14,7 @@ __all__ = ["training_curves"]
 def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """NLL, accuracy and, of a Bayesian model, the KL over the epochs of ``metrics["history"]``.
 
-    Raises ImportError without matplotlib.
+    Raises ImportError without matplotlib, ValueError for a history with nothing to draw.
     """
     # The class itself, not pyplot: no global state, no display, whatever backend the user has chosen.
     from matplotlib.figure import Figure
@@ -30,6 +30,8 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         for title, lines in panels.items()
         if all(key in entry for key in lines.values() for entry in history)
     }
+    if not history or not panels:
+        raise ValueError("the history has no epochs with an nll, an accuracy or a kl to draw")
     epochs = [entry["epoch"] for entry in history]
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import sys
 import time
 import zlib
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 
 from . import checkpoint, plots
 from ._backend import backend, build_info
+from ._options import MAX_COUNT, MAX_SEED, MAX_THREADS, OptionError, check_int
 from .data import ImageSet, batches, channel_stats, normalize
+from .folder import OwnedFolder
 from .inference import predict
 from .layers.base import DEFAULT_PRIORS, resolve_priors
 from .losses import SCHEDULES, kl_weight
@@ -116,28 +119,35 @@ class TrainConfig:
             ("lr_schedule", LR_SCHEDULES),
         ):
             choose(name, getattr(self, name), dict.fromkeys(allowed))
-        resolve_priors(self.priors)
-        samples = ("train_samples", "valid_samples", "test_samples")
-        for name in ("epochs", "batch_size", *samples, "valid_size", "train_size", "threads"):
-            _check_int(name, getattr(self, name), 1)
-        _check_int("seed", self.seed, 0)
-        if self.seed >= 1 << 63:
-            raise ValueError(f"seed must be below 2^63, got {self.seed}")
+        for key, value in self.priors.items():
+            try:
+                resolve_priors({key: value})
+            except ValueError as error:
+                raise OptionError(key, str(error).removeprefix(f"priors[{key!r}] ")) from None
+        for name in ("epochs", "batch_size", "train_samples", "valid_samples", "test_samples"):
+            check_int(name, getattr(self, name))
+        for name, most in (("valid_size", MAX_COUNT), ("train_size", MAX_COUNT), ("threads", MAX_THREADS)):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), most=most)
+        check_int("seed", self.seed, 0, MAX_SEED)
         if not (isinstance(self.beta, str) and self.beta in SCHEDULES) and not _is_number(self.beta):
             names = ", ".join(SCHEDULES)
-            raise ValueError(f"unknown beta {self.beta!r}; allowed: a number >= 0, {names}")
+            raise OptionError("beta", f"must be a finite number >= 0 or one of {names}, got {self.beta!r}")
         if not _is_number(self.lr) or self.lr == 0:
-            raise ValueError(f"lr must be a finite number > 0, got {self.lr!r}")
+            raise OptionError("lr", f"must be a finite number > 0, got {self.lr!r}")
         if not _is_number(self.weight_decay):
-            raise ValueError(f"weight_decay must be a finite number >= 0, got {self.weight_decay!r}")
+            raise OptionError("weight_decay", f"must be a finite number >= 0, got {self.weight_decay!r}")
         if self.weight_decay and self.layer_type != "none":
-            raise ValueError(
-                f"weight_decay = {self.weight_decay} needs layer_type 'none': the KL takes its place "
-                "in a Bayesian model"
+            raise OptionError(
+                "weight_decay",
+                f"must be 0 with layers of type {self.layer_type}, got {self.weight_decay}: the KL takes its "
+                "place in a Bayesian model",
             )
         if self.variance_dtype != "float32" and self.layer_type != "lrt":
-            raise ValueError(
-                f"variance_dtype = {self.variance_dtype} needs layer_type 'lrt', got {self.layer_type!r}"
+            raise OptionError(
+                "variance_dtype",
+                f"must be float32 with layers of type {self.layer_type}, got {self.variance_dtype}: only lrt "
+                "has variance products",
             )
         parse_device(self.device)
 
@@ -152,28 +162,21 @@ def _is_number(value: Any) -> bool:
     return number and math.isfinite(value) and value >= 0
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
-    optional = name in ("valid_size", "train_size", "threads")
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
-
-
 def parse_device(name: str) -> torch.device:
+    """The device of an option; raises OptionError for another name and for a GPU that is not there."""
     try:
         device = torch.device(name) if isinstance(name, str) else None
-    except RuntimeError:
+    except (RuntimeError, OverflowError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}; allowed: cpu, cuda, cuda:0, cuda:1, ...")
+        raise OptionError("device", f"must be cpu, cuda, cuda:0, cuda:1, ..., got {name!r}")
     if device.type == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = device.index or 0
     if index >= count:
         found = "no CUDA device" if count == 0 else f"only {count} CUDA device(s)"
-        raise ValueError(f"device {name!r} is not there: PyTorch finds {found} here; use cpu")
+        raise OptionError("device", f"{name} is not there: PyTorch finds {found} here; use cpu")
     return torch.device("cuda", index)
 
 
@@ -217,8 +220,9 @@ def fit(
 
     The folder ``out`` (made if needed) receives ``last.pt`` after every epoch, ``best.pt`` after every
     epoch with the highest validation accuracy so far (ties: lower NLL), and at the end ``metrics.json``
-    and, with matplotlib, ``curves.png``; each is written in one step. The caller's random state and
-    number of threads come back as they were.
+    and, with matplotlib, ``curves.png``; each is written in one step. While it lasts, the folder is locked
+    (``.training.lock``) and no other run, in this process or another, can have it. The caller's random state
+    and number of threads come back as they were.
 
     Args:
         config: the options; checked first.
@@ -228,28 +232,51 @@ def fit(
             and images must be the same, except ``test_samples``, and ``epochs`` where nothing in the
             run depends on their number. A finished run is only judged again.
         progress: print a line an epoch, and show a bar on a terminal if tqdm is installed.
-        overwrite: replace a run that ``out`` already holds.
+        overwrite: replace a run that ``out`` already holds. A run that has not completed an epoch is
+            replaced without it.
 
     Returns:
-        What ``metrics.json`` holds: the options, seeds, versions, sizes, history, timing, the best
-        validation scores, the last epoch's mean KL weight, and ``test`` (accuracy, nll, brier, ece,
-        samples; None without a test set).
+        What ``metrics.json`` holds: the run's name, which its checkpoints have too, the options, seeds,
+        versions, sizes, history, timing, the best validation scores, the last epoch's mean KL weight, and
+        ``test`` (accuracy, nll, brier, ece, samples; None without a test set).
 
     Raises:
         ValueError: a wrong option or data set, or a resume that does not fit (also CheckpointError).
         FileExistsError: ``out`` holds one of these files, without ``resume`` or ``overwrite``.
-        OSError: ``out`` cannot be written; what it held is unchanged.
+        OSError: ``out`` cannot be written (what it held is unchanged), or another run is writing to it.
         TrainingError: the loss or the outputs are not finite.
     """
     config = replace(config, dataset=train.name)
     config.validate()
     _check_data(train, valid, test)
     folder = Path(out).expanduser()
-    previous = _open_folder(folder, config, train, valid, resume, overwrite)
-    threads = config.threads
+    if resume and overwrite:
+        raise ValueError("resume and overwrite contradict each other: give one of them")
+    if resume and not (folder / LAST).exists():
+        raise ValueError(f"nothing to resume: {folder / LAST} does not exist; start without --resume")
+    with OwnedFolder(folder, "training", FILES) as owned:
+        previous = None
+        if resume:
+            previous = _load_previous(folder, config, train, valid)
+        elif not overwrite:
+            _check_free(folder)
+        return _train(config, train, valid, test, owned, previous, progress)
+
+
+def _train(
+    config: TrainConfig,
+    train: ImageSet,
+    valid: ImageSet,
+    test: ImageSet | None,
+    owned: OwnedFolder,
+    previous: dict[str, Any] | None,
+    progress: bool,
+) -> dict[str, Any]:
+    folder, threads = owned.path, config.threads
     if threads is None and previous is not None:
         threads = previous["config"].get("threads")
     config = replace(config, threads=threads or torch.get_num_threads())
+    config.validate()  # once more: the number may be a file's
     # Flushed: a log should show an epoch when it ends.
     say: Callable[[str], None] = partial(print, flush=True) if progress else lambda line: None
     with _surroundings(config):
@@ -258,21 +285,20 @@ def fit(
             run.restore(previous, folder / LAST)
         else:
             # At epoch 0: a folder that cannot be written shows now, and every interruption can resume.
-            checkpoint.save(folder / LAST, run.state())
+            owned.write(LAST, checkpoint.pack(run.state()))
             for name in FILES[1:]:
                 (folder / name).unlink(missing_ok=True)  # of the run that is overwritten
         say(_headline(run, test))
         while run.epoch < config.epochs:
             improved = run.advance(progress)
-            state = run.state()
+            state = checkpoint.pack(run.state())
             # best.pt first: if last.pt is never written, resuming repeats this epoch and best.pt.
             if improved:
-                checkpoint.save(folder / BEST, state)
-            checkpoint.save(folder / LAST, state)
+                owned.write(BEST, state)
+            owned.write(LAST, state)
             say(_epoch_line(run.history[-1], config.epochs, improved))
         metrics = _judge(run, folder, test)
-    content = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    checkpoint.atomic_write(folder / METRICS, content.encode())
+    owned.write(METRICS, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
     try:
         figure = plots.training_curves(run.history)
     except ImportError as error:
@@ -280,7 +306,7 @@ def fit(
         return metrics
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    checkpoint.atomic_write(folder / CURVES, image.getbuffer())
+    owned.write(CURVES, image.getbuffer())
     return metrics
 
 
@@ -298,31 +324,49 @@ def _check_data(train: ImageSet, valid: ImageSet, test: ImageSet | None) -> None
                 raise ValueError(f"the {role} set has {size} {what}, the training set {needed}")
 
 
-def _open_folder(
-    folder: Path, config: TrainConfig, train: ImageSet, valid: ImageSet, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
-    """Makes the run's folder, or returns the checkpoint to resume; checks before anything changes."""
-    last = folder / LAST
-    if resume:
-        if overwrite:
-            raise ValueError("resume and overwrite contradict each other: give one of them")
-        if not last.exists():
-            raise ValueError(f"nothing to resume: {last} does not exist; start without --resume")
-        previous = checkpoint.load(last)
-        _check_resume(config, previous, train, valid, last)
-        if previous["epoch"]:
-            checkpoint.load(folder / BEST)  # a lost best.pt should show now, not after the training
-        return previous
+def _check_free(folder: Path) -> None:
+    """Raises FileExistsError where the folder holds a run's files, unless there is no work in them."""
     found = [name for name in FILES if (folder / name).exists()]
-    if found and not overwrite:
+    if found == [LAST]:
+        with suppress(checkpoint.CheckpointError):
+            if checkpoint.load(folder / LAST)["epoch"] == 0:
+                return
+    if found:
         raise FileExistsError(
             f"{folder} already holds a run ({', '.join(found)}): continue it with --resume, replace it "
             "with --overwrite, or choose another folder with --out"
         )
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; the output must be a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return None
+
+
+def _load_previous(folder: Path, config: TrainConfig, train: ImageSet, valid: ImageSet) -> dict[str, Any]:
+    """The checkpoint to resume; checks that it fits, and that all files there are of its run."""
+    last = checkpoint.load(folder / LAST)
+    _check_resume(config, last, train, valid, folder / LAST)
+    others: dict[str, Any] = {}
+    # A lost best.pt should show now, not after the training.
+    if last["epoch"] or (folder / BEST).exists():
+        best = others[BEST] = checkpoint.load(folder / BEST)
+        # That of the next epoch, where the run was stopped before it had written last.pt.
+        if best["epoch"] not in (last["best"].get("epoch"), last["epoch"] + 1):
+            what = f"is of epoch {best['epoch']}, which {LAST} does not know as its best"
+            raise _foreign(folder / BEST, what)
+    if (folder / METRICS).exists():
+        try:
+            others[METRICS] = json.loads((folder / METRICS).read_text())
+            others[METRICS]["history"][:0]
+        except (ValueError, TypeError, LookupError):
+            raise _foreign(folder / METRICS, "is not what a run writes") from None
+    for name, other in others.items():
+        if not checkpoint.same_run(last, other):
+            raise _foreign(folder / name, f"belongs to another run than {LAST}")
+    return last
+
+
+def _foreign(path: Path, what: str) -> checkpoint.CheckpointError:
+    return checkpoint.CheckpointError(
+        f"cannot resume {path.parent}: {path.name} {what}; put the run's own file back, or replace "
+        "everything with --overwrite"
+    )
 
 
 def _check_resume(
@@ -408,6 +452,7 @@ class _Run:
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.scheduler = self._make_scheduler()
+        self.name: str | None = secrets.token_hex(8)
         self.epoch = 0
         self.best: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
@@ -431,6 +476,7 @@ class _Run:
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         rng = {"torch": torch.get_rng_state(), "shuffle": self.shuffle.get_state(), "cuda": cuda}
         return {
+            "run": self.name,
             "config": self.model_config(),
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -450,6 +496,7 @@ class _Run:
         checkpoint.restore_model(self.model, state["model"], path)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
+            self._check_optimizer(state["epoch"])
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["rng"]["torch"])
@@ -460,7 +507,18 @@ class _Run:
             raise checkpoint.CheckpointError(
                 f"{path} cannot be resumed: its optimizer, schedule or generators do not fit ({error})"
             ) from error
+        # Runs of earlier releases have no name and get none.
+        self.name = state.get("run")
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
+
+    def _check_optimizer(self, epoch: int) -> None:
+        """The optimizer itself would start anew where a state is missing, and not look at shapes."""
+        for parameter in self.model.parameters() if epoch else ():
+            for key in ("exp_avg", "exp_avg_sq"):
+                found = self.optimizer.state[parameter][key]
+                if found.shape != parameter.shape:
+                    shapes = f"{list(found.shape)} for a parameter of shape {list(parameter.shape)}"
+                    raise ValueError(f"{key} has shape {shapes}")
 
     def advance(self, progress: bool) -> bool:
         """Trains one epoch and validates; returns whether these are the best weights so far."""
@@ -471,8 +529,7 @@ class _Run:
         probs = self.probs(self.model, self.valid.images, self.config.valid_samples, self.valid_seed)
         if not bool(probs.isfinite().all()):
             raise TrainingError(
-                f"epoch {self.epoch + 1}: the model's outputs are not finite; try a lower --lr "
-                f"(it is {self.config.lr})"
+                f"epoch {self.epoch + 1}: the model's outputs are not finite; {self._after_divergence()}"
             )
         scores = classification_report(probs, self.valid.labels)
         entry.update({f"valid_{key}": scores[key] for key in ("accuracy", "nll", "ece")})
@@ -506,7 +563,7 @@ class _Run:
                 stats[step] = self._step(x, self.labels[index], weights[step])
                 sizes[step] = len(index)
                 if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
-                    self._check_finite(stats[: step + 1, 0])
+                    self._check_finite(stats[: step + 1])
                     if bar is not None:
                         loss, _, kl, accuracy = _averages(stats[: step + 1], sizes[: step + 1])
                         text = f"loss {loss:.4f} acc {accuracy:.3f}"
@@ -543,14 +600,33 @@ class _Run:
             self.scheduler.step()
         return torch.stack([v.detach().double() for v in (loss, nll, kl, correct)])
 
-    def _check_finite(self, losses: Tensor) -> None:
-        bad = (~losses.isfinite()).nonzero()
+    def _check_finite(self, stats: Tensor) -> None:
+        """``stats`` as :meth:`_step` returns them, a row a step."""
+        bad = (~stats[:, 0].isfinite()).nonzero()
         if len(bad):
             step = int(bad[0])
+            where = f"epoch {self.epoch + 1}, step {step + 1} of {self.steps}"
+            loss, nll, kl, _ = stats[step].tolist()
+            if self.epoch or step:
+                raise TrainingError(f"{where}: the loss is {loss}; {self._after_divergence()}")
+            if not math.isfinite(kl):
+                part, value, causes = "KL", kl, tuple(DEFAULT_PRIORS)
+            elif not math.isfinite(nll):
+                part, value = "NLL", nll
+                causes = ("posterior_mu_initial", "posterior_rho_initial") if self.bayesian else ()
+            else:
+                part, value, causes = "loss", loss, ("beta",)
+            options = [f"--{key.replace('_', '-')} (it is {getattr(self.config, key)})" for key in causes]
             raise TrainingError(
-                f"epoch {self.epoch + 1}, step {step + 1} of {self.steps}: the loss is "
-                f"{losses[step].item()}; try a lower --lr (it is {self.config.lr})"
+                f"{where}: the {part} is {value} before anything was trained; look at "
+                f"{', '.join(options) or 'the images'}"
             )
+
+    def _after_divergence(self) -> str:
+        advice = f"try a lower --lr (it is {self.config.lr})"
+        if self.epoch:
+            advice += f", with --overwrite or in another folder: this one holds {self.epoch} epoch(s)"
+        return advice
 
 
 def _averages(stats: Tensor, sizes: Tensor) -> list[float]:
@@ -575,10 +651,10 @@ def _bar(progress: bool, total: int, title: str) -> Iterator[Any]:
 def _judge(run: _Run, folder: Path, test: ImageSet | None) -> dict[str, Any]:
     config, history = run.config, run.history
     best = checkpoint.load_model(folder / BEST)
-    if best.epoch != run.best["epoch"]:
+    if (best.run, best.epoch) != (run.name, run.best["epoch"]):
         raise checkpoint.CheckpointError(
-            f"{folder / BEST} is of epoch {best.epoch}, but the run's best is {run.best['epoch']}: "
-            "it belongs to another run"
+            f"{folder / BEST} is of epoch {best.epoch} of run {best.run}, but this is run {run.name} and its "
+            f"best epoch is {run.best['epoch']}"
         )
     seconds = sum(entry["seconds"] for entry in history)
     timing = {
@@ -593,6 +669,7 @@ def _judge(run: _Run, folder: Path, test: ImageSet | None) -> dict[str, Any]:
         samples = config.test_samples if run.bayesian else 1
         scores = {**classification_report(probs, test.labels), "samples": samples}
     return {
+        "run": run.name,
         "config": run.model_config(),
         "kl_weight": history[-1].get("kl_weight"),
         "seeds": {"train": config.seed, "valid": run.valid_seed, "test": run.test_seed},

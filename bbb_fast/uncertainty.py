@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from torch import Tensor, nn
 
 from . import metrics
 from ._backend import build_info
-from .checkpoint import LoadedModel, atomic_write
+from .checkpoint import LoadedModel
 from .data import DATASETS, ImageSet, load, normalize
+from .folder import OwnedFolder
 from .inference import predict
 from .layers.base import BayesianLayer
 
 __all__ = [
     "DERIVED", "SCORES", "Comparison", "Judged", "compare", "is_bayesian", "judge", "load_pair",
-    "pick", "save", "unseen",
+    "own_folder", "pick", "save", "unseen",
 ]  # fmt: skip
 
 # Fields of Judged that say "more likely never seen" the higher they are, with their printed names.
@@ -39,6 +41,9 @@ SCORES: dict[str, str] = {
     "aleatoric_softmax": "aleatoric",
     "doubt": "1 - max probability",
 }
+# The files that `save` writes.
+FILES = SUMMARY, ARRAYS, FIGURE = "uncertainty.json", "uncertainty.npz", "uncertainty.png"
+
 # Sets of never-seen images that need no files.
 DERIVED: tuple[str, ...] = ("noise", "rotated", "inverted")
 
@@ -298,13 +303,30 @@ def _summary(judged: Judged) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def own_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[OwnedFolder]:
+    """A folder for :func:`save`, made if needed, which no other judgement writes to meanwhile.
+
+    Raises FileExistsError where it holds results already, without ``overwrite``, and OSError where it
+    cannot be written or another process is writing results to it.
+    """
+    with OwnedFolder(Path(path), "uncertainty", FILES) as folder:
+        found = [name for name in FILES if (folder.path / name).exists()]
+        if found and not overwrite:
+            raise FileExistsError(
+                f"{folder.path} already holds results ({', '.join(found)}): replace them with --overwrite, "
+                "or choose another folder with --out"
+            )
+        yield folder
+
+
 def save(
     result: Comparison,
-    folder: str | os.PathLike[str],
+    folder: OwnedFolder,
     settings: Mapping[str, Any],
     indices: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[Path], str | None]:
-    """Writes ``uncertainty.json``, ``uncertainty.npz`` and ``uncertainty.png`` into ``folder``.
+    """Writes :data:`FILES` into a folder of :func:`own_folder`.
 
     The JSON holds summaries, detection scores, ``settings`` (anything JSON can say) and versions. The
     npz holds ``in_*`` and ``out_*`` arrays, one row an image; with ``indices`` (int64 ``[N_in]`` and
@@ -313,8 +335,6 @@ def save(
     Returns the files written and, where matplotlib is missing and the figure was left out, one line
     that says so. Raises OSError where a file cannot be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     document = {
         **settings,
         "in": {**_summary(result.inside), **result.quality},
@@ -332,8 +352,8 @@ def save(
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     contents = {
-        "uncertainty.json": (json.dumps(document, indent=2, allow_nan=False) + "\n").encode(),
-        "uncertainty.npz": packed.getvalue(),
+        SUMMARY: (json.dumps(document, indent=2, allow_nan=False) + "\n").encode(),
+        ARRAYS: packed.getvalue(),
     }
     notice = None
     try:
@@ -341,9 +361,10 @@ def save(
     except ImportError as error:
         notice = f"no figure: matplotlib is missing ({error}): pip install bbb_fast[experiments]"
     else:
-        contents["uncertainty.png"] = uncertainty_figure(result)
-    written = []
-    for name, content in contents.items():
-        atomic_write(folder / name, content)
-        written.append(folder / name)
-    return written, notice
+        contents[FIGURE] = uncertainty_figure(result)
+    for name in FILES:
+        if name in contents:
+            folder.write(name, contents[name])
+        else:  # of the results that these replace
+            (folder.path / name).unlink(missing_ok=True)
+    return [folder.path / name for name in contents], notice

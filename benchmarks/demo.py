@@ -201,7 +201,8 @@ def main() -> int:
         "kl_weight": CONFIG.beta,
         "config": loaded["lrt"].config,
     }
-    written, notice = uncertainty.save(results["lrt"][-1], folder, settings)
+    with uncertainty.own_folder(folder, overwrite=True) as owned:
+        written, notice = uncertainty.save(results["lrt"][-1], owned, settings)
     print(notice or f"figure: {written[-1]}")
     return 0
 

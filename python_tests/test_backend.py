@@ -212,13 +212,13 @@ except RuntimeError as error:
 
 
 def test_without_the_extension() -> None:
-    """One RuntimeWarning in a process, and everything works."""
+    """Everything works, and whoever asked for it is not told."""
     result = run(USE, BBB_FAST_NO_EXT="1")
     assert result.returncode == 0, result.stderr
-    counts, message, error = result.stdout.strip().splitlines()
-    assert counts == "1 RuntimeWarning reference"
-    assert "reference path" in message and "BBB_FAST_NO_EXT is set" in message
+    counts, message, error = result.stdout.splitlines()
+    assert counts == "0 reference" and message == ""
     assert error.startswith("RuntimeError") and "BBB_FAST_NO_EXT is set" in error
+    assert result.stderr == ""
 
 
 def test_with_the_extension(native: None) -> None:
@@ -229,16 +229,81 @@ def test_with_the_extension(native: None) -> None:
     assert result.stderr == ""
 
 
-def test_a_broken_extension_file(tmp_path: Path) -> None:
-    """A truncated shared library beside the sources: the reference path, and why."""
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The package's Python files alone, in a folder."""
     for source in (ROOT / "bbb_fast").rglob("*.py"):
         target = tmp_path / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
+    return tmp_path
+
+
+def test_a_broken_extension_file(copied: Path) -> None:
+    """A truncated shared library beside the sources: the reference path, one RuntimeWarning, and why."""
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    (tmp_path / "bbb_fast" / f"_C{suffix}").write_bytes(b"\x7fELF and no more")
-    result = run(USE, tmp_path, BBB_FAST_NO_EXT="")
+    (copied / "bbb_fast" / f"_C{suffix}").write_bytes(b"\x7fELF and no more")
+    result = run(USE, copied, BBB_FAST_NO_EXT="")
     assert result.returncode == 0, result.stderr
     counts, message, _ = result.stdout.strip().splitlines()
     assert counts == "1 RuntimeWarning reference"
-    assert "the extension failed to load" in message
+    assert "the extension failed to load" in message and "BBB_FAST_NO_EXT=1" in message
+
+
+# None: as if there were no such file, also where an editable installation would find one elsewhere.
+MISSING = "import sys; sys.modules['bbb_fast._C'] = None\n"
+ERRORS = """
+import warnings
+import torch
+warnings.simplefilter("error")
+import bbb_fast
+from bbb_fast.layers import BBB_Linear
+print("imported")
+{before}
+for _ in range(2):
+    try:
+        BBB_Linear(3, 2)(torch.ones(1, 3))
+        print("quiet")
+    except RuntimeWarning as warning:
+        print(warning)
+"""
+
+
+@pytest.mark.parametrize(
+    ("record", "before", "told"),
+    [
+        ({"native": False, "reason": "no C++ compiler was found"}, "", True),
+        ({}, "", True),
+        ({"native": False, "reason": "asked", "reference_asked_for": True}, "", False),
+        ({"native": False, "reason": "none"}, "bbb_fast.set_backend('reference')", False),
+        (
+            {"native": False, "reason": "none"},
+            "warnings.filterwarnings('ignore', 'bbb_fast runs on its reference path')",
+            False,
+        ),
+    ],
+)
+def test_who_is_told(copied: Path, record: dict[str, Any], before: str, told: bool) -> None:
+    """Never by the import, so that `python -W error` can have it; once, by the first op."""
+    (copied / "bbb_fast" / "_build_info.json").write_text(json.dumps(record))
+    result = run(MISSING + ERRORS.format(before=before), copied, BBB_FAST_NO_EXT="")
+    assert result.returncode == 0, result.stderr
+    imported, first, second = result.stdout.splitlines()
+    assert (imported, second) == ("imported", "quiet")
+    if told:
+        assert "reference path (correct, slower)" in first
+        assert record.get("reason", "the extension was not built") in first
+    else:
+        assert first == "quiet"
+
+
+def test_compiled_code_does_not_carry_the_notice(copied: Path) -> None:
+    code = (
+        "import bbb_fast, torch, warnings; from bbb_fast.layers import BBB_LRT_Linear\n"
+        "layer = torch.compile(BBB_LRT_Linear(3, 2), fullgraph=True, backend='eager')\n"
+        "warnings.simplefilter('error', RuntimeWarning)\n"
+        "print(layer(torch.ones(1, 3)).shape, bbb_fast.backend())"
+    )
+    result = run(MISSING + code, copied, BBB_FAST_NO_EXT="")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "torch.Size([1, 2]) reference\n"

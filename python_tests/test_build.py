@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import runpy
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -92,11 +96,40 @@ class TestCuda:
     def test_architectures(
         self, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        """The default ones that the compiler knows, and PTX of the last; or what is asked for."""
+        """What is asked for, or of the GPUs at hand, or two; as far as the compiler knows them."""
         kit = toolkit(tmp_path / "kit", "12.4", "compute_75 compute_80 compute_86 compute_89 compute_90")
-        assert build.architectures(kit) == "8.0;8.6;8.9;9.0+PTX"
+        old = toolkit(tmp_path / "old", "11.4", "compute_75 compute_80")
+        odd = toolkit(tmp_path / "odd", "12.4", "")
+        gpus: list[tuple[int, int]] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
+        assert build.architectures(kit) == build.architectures(odd) == "8.0;9.0+PTX"
+        assert build.architectures(old) == "8.0+PTX"
+        gpus[:] = [(9, 0), (8, 6), (8, 6)]
+        assert build.architectures(kit) == "8.6;9.0+PTX"
+        gpus[:] = [(12, 0)]  # newer than the compiler
+        assert build.architectures(kit) == "8.0;9.0+PTX"
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 9.0")
         assert build.architectures(kit) == "7.5;9.0"
+
+    def test_what_is_going_on_is_announced(
+        self, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+        monkeypatch.delenv("MAX_JOBS", raising=False)
+        sources = len([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+        text = build.announcement({})
+        assert f"compiling {sources} C++ files, 8 at a time (MAX_JOBS): about 1 minute" in text
+        for asked, used in (("2", 2), ("100", 8), ("0", 1), ("many", 8)):
+            monkeypatch.setenv("MAX_JOBS", asked)
+            assert f", {used} at a time" in build.announcement({})
+        monkeypatch.setenv("MAX_JOBS", "1")
+        kernels = len([*ROOT.glob("csrc/cuda/*.cu")])
+        few, many = (build.announcement({"cuda_architectures": a}) for a in ("9.0", "8.0 9.0 10.0+PTX"))
+        assert f"and {kernels} CUDA files for 9.0, 1 at a time" in few
+        minutes = [int(text.split("about ")[1].split()[0]) for text in (few, many)]
+        assert minutes[1] - minutes[0] == pytest.approx(2 * kernels * build.ARCHITECTURE_SECONDS / 60, abs=1)
 
     def test_every_kernel_of_the_cpu_has_one_for_cuda(self) -> None:
         """An op gets both, or neither; without CUDA it gets a clear error."""
@@ -111,6 +144,44 @@ class TestCuda:
             for line in source.read_text().splitlines():
                 if "m.impl(" in line:
                     assert line.split('"')[1] in text
+
+
+class TestReference:
+    """Installing without the extension."""
+
+    def test_asked_for(self, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("BBB_FAST_NO_EXT", "1")
+        record = build.build_record()
+        assert record["native"] is False and record["reference_asked_for"] is True
+
+    def test_no_compiler(
+        self, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Nobody asked for that, and the user will be told."""
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        record = build.build_record()
+        assert record["native"] is False and "reference_asked_for" not in record
+        assert record["reason"].startswith("no C++ compiler was found at installation (looked for c++, g++")
+
+
+def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
+    """What building, testing and the README need is in it; what was built here is not."""
+    command = ["setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path, "--formats=tar"]
+    subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, command)], cwd=ROOT, check=True, capture_output=True,
+        env={**os.environ, "BBB_FAST_NO_EXT": "1"}, timeout=120,
+    )  # fmt: skip
+    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "bbb_fast" / "py.typed"]
+    for pattern in (
+        "bbb_fast/**/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "python_tests/*.py", "docs/*.md",
+        "benchmarks/*.py", "benchmarks/*.txt", "benchmarks/results/*",
+    ):  # fmt: skip
+        needed += ROOT.glob(pattern)
+    assert {str(path.relative_to(ROOT)) for path in needed} <= names
+    assert not [name for name in names if name.endswith((".so", "_build_info.json"))]
 
 
 REPORT = """ptxas info    : Compiling entry function '_Z1aPf' for 'sm_80'

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
+import subprocess
+import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,8 +27,17 @@ def model_config(**changes: Any) -> dict[str, Any]:
     return {**config, "inputs": 1, "outputs": 10, "prior_sigma": 0.2, **changes}
 
 
+BEST = {"epoch": 2, "accuracy": 0.5, "nll": 1.0, "ece": 0.25}
+
+
+def make_entry(epoch: int, **changes: Any) -> dict[str, Any]:
+    scores = {"valid_accuracy": 0.5, "valid_nll": 1.0, "valid_ece": 0.25}
+    times = {"seconds": 2.0, "images_per_second": 50.0}
+    return {"epoch": epoch, "lr": 0.1, "loss": 2.0, "nll": 1.5, "accuracy": 0.4, **scores, **times, **changes}
+
+
 def make_state(**changes: Any) -> dict[str, Any]:
-    """The smallest state that load() accepts."""
+    """A small state that load() accepts."""
     config = changes.get("config", model_config())
     state = {
         "config": config,
@@ -33,8 +46,8 @@ def make_state(**changes: Any) -> dict[str, Any]:
         "scheduler": None,
         "rng": {},
         "epoch": 3,
-        "best": {},
-        "history": [],
+        "best": dict(BEST),
+        "history": [make_entry(epoch) for epoch in (1, 2, 3)],
         "data": {},
         "mean": [0.5] * config["inputs"],
         "std": [0.25] * config["inputs"],
@@ -89,9 +102,31 @@ class TestAtomicWrite:
         assert os.listdir(tmp_path) == []
 
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match="cannot be written") as caught:
+        with pytest.raises(OSError, match="cannot be written .*; there is no folder .*no") as caught:
             checkpoint.atomic_write(tmp_path / "no" / "file", b"")
+        assert "unchanged" not in str(caught.value)
         assert caught.value.filename == str(tmp_path / "no" / "file")
+
+
+class TestRemoveLeftovers:
+    def test_only_what_atomic_write_names_so(self, tmp_path: Path) -> None:
+        kept = [".last.pt.0123abcd.tmp~", ".last.pt.0123abc.tmp", "last.pt", ".lastXpt.0123abcd.tmp"]
+        for name in (*kept, ".last.pt.0123abcd.tmp", ".a.json.99999999.tmp"):
+            (tmp_path / name).touch()
+        (tmp_path / ".last.pt.00000000.tmp").mkdir()  # cannot be removed, and is no reason to fail
+        checkpoint.remove_leftovers(tmp_path, ("last.pt", "a.json"))
+        assert sorted(os.listdir(tmp_path)) == sorted([*kept, ".last.pt.00000000.tmp"])
+
+    def test_what_a_killed_write_leaves(self, tmp_path: Path) -> None:
+        code = (
+            "import os, signal, sys; from bbb_fast import checkpoint\n"
+            "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "checkpoint.atomic_write(sys.argv[1], b'new')"
+        )
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "last.pt")], check=False, timeout=120)
+        assert len(os.listdir(tmp_path)) == 1
+        checkpoint.remove_leftovers(tmp_path, ("last.pt",))
+        assert os.listdir(tmp_path) == []
 
 
 class TestLoad:
@@ -112,6 +147,82 @@ class TestLoad:
     def test_a_folder(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="cannot be read"):
             checkpoint.load(tmp_path)
+
+    @pytest.mark.skipif(os.name != "posix", reason="POSIX files")
+    def test_what_may_never_end(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "c.pt")
+        for path in (tmp_path / "c.pt", Path("/dev/zero")):
+            with pytest.raises(CheckpointError, match="is not a file"):
+                checkpoint.load(path)
+
+    def test_links_in_a_circle(self, tmp_path: Path) -> None:
+        (tmp_path / "c.pt").symlink_to(tmp_path / "c.pt")
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            checkpoint.load(tmp_path / "c.pt")
+
+    def test_torchscript(self, tmp_path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "c.pt")
+        with pytest.raises(CheckpointError, match="is not a bbb_fast checkpoint"):
+            checkpoint.load(tmp_path / "c.pt")
+
+    def test_another_zip_file(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "c.pt", "w") as archive:
+            archive.writestr("notes.txt", "mine")
+        with pytest.raises(CheckpointError, match="is not a bbb_fast checkpoint"):
+            checkpoint.load(tmp_path / "c.pt")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"epoch": -1}, "its epoch is -1"),
+            ({"epoch": True}, "its epoch is True"),
+            ({"history": []}, "its history is of 0 epochs, but it completed 3"),
+            ({"epoch": 4}, "its history is of 3 epochs, but it completed 4"),
+            ({"epoch": 0, "history": []}, "it has a best epoch before the first"),
+            ({"best": {}}, "its best epoch is None of 3"),
+            ({"best": {**BEST, "epoch": -2}}, "its best epoch is -2 of 3"),
+            ({"best": {**BEST, "epoch": 4}}, "its best epoch is 4 of 3"),
+            ({"best": {**BEST, "epoch": 2.0}}, "its best epoch is 2.0 of 3"),
+            ({"best": {**BEST, "accuracy": 9.0}}, "its best scores are not"),
+            ({"best": {"epoch": 2}}, "its best scores are not"),
+            ({"best": {"epoch": torch.tensor(2)}}, "its best holds something besides"),
+            ({"mean": [math.nan]}, "its mean and std are"),
+            ({"std": [0.0]}, "its mean and std are"),
+            ({"std": [-1.0]}, "its mean and std are"),
+            ({"std": [math.inf]}, "its mean and std are"),
+            ({"std": [0.1, 0.1]}, "its mean and std are"),
+            ({"mean": ["x"]}, "its mean and std are"),
+            ({"classes": [1] * 10}, "its classes are not names"),
+            ({"config": {**model_config(), "beta": math.nan}}, "its config holds something besides"),
+            ({"config": {**model_config(), "beta": torch.ones(1)}}, "its config holds something besides"),
+            ({"run": 7}, "its run has no name"),
+        ],
+    )
+    def test_values_that_no_run_has(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        checkpoint.save(tmp_path / "c.pt", {**make_state(), **changes})
+        with pytest.raises(CheckpointError, match=f"is inconsistent: {message}"):
+            checkpoint.load(tmp_path / "c.pt")
+
+    @pytest.mark.parametrize("key", [key for key in make_entry(2) if key != "epoch"])
+    @pytest.mark.parametrize("value", [None, "0.1", True, [], math.nan])
+    def test_an_epoch_that_no_run_has(self, tmp_path: Path, key: str, value: Any) -> None:
+        state = make_state()
+        state["history"][1][key] = value
+        checkpoint.save(tmp_path / "c.pt", state)
+        with pytest.raises(CheckpointError, match="is inconsistent: its history "):
+            checkpoint.load(tmp_path / "c.pt")
+
+    @pytest.mark.parametrize(
+        "entry", [{}, 3, make_entry(3), make_entry(2, seconds=0.0), make_entry(2, kl=1.0)]
+    )
+    def test_another_kind_of_epoch(self, tmp_path: Path, entry: Any) -> None:
+        state = make_state()
+        state["history"][1] = entry
+        checkpoint.save(tmp_path / "c.pt", state)
+        with pytest.raises(CheckpointError, match="its history says nothing sensible of epoch 2"):
+            checkpoint.load(tmp_path / "c.pt")
 
     @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04."])
     def test_another_kind_of_file(self, tmp_path: Path, content: bytes) -> None:
@@ -256,6 +367,11 @@ class TestLoadModel:
         state = make_state()
         state["model"]["fc2.W_mu"] = [1.0]
         self.check_error(tmp_path, state, r"fc2\.W_mu has shape list, needed is \[84, 120\]")
+
+    def test_a_weight_of_another_type(self, tmp_path: Path) -> None:
+        state = make_state()
+        state["model"]["fc2.W_mu"] = state["model"]["fc2.W_mu"].to(torch.complex64)
+        self.check_error(tmp_path, state, r"fc2\.W_mu is torch\.complex64, .*needed is torch\.float32")
 
     def test_an_unknown_model(self, tmp_path: Path) -> None:
         state = make_state()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import bbb_fast
-from bbb_fast import checkpoint
+from bbb_fast import checkpoint, training
 from bbb_fast.cli import main, train
 
 pytestmark = pytest.mark.cpu_only("the command line names its device itself")
@@ -79,6 +81,25 @@ class TestSignals:
                 torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
         one, other = (json.loads((f / "metrics.json").read_text())["test"] for f in (broken, whole))
         assert one == other
+
+    def test_a_live_run_keeps_its_folder_and_a_killed_one_does_not(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("sklearn")
+        process = start(*SMALL, "--epochs", "100000", "--out", tmp_path)
+        try:
+            signal_after_an_epoch(process, tmp_path, signal.SIGSTOP)
+            before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+            for option in ((), ("--resume",), ("--overwrite",)):
+                assert main([*SMALL, "--epochs", "100000", "--out", str(tmp_path), *option]) == 1
+                assert f"{tmp_path}: process {process.pid} on " in error_line(capsys)
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        finally:
+            process.kill()
+            finish(process)
+        (tmp_path / ".best.pt.0123abcd.tmp").touch()
+        assert main([*SMALL, "--epochs", "1", "--out", str(tmp_path), "--overwrite"]) == 0
+        assert {"last.pt", "best.pt", "metrics.json"} <= set(os.listdir(tmp_path)) <= set(training.FILES)
 
     def test_ctrl_c(self, tmp_path: Path) -> None:
         pytest.importorskip("sklearn")
@@ -160,16 +181,28 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--beta", "Bundell"], "unknown beta 'Bundell'; allowed: a number"),
-            (["--epochs", "0"], "epochs must be an int >= 1, got 0"),
-            (["--lr", "-1"], "lr must be a finite number > 0, got -1.0"),
-            (["--lr", "nan"], "lr must be a finite number > 0, got nan"),
-            (["--prior-sigma", "0"], "must be > 0, got 0.0"),
-            (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+            (["--beta", "Bundell"], "--beta must be a finite number >= 0 or one of Blundell,"),
+            (["--epochs", "0"], "--epochs must be an int >= 1, got 0"),
+            (["--lr", "-1"], "--lr must be a finite number > 0, got -1.0"),
+            (["--lr", "nan"], "--lr must be a finite number > 0, got nan"),
+            (["--lr", "1e999"], "--lr must be a finite number > 0, got inf"),
+            (["--prior-sigma", "0"], "--prior-sigma must be > 0, got 0.0"),
+            (["--prior-mu", "nan"], "--prior-mu must be a finite number, got nan"),
+            (["--posterior-rho-initial", "0", "-1"], "--posterior-rho-initial must have std >= 0, got -1.0"),
+            (["--weight-decay", "0.1"], "--weight-decay must be 0 with layers of type lrt, got 0.1"),
+            (["--seed", "-1"], "--seed must be an int >= 0, got -1"),
+            (
+                ["--seed", str(1 << 63)],
+                "--seed must be an int <= 9223372036854775807, got 922337203685477580",
+            ),
+            (["--threads", str(10**9)], "--threads must be an int <= 1024, got 1000000000"),
+            (["--threads", str(10**12)], "--threads must be an int <= 1024, got 1000000000000"),
+            (["--batch-size", str(10**30)], "--batch-size must be an int <= 2147483647, got 1"),
+            (["--device", "cuda:99"], "--device cuda:99 is not there"),
             (["--dataset", "mnist"], "mnist needs a folder: pass --data-dir"),
             (["--dataset", "cifar10", "--data-dir", "/no/such/folder"], "/no/such/folder"),
             (["--train-size", "100000"], "cannot train on 100000 samples"),
-            (["--valid-size", "0"], "valid_size must be an int >= 1"),
+            (["--valid-size", "0"], "--valid-size must be an int >= 1"),
             (["--resume"], "nothing to resume"),
         ],
     )
@@ -186,6 +219,15 @@ class TestErrors:
         pytest.importorskip("sklearn")
         assert main([*SMALL, "--out", "/dev/null/run"]) == 1
         assert error_line(capsys).strip() == "/dev/null/run: Not a directory"
+
+    def test_a_folder_that_is_a_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("sklearn")
+        (tmp_path / "file").write_text("mine")
+        (tmp_path / "circle").symlink_to(tmp_path / "circle")
+        for name in ("file", "circle"):
+            assert main([*SMALL, "--out", str(tmp_path / name)]) == 1
+            assert error_line(capsys).strip() == f"{tmp_path / name}: is there, and is not a folder"
+        assert (tmp_path / "file").read_text() == "mine"
 
     def test_a_folder_that_cannot_be_written(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -209,6 +251,8 @@ class TestErrors:
             (FileNotFoundError(2, "No such file", "x"), "x: No such file"),
             (RuntimeError(), "RuntimeError"),
             (KeyError("k"), "internal error (KeyError: 'k'); --debug shows where"),
+            (FileNotFoundError(2, "No such\nfile", "a\nb"), "a b: No such file"),
+            (MemoryError(), "out of memory"),
         ],
     )
     def test_no_traceback_unless_asked(
@@ -240,6 +284,10 @@ class TestErrors:
         [
             [], ["fly"], ["train", "--epochs", "many"], ["train", "--model", "vgg"],
             ["train", "--resume", "--overwrite"], ["train", "--dataset", "imagenet"],
+            ["train", "--out", ""], ["train", "--data-dir", ""], ["train", "--data-dir", __file__],
+            ["train", "--out", "~nobody-of-that-name/x"],
+            ["train", "--epochs", "9" * 5000], ["uncertainty", "--ood", "noise", "--checkpoint", ""],
+            ["uncertainty", "--ood", "noise", "--checkpoint", "x.pt", "--out", ""],
         ],
     )  # fmt: skip
     def test_usage(self, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
@@ -247,6 +295,70 @@ class TestErrors:
             main(command)
         assert caught.value.code == 2
         assert "usage: bbb-fast" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell's redirections")
+class TestOutput:
+    """Standard output that cannot take what is printed: the work is done all the same."""
+
+    LOST = "bbb-fast: warning: standard output could not be written"
+    TRAIN = [option for option in SMALL if option != "--quiet"] + ["--epochs", "1"]
+
+    @staticmethod
+    def run(redirection: str, *args: str | Path, **environment: str) -> tuple[int, str, str]:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        command = shlex.join([sys.executable, "-W", "ignore", "-m", "bbb_fast", *map(str, args)])
+        result = subprocess.run(
+            ["sh", "-c", f"{command} {redirection}"], capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PYTHONPATH": path, **environment}, check=False,
+        )  # fmt: skip
+        return result.returncode, result.stdout, result.stderr
+
+    @pytest.mark.parametrize(
+        ("redirection", "why"),
+        [(">&-", ""), ("> /dev/full", "No space left on device"), ("| true", "Broken pipe"), ("2>&-", "")],
+    )
+    def test_train(self, tmp_path: Path, redirection: str, why: str) -> None:
+        pytest.importorskip("sklearn")
+        if why == "No space left on device" and not os.path.exists("/dev/full"):
+            pytest.skip("no /dev/full")
+        code, _, err = self.run(redirection, *self.TRAIN, "--out", tmp_path / "run")
+        assert code == 0
+        assert err == (f"{self.LOST} ({why})\n" if why else "")
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]["epoch"] == 1
+
+    def test_what_only_prints(self) -> None:
+        if not os.path.exists("/dev/full"):
+            pytest.skip("no /dev/full")
+        for command in ("info", "--help"):
+            code, _, err = self.run("> /dev/full", command)
+            assert code == 1
+            assert err == f"{self.LOST} (No space left on device)\n"
+        assert self.run(">&-", "info")[0::2] == (0, "")
+
+    def test_characters_that_it_does_not_have(self, tmp_path: Path) -> None:
+        pytest.importorskip("sklearn")
+        code, out, err = self.run(
+            "", *self.TRAIN, "--quiet", "--out", tmp_path / "läuft ☃", PYTHONIOENCODING="ascii", LC_ALL="C"
+        )
+        assert (code, err) == (0, "")
+        assert out.endswith("l\\xe4uft \\u2603\n")
+
+    def test_comes_back_as_it_was(self, capsys: pytest.CaptureFixture[str]) -> None:
+        before = sys.stdout, sys.stderr, sys.stdout.errors, warnings.showwarning
+        main(["info"])
+        assert (sys.stdout, sys.stderr, sys.stdout.errors, warnings.showwarning) == before
+
+    def test_a_warning_is_one_line(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def warn(_: Any) -> int:
+            warnings.warn("careful", stacklevel=1)
+            return 0
+
+        monkeypatch.setattr(train, "run", warn)
+        assert main(["train"]) == 0
+        assert capsys.readouterr().err == "bbb-fast: warning: careful\n"
 
 
 class TestInfo:
@@ -275,6 +387,7 @@ class TestInfo:
         rows = {key.strip(): value.strip() for key, value in rows.items()}
         assert (rows["native"], rows["reason"]) == ("not loaded", "no compiler")
         assert rows["built: devices"] == "cpu"
+        assert rows["bbb_fast"] == "1"  # names as in --json
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as caught:

@@ -196,7 +196,15 @@ class TestConstruction:
         ],
     )
     def test_repr(self, estimator: ModuleType, kind: str, options: dict[str, Any], text: str) -> None:
-        assert repr(make(estimator, kind, **options)) == f"BBB{kind}({text})"
+        name = "lrt" if estimator is BBB_LRT else "bbb"
+        assert repr(make(estimator, kind, **options)) == f"BBB{kind}({text}, estimator='{name}')"
+
+    def test_repr_of_what_is_not_a_default(self, estimator: ModuleType) -> None:
+        option = {"variance_dtype": torch.bfloat16} if estimator is BBB_LRT else {"recompute_weight": True}
+        priors = {"prior_sigma": 0.2, "posterior_rho_initial": (-5, 0.1)}
+        model = nn.Sequential(make(estimator, "Linear", priors=priors, **option))
+        name, value = next(iter(option.items()))
+        assert f"{name}={value}, prior_sigma=0.2, posterior_rho_initial=(-5.0, 0.1))" in repr(model)
 
     @pytest.mark.parametrize(
         ("kind", "args", "options", "message"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bbb_fast
+from bbb_fast import losses
 from bbb_fast.layers import BBB, BBB_LRT, ModuleWrapper
 from bbb_fast.layers.base import BayesianLayer
 from bbb_fast.losses import ELBO, get_beta, kl_loss, kl_weight
@@ -303,6 +304,129 @@ class TestElbo:
         loss = ELBO(100)
         halves = [loss(log_p[i : i + 2], target[i : i + 2], 6.0, 1.0) for i in (0, 2)]
         torch.testing.assert_close(sum(halves) / 2, loss(log_p, target, 6.0, 1.0))
+
+    def test_of_an_example(self) -> None:
+        """The mean is the sum divided by the number of examples, gradients too."""
+        log_p, target = torch.randn(5, 3).log_softmax(1).requires_grad_(), torch.tensor([0, 2, 1, 1, 0])
+        kl = torch.tensor(7.0, requires_grad=True)
+        arguments = (log_p, target, kl, 0.25)
+        mean, whole = ELBO(1000, reduction="mean")(*arguments), ELBO(1000)(*arguments)
+        torch.testing.assert_close(mean, F.nll_loss(log_p, target) + 0.25 * 7 / 1000)
+        torch.testing.assert_close(mean * 1000, whole)
+        gradients = [torch.autograd.grad(loss, (log_p, kl)) for loss in (mean, whole)]
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one * 1000, other)
+
+    @pytest.mark.parametrize(("reduction", "learns"), [("mean", True), ("sum", False)])
+    def test_a_plain_models_learning_rate(self, reduction: str, learns: bool) -> None:
+        """SGD at a rate of 0.1 learns with the loss of an example, and diverges with that of the data set."""
+        x = torch.randn(200, 4)
+        y = (x[:, 0] > 0).long()
+        model = nn.Sequential(BBB_LRT.BBBLinear(4, 16), nn.ReLU(), BBB_LRT.BBBLinear(16, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        elbo = ELBO(60_000, reduction=reduction, from_logits=True)
+        for _ in range(100):
+            loss = elbo(model(x), y, kl_loss(model), 0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert (loss < 0.5) == learns
+        assert learns or not loss.isfinite()
+
+    @pytest.mark.parametrize("reduction", ["sum", "mean"])
+    def test_from_logits(self, reduction: str) -> None:
+        logits, target = torch.randn(5, 3) * 9, torch.tensor([0, 2, 1, 1, 0])
+        loss = ELBO(10, reduction=reduction, from_logits=True)(logits, target, 2.0, 0.5)
+        torch.testing.assert_close(
+            loss, ELBO(10, reduction=reduction)(logits.log_softmax(1), target, 2.0, 0.5)
+        )
+
+    @pytest.mark.parametrize("shift", [4.0, -9.0])
+    def test_logits_are_refused(self, shift: float) -> None:
+        """All negative ones too, and in another dimension's rows."""
+        target = torch.tensor([0, 2, 1, 1])
+        with pytest.raises(ValueError, match="log-probabilities, .* instead of 1; .*from_logits=True"):
+            ELBO(10)(torch.randn(4, 3) + shift, target, 0.0, 1.0)
+        with pytest.raises(ValueError, match="must be log-probabilities"):
+            ELBO(10)(torch.randn(4, 3, 2).log_softmax(2), target[:, None].expand(4, 2), 0.0, 1.0)
+        with pytest.raises(ValueError, match="must be log-probabilities"):
+            ELBO(10)(torch.tensor([[math.inf, 0.0]]), torch.tensor([0]), 0.0, 1.0)
+        with pytest.raises(ValueError, match="must be log-probabilities"):
+            ELBO(10)(torch.rand(4, 3).softmax(1), target, 0.0, 1.0)  # probabilities
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("classes", [1, 10, 3000, 50_000])
+    def test_rounded_log_probabilities_are_not(self, dtype: torch.dtype, classes: int) -> None:
+        for logits in (torch.zeros(2, classes), torch.randn(2, classes) * 5):
+            log_p = logits.log_softmax(1).to(dtype)
+            assert ELBO(1)(log_p, torch.tensor([0, 0]), 0.0, 1.0).isfinite()
+
+    def test_impossible_and_missing_numbers(self) -> None:
+        """A probability of 0 is one; NaN goes through."""
+        loss, certain = ELBO(10), torch.tensor([[0.0, -math.inf]])
+        assert loss(certain, torch.tensor([0]), 1.0, 1.0) == 1
+        assert loss(certain, torch.tensor([1]), 1.0, 1.0) == math.inf
+        log_p = torch.randn(2, 3).log_softmax(1)
+        log_p[0, 1] = math.nan
+        assert ELBO(10)(log_p, torch.tensor([1, 1]), 1.0, 1.0).isnan()
+        assert loss(certain, torch.tensor([0]), torch.tensor(math.nan), 1.0).isnan()
+
+    def test_the_values_are_looked_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls, check = [], losses._check_log_probs
+        monkeypatch.setattr(losses, "_check_log_probs", lambda x: calls.append(1) or check(x))
+        log_p, target, loss = torch.randn(2, 3).log_softmax(1), torch.tensor([1, 1]), ELBO(10)
+        for _ in range(3):
+            loss(log_p, target, 1.0, 1.0)
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize("reduction", ["sum", "mean"])
+    @pytest.mark.parametrize("from_logits", [False, True])
+    def test_where_values_cannot_be_looked_at(self, reduction: str, from_logits: bool) -> None:
+        log_p, target = torch.randn(4, 5, 3).log_softmax(2), torch.randint(3, (4, 5))
+
+        def loss(x: Tensor, y: Tensor, beta: float = 0.5) -> Tensor:
+            return ELBO(10, reduction=reduction, from_logits=from_logits)(x, y, torch.tensor(2.0), beta)
+
+        each = torch.stack([loss(x, y) for x, y in zip(log_p, target, strict=True)])
+        torch.testing.assert_close(torch.func.vmap(loss)(log_p, target), each)
+        torch.testing.assert_close(
+            torch.func.grad(loss)(log_p[0], target[0]),
+            torch.autograd.grad(loss(x := log_p[0].clone().requires_grad_(), target[0]), x)[0],
+        )
+        assert loss(log_p[0].to("meta"), target[0].to("meta")).shape == ()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for beta in (0.1, 0.2, 0.3):
+            torch.testing.assert_close(compiled(log_p[0], target[0], beta), loss(log_p[0], target[0], beta))
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"input": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "input must be floating point"),
+            ({"target": torch.tensor([0.0, 1.0])}, TypeError, "target must be int64 class numbers"),
+            ({"target": torch.tensor([1])}, ValueError, r"target must have shape \[2\] .*got \[1\]"),
+            ({"target": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "target must have shape"),
+            ({"input": torch.zeros(3)}, ValueError, r"input must have shape \[N, C\]"),
+            ({"input": torch.zeros(0, 3), "target": torch.zeros(0).long()}, ValueError, "input is empty"),
+            ({"kl": torch.zeros(3)}, ValueError, r"kl must be a scalar, got shape \[3\]"),
+            ({"beta": torch.ones(2)}, ValueError, r"beta must be a scalar, got shape \[2\]"),
+            ({"beta": -0.1}, ValueError, "beta must be >= 0, got -0.1"),
+        ],
+    )
+    def test_wrong_arguments(self, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        arguments = {
+            "input": torch.zeros(2, 3).log_softmax(1), "target": torch.tensor([1, 0]), "kl": 1.0, "beta": 1.0,
+            **changes,
+        }  # fmt: skip
+        for loss in (ELBO(10), ELBO(10, reduction="mean", from_logits=True)):
+            with pytest.raises(error, match=f"ELBO: {message}"):
+                loss(**arguments)
+
+    def test_wrong_reduction(self) -> None:
+        with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'none'"):
+            ELBO(10, reduction="none")
+
+    def test_repr(self) -> None:
+        assert repr(ELBO(10, reduction="mean")) == "ELBO(10, reduction='mean', from_logits=False)"
 
     @pytest.mark.parametrize("size", [0, -1, 2.5, "10", True, None, math.inf])
     def test_wrong_size(self, size: Any) -> None:

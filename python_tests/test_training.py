@@ -75,7 +75,17 @@ def assert_same_run(a: Path, b: Path) -> None:
                 del entry["seconds"], entry["images_per_second"]
             for key in training._FREE_ON_RESUME:
                 del state["config"][key]
+        names = {one.pop("run"), other.pop("run")}
+        assert len(names) == 2 and None not in names  # two runs, whatever they computed
         assert one == other
+
+
+def change_files(folder: Path, **changes: Any) -> None:
+    """Changes entries of a finished run's three files."""
+    for name in ("last.pt", "best.pt"):
+        checkpoint.save(folder / name, {**checkpoint.load(folder / name), **changes})
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, **changes}))
 
 
 def stop_after(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,28 +120,30 @@ class TestConfig:
             ({"valid_size": 0}, "valid_size must be an int >= 1"),
             ({"threads": 0}, "threads must be an int >= 1"),
             ({"seed": -1}, "seed must be an int >= 0"),
-            ({"seed": 1 << 63}, "seed must be below"),
+            ({"seed": 1 << 63}, "seed must be an int <= 9223372036854775807, got 9223372036854775808"),
+            ({"epochs": 10**30}, "epochs must be an int <= 2147483647"),
+            ({"threads": 10**9}, "threads must be an int <= 1024, got 1000000000"),
             (
                 {"beta": "Bundell"},
-                "unknown beta 'Bundell'; allowed: a number >= 0, Blundell, Soenderby",
+                "beta must be a finite number >= 0 or one of Blundell, Soenderby, .*, got 'Bundell'",
             ),
-            ({"beta": -0.1}, "unknown beta -0.1"),
-            ({"beta": math.nan}, "unknown beta nan"),
+            ({"beta": -0.1}, "beta must be .*, got -0.1"),
+            ({"beta": math.nan}, "beta must be .*, got nan"),
             ({"lr": -1e-3}, "lr must be a finite number > 0, got -0.001"),
             ({"lr": math.inf}, "lr must be a finite number > 0"),
             ({"lr": 0}, "lr must be a finite number > 0"),
             ({"weight_decay": -1.0, "layer_type": "none"}, "weight_decay must be a finite number >= 0"),
-            ({"weight_decay": 0.1}, "weight_decay = 0.1 needs layer_type 'none'"),
+            ({"weight_decay": 0.1}, "weight_decay must be 0 with layers of type lrt, got 0.1"),
             ({"variance_dtype": "float16"}, "unknown variance_dtype 'float16'; allowed: float32, bfloat16"),
             (
                 {"variance_dtype": "bfloat16", "layer_type": "bbb"},
-                "variance_dtype = bfloat16 needs layer_type 'lrt', got 'bbb'",
+                "variance_dtype must be float32 with layers of type bbb, got bfloat16",
             ),
-            ({"prior_sigma": 0.0}, "prior_sigma'.* must be > 0, got 0.0"),
+            ({"prior_sigma": 0.0}, "^prior_sigma must be > 0, got 0.0"),
             ({"posterior_mu_initial": (0.0, -1.0)}, "posterior_mu_initial.*std >= 0"),
-            ({"device": "tpu"}, "unknown device 'tpu'; allowed: cpu, cuda"),
-            ({"device": "meta"}, "unknown device 'meta'"),
-            ({"device": 0}, "unknown device 0"),
+            ({"device": "tpu"}, "device must be cpu, cuda, cuda:0, .*, got 'tpu'"),
+            ({"device": "meta"}, "device must be .*, got 'meta'"),
+            ({"device": 0}, "device must be .*, got 0"),
         ],
     )
     def test_errors(self, changes: dict[str, Any], message: str) -> None:
@@ -140,7 +152,7 @@ class TestConfig:
 
     def test_cuda_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(ValueError, match="'cuda:1' is not there: PyTorch finds no CUDA device"):
+        with pytest.raises(ValueError, match="device cuda:1 is not there: PyTorch finds no CUDA device"):
             TrainConfig(device="cuda:1").validate()
 
     def test_to_dict_is_what_json_gives_back(self) -> None:
@@ -348,11 +360,64 @@ class TestResume:
         with pytest.raises(ValueError, match=r"there is no checkpoint .*best\.pt"):
             fit(QUICK, *sets, copied, resume=True, progress=False)
 
-    def test_the_best_weights_of_another_run(self, copied: Path, sets: Sets) -> None:
-        state = checkpoint.load(copied / "best.pt")
-        checkpoint.save(copied / "best.pt", {**state, "epoch": 99})
-        with pytest.raises(ValueError, match="belongs to another run"):
+    @pytest.mark.parametrize("name", ["best.pt", "metrics.json"])
+    @pytest.mark.parametrize("named", [True, False])
+    def test_a_file_of_another_run(
+        self, finished: tuple[Path, dict[str, Any]], copied: Path, sets: Sets, tmp_path: Path, name: str,
+        named: bool,
+    ) -> None:  # fmt: skip
+        """Its best epoch is the same; runs of earlier releases, without a name, are told apart as well."""
+        fit(replace(QUICK, seed=1), *sets, tmp_path / "other", progress=False)
+        for folder in (copied, tmp_path / "other"):
+            change_files(folder, **({} if named else {"run": None}))
+        best = checkpoint.load(copied / "best.pt")["epoch"]
+        state = checkpoint.load(tmp_path / "other/last.pt")
+        scores = {key: state["history"][best - 1][f"valid_{key}"] for key in ("accuracy", "nll", "ece")}
+        cut = {"epoch": best, "history": state["history"][:best], "best": {"epoch": best, **scores}}
+        checkpoint.save(tmp_path / "other/best.pt", {**state, **cut})
+        shutil.copy(tmp_path / "other" / name, copied)
+        before = contents(copied)
+        with pytest.raises(ValueError, match=rf"cannot resume .*: {name} belongs to another run"):
             fit(QUICK, *sets, copied, resume=True, progress=False)
+        assert contents(copied) == before
+
+    def test_two_continuations_of_one_run(self, sets: Sets, tmp_path: Path) -> None:
+        fit(replace(QUICK, epochs=1), *sets, tmp_path / "a", progress=False)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        for folder in ("a", "b"):
+            fit(QUICK, *sets, tmp_path / folder, resume=True, progress=False)
+        shutil.copy(tmp_path / "b/metrics.json", tmp_path / "a")
+        with pytest.raises(ValueError, match="metrics.json belongs to another run"):
+            fit(QUICK, *sets, tmp_path / "a", resume=True, progress=False)
+
+    @pytest.mark.parametrize("content", ["mine", "[]", "{}", '{"history": 3}', '"history"'])
+    def test_metrics_that_no_run_wrote(self, copied: Path, sets: Sets, content: str) -> None:
+        (copied / "metrics.json").write_text(content)
+        with pytest.raises(ValueError, match="metrics.json is not what a run writes"):
+            fit(QUICK, *sets, copied, resume=True, progress=False)
+        assert (copied / "metrics.json").read_text() == content
+
+    def test_weights_that_are_not_the_best(self, copied: Path, sets: Sets) -> None:
+        """Of the same run, but of an epoch that last.pt knows to be a worse one."""
+        state = checkpoint.load(copied / "last.pt")
+        assert state["best"]["epoch"] == 1
+        checkpoint.save(copied / "best.pt", {**state, "epoch": 2, "history": state["history"][:2]})
+        with pytest.raises(ValueError, match=r"best\.pt is of epoch 2, which last\.pt does not know"):
+            fit(QUICK, *sets, copied, resume=True, progress=False)
+
+    @pytest.mark.parametrize("epochs", [1, 3])
+    def test_a_run_of_an_earlier_release(
+        self, finished: tuple[Path, dict[str, Any]], sets: Sets, tmp_path: Path, epochs: int
+    ) -> None:
+        """It has no name, goes on without one, and ends with the same weights."""
+        fit(replace(QUICK, epochs=epochs), *sets, tmp_path, progress=False)
+        change_files(tmp_path, run=None)
+        metrics = fit(QUICK, *sets, tmp_path, resume=True, progress=False)
+        assert metrics["run"] is None
+        assert checkpoint.load(tmp_path / "best.pt")["run"] is None
+        one, other = (checkpoint.load(folder / "last.pt") for folder in (finished[0], tmp_path))
+        for key in ("model", "optimizer", "rng"):
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
 
     @pytest.mark.parametrize(("key", "value"), [("optimizer", {}), ("rng", {"torch": torch.zeros(3)})])
     def test_a_state_that_does_not_fit(
@@ -362,6 +427,24 @@ class TestResume:
         checkpoint.save(copied / "last.pt", {**state, key: value})
         with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt cannot be resumed"):
             fit(QUICK, *sets, copied, resume=True, progress=False)
+
+    @pytest.mark.parametrize("change", ["shape", "missing"])
+    def test_an_optimizer_that_does_not_fit(self, copied: Path, sets: Sets, change: str) -> None:
+        state = checkpoint.load(copied / "last.pt")
+        moments = state["optimizer"]["state"]
+        if change == "missing":
+            del moments[3]
+        else:
+            moments[3]["exp_avg"] = torch.zeros(1)
+        checkpoint.save(copied / "last.pt", state)
+        with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt cannot be resumed: its optimizer"):
+            fit(QUICK, *sets, copied, resume=True, progress=False)
+
+    def test_a_number_of_threads_that_does_not_fit(self, copied: Path, sets: Sets) -> None:
+        state = checkpoint.load(copied / "last.pt")
+        checkpoint.save(copied / "last.pt", {**state, "config": {**state["config"], "threads": 10**9}})
+        with pytest.raises(ValueError, match="threads must be an int <= 1024"):
+            fit(replace(QUICK, threads=None), *sets, copied, resume=True, progress=False)
 
 
 class TestOutput:
@@ -414,6 +497,12 @@ class TestOutput:
         with pytest.raises(ImportError):
             training_curves([])
 
+    @pytest.mark.parametrize("history", [[], [{"epoch": 1}], [{"epoch": 1, "seconds": 2.0}]])
+    def test_nothing_to_draw(self, history: list[dict[str, Any]]) -> None:
+        pytest.importorskip("matplotlib")
+        with pytest.raises(ValueError, match="no epochs with an nll"):
+            training_curves(history)
+
     @pytest.mark.parametrize("panels", [2, 3])
     def test_curves(self, finished: tuple[Path, dict[str, Any]], panels: int) -> None:
         pytest.importorskip("matplotlib")
@@ -457,7 +546,7 @@ class TestOutput:
 
     def test_the_folder_is_a_file(self, sets: Sets, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("mine")
-        with pytest.raises(OSError, match="is a file"):
+        with pytest.raises(OSError, match="is not a folder"):
             fit(QUICK, *sets, tmp_path / "file", progress=False)
         assert (tmp_path / "file").read_text() == "mine"
 
@@ -502,6 +591,82 @@ class TestFailures:
         with pytest.raises(TrainingError, match=r"epoch 1, step 2 of 4: the loss is (nan|inf)"):
             fit(replace(QUICK, lr=1e30), *sets, tmp_path, progress=False)
         assert os.listdir(tmp_path) == ["last.pt"]
+
+    def test_a_run_that_never_completed_an_epoch_is_in_nobodys_way(
+        self, finished: tuple[Path, dict[str, Any]], sets: Sets, tmp_path: Path
+    ) -> None:
+        with pytest.raises(TrainingError):
+            fit(replace(QUICK, lr=1e30), *sets, tmp_path, progress=False)
+        fit(QUICK, *sets, tmp_path, progress=False)
+        assert_same_run(finished[0], tmp_path)
+
+    def test_divergence_after_an_epoch(
+        self, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The message says how to try again, as the folder holds something worth keeping now."""
+        step = training._Run._step
+
+        def diverge(run: Any, *args: Any) -> torch.Tensor:
+            return step(run, *args) + (math.inf if run.epoch == 1 else 0)
+
+        monkeypatch.setattr(training._Run, "_step", diverge)
+        with pytest.raises(TrainingError, match=r"epoch 2.* lower --lr .*--overwrite .* 1 epoch"):
+            fit(QUICK, *sets, tmp_path, progress=False)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"prior_sigma": 1e-30}, r"the KL is inf before anything was trained; look at --prior-mu .*"
+             r"--prior-sigma \(it is 1e-30\), --posterior-mu-initial"),
+            ({"posterior_mu_initial": (0.0, 1e30), "beta": 0.0}, "the KL is inf"),
+            ({"posterior_mu_initial": (0.0, 1e18), "prior_sigma": 1e20}, "the NLL is nan .*--posterior-mu"),
+            ({"beta": 1e300}, r"the loss is inf .* look at --beta \(it is 1e\+300\)"),
+        ],
+    )  # fmt: skip
+    def test_the_loss_is_not_finite_from_the_start(
+        self, sets: Sets, tmp_path: Path, changes: dict[str, Any], message: str
+    ) -> None:
+        """The learning rate has had no say yet."""
+        with pytest.raises(TrainingError, match=f"epoch 1, step 1 of 4: {message}") as caught:
+            fit(replace(QUICK, **changes), *sets, tmp_path, progress=False)
+        assert "--lr" not in str(caught.value)
+
+    def test_the_folder_is_deleted(self, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder, advance = tmp_path / "run", training._Run.advance
+
+        def delete(run: Any, progress: bool) -> bool:
+            shutil.rmtree(folder)
+            return advance(run, progress)
+
+        monkeypatch.setattr(training._Run, "advance", delete)
+        with pytest.raises(OSError, match="cannot be written: .*run or its lock was deleted"):
+            fit(QUICK, *sets, folder, progress=False)
+        assert not folder.exists()
+
+    def test_two_at_once(self, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the second one asks for, the first one's results are what stays."""
+        refused, advance = [], training._Run.advance
+
+        def intrude(run: Any, progress: bool) -> bool:
+            before = contents(tmp_path)
+            for how in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(OSError, match=f"process {os.getpid()} on .* is writing to it") as caught:
+                    fit(replace(QUICK, seed=1), *sets, tmp_path, progress=False, **how)
+                refused.append(caught.value.errno)
+            assert contents(tmp_path) == before
+            return advance(run, progress)
+
+        monkeypatch.setattr(training._Run, "advance", intrude)
+        fit(replace(QUICK, epochs=2), *sets, tmp_path, progress=False)
+        assert refused == [errno.EBUSY] * 6
+        assert checkpoint.load(tmp_path / "last.pt")["config"]["seed"] == 0
+        assert set(os.listdir(tmp_path)) == {"last.pt", "best.pt", "metrics.json"}
+
+    def test_what_a_kill_left(self, copied: Path, sets: Sets) -> None:
+        for name in (".last.pt.0123abcd.tmp", ".metrics.json.00000000.tmp", ".notes.txt.0123abcd.tmp"):
+            (copied / name).write_text("cut sho")
+        fit(QUICK, *sets, copied, resume=True, progress=False)
+        assert [name for name in os.listdir(copied) if name.endswith("tmp")] == [".notes.txt.0123abcd.tmp"]
 
     def test_the_outputs_are_not_finite(self, sets: Sets, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="epoch 1: the model's outputs are not finite"):

@@ -17,6 +17,7 @@ import torch
 from bbb_fast import checkpoint, cli, metrics, predict, uncertainty
 from bbb_fast.checkpoint import LoadedModel
 from bbb_fast.data import DataError, ImageSet, normalize
+from bbb_fast.folder import OwnedFolder
 from bbb_fast.training import TrainConfig
 from bbb_fast.uncertainty import DERIVED, SCORES, Judged
 
@@ -35,11 +36,12 @@ def make(folder: Path, layer_type: str, inputs: int = 1, dataset: str = "digits"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = checkpoint.build_model(config)
-    empty = {"optimizer": {}, "scheduler": None, "rng": {}, "epoch": 1, "best": {}, "history": []}
+    empty = {"optimizer": {}, "scheduler": None, "rng": {}, "epoch": 0, "best": {}, "history": []}
     scale = {"mean": [0.3] * inputs, "std": [0.35] * inputs, "classes": list("0123456789")}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "best.pt"
-    checkpoint.save(path, {"config": config, "model": model.state_dict(), "data": {}, **empty, **scale})
+    state = {"run": "abc", "config": config, "model": model.state_dict(), "data": {}, **empty, **scale}
+    checkpoint.save(path, state)
     return path
 
 
@@ -109,6 +111,7 @@ def test_command_writes_its_files(
     assert document["bayesian"] and document["notes"] == []
     assert (document["seed"], document["samples"], document["kl_weight"]) == (5, 6, 0.25)
     assert document["config"]["layer_type"] == layer_type
+    assert (document["checkpoint"], document["run"], document["epoch"]) == (str(path), "abc", 0)
     assert document["build"]["torch"] == torch.__version__
     assert document["in"]["name"] == "digits" and out in document["out"]["name"]
     assert set(document["detection"]) == set(SCORES)
@@ -140,6 +143,43 @@ def test_default_folder_is_the_checkpoints(tmp_path: Path) -> None:
     path = make(tmp_path / "run", "lrt")
     assert cli.main(command(path)) == 0
     assert {file.name for file in path.parent.iterdir()} == {*FILES, "best.pt"}
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_earlier_results_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make(tmp_path, "lrt")
+    assert cli.main(command(path)) == 0
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert cli.main(command(path, "--seed", "9")) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert f"{tmp_path} already holds results (uncertainty.json, uncertainty.npz" in printed.err
+    assert "--overwrite" in printed.err and "--out" in printed.err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert cli.main(command(path, "--seed", "9", "--overwrite")) == 0
+    assert strict_json(tmp_path / "uncertainty.json")["seed"] == 9
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_of_that_name_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    path = make(tmp_path, "lrt")
+    (tmp_path / name).write_text("mine")
+    assert cli.main(command(path)) == 1
+    assert f"already holds results ({name})" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_two_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A training may go on meanwhile; its files are others."""
+    path = make(tmp_path, "lrt")
+    with uncertainty.own_folder(tmp_path):
+        for options in ((), ("--overwrite",)):
+            assert cli.main(command(path, *options)) == 1
+            assert "is writing to it (uncertainty)" in capsys.readouterr().err
+    with OwnedFolder(tmp_path, "training", ()):
+        assert cli.main(command(path)) == 0
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -242,9 +282,18 @@ def test_wrong_values(tmp_path: Path, loaded: LoadedModel, images: ImageSet) -> 
     ("options", "message"),
     [
         (("--checkpoint", "gone.pt"), "gone.pt"),
-        (("--samples", "0"), "samples"),
-        (("--threads", "0"), "threads"),
-        (("--device", "tpu"), "tpu"),
+        (("--samples", "0"), "--samples must be an int >= 1, got 0"),
+        (("--batch-size", "-1"), "--batch-size must be an int >= 1, got -1"),
+        (("--limit", "0"), "--limit must be an int >= 1, got 0"),
+        (("--threads", "0"), "--threads must be an int >= 1, got 0"),
+        (("--threads", str(10**9)), "--threads must be an int <= 1024, got 1000000000"),
+        (("--threads", str(10**12)), "--threads must be an int <= 1024, got 1000000000000"),
+        (("--samples", str(10**30)), "--samples must be an int <= 2147483647, got 1"),
+        (("--seed", "-1"), "--seed must be an int >= 0, got -1"),
+        (("--seed", str(1 << 64)), "--seed must be an int <= 9223372036854775807, got 18446744073709551616"),
+        (("--device", "tpu"), "--device must be cpu, cuda, cuda:0, cuda:1, ..., got 'tpu'"),
+        (("--checkpoint", "/dev/null"), "/dev/null is not a file"),
+        (("--out", "/dev/null"), "/dev/null: is there, and is not a folder"),
         (("--out-of-distribution", "notmnist"), "--data-dir"),
     ],
 )
@@ -265,6 +314,10 @@ def test_without_matplotlib(
     assert cli.main(command(make(tmp_path, "lrt"))) == 0
     assert "matplotlib is missing" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {*FILES, "best.pt"} - {"uncertainty.png"}
+    # An older figure would pass for that of these results.
+    (tmp_path / "uncertainty.png").touch()
+    assert cli.main(command(tmp_path / "best.pt", "--overwrite")) == 0
+    assert not (tmp_path / "uncertainty.png").exists()
 
 
 def test_unseen_images(images: ImageSet) -> None:

@@ -8,14 +8,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
+from .._options import OptionError
 from .._version import __version__
 from . import info, train, uncertainty
 
 __all__ = ["main"]
 
 _COMMANDS = {"train": train, "uncertainty": uncertainty, "info": info}
+# Those whose output is all they do.
+_PRINTING = ("info",)
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
@@ -41,12 +47,80 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe(error: Exception) -> str:
     """One line for the user."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, _EXPECTED):
-        return text
-    return f"internal error ({type(error).__name__}: {text}); --debug shows where"
+    if isinstance(error, OptionError):
+        text = f"--{error.option.replace('_', '-')} {error.problem}"
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, MemoryError):
+        text = "out of memory"
+    elif isinstance(error, _EXPECTED):
+        text = str(error) or type(error).__name__
+    else:
+        text = f"internal error ({type(error).__name__}: {error}); --debug shows where"
+    return " ".join(text.split())
+
+
+class _Output:
+    """Standard output for work that must not be lost because nobody can read about it.
+
+    Once a write has failed (a full disk, a reader that has left) the rest is dropped. Characters that the
+    stream cannot encode become escapes.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        # None: the shell has closed it.
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self._errors = getattr(self._stream, "errors", None)
+        self._error: OSError | None = None
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _attempt(self, call: Callable[..., Any], *args: Any) -> None:
+        if self._error is None:
+            try:
+                call(*args)
+            except OSError as error:
+                self._error = error
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def lost(self) -> bool:
+        """Whether anything could not be written; tells the user so. To be asked once, at the end."""
+        self.flush()
+        if self._error is None:
+            if self._errors is not None and hasattr(self._stream, "reconfigure"):
+                self._stream.reconfigure(errors=self._errors)
+            return False
+        why = self._error.strerror or self._error
+        print(f"bbb-fast: warning: standard output could not be written ({why})", file=sys.stderr)
+        # Python would try again, and complain once more, when it flushes at exit.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return True
+
+
+@contextmanager
+def _streams() -> Iterator[_Output]:
+    """An output that may fail, warnings in one line; both put back afterwards."""
+    before = sys.stdout, sys.stderr
+    output = _Output(sys.stdout)
+    sys.stdout = output  # type: ignore[assignment]
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"bbb-fast: warning: {message}", file=sys.stderr)
+        try:
+            yield output
+        finally:
+            sys.stdout, sys.stderr = before
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,19 +128,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: an error, told in one line on stderr. 130: interrupted. A usage error leaves with 2
     (SystemExit), as argparse does. With ``--debug`` errors propagate.
+
+    Where standard output cannot be written, the work goes on and its files are written; a line on stderr
+    says so. A command that only prints (``info``, ``--help``) then returns 1.
     """
-    args = _parser().parse_args(argv)
-    try:
-        code = _COMMANDS[args.command].run(args)
-        sys.stdout.flush()  # a closed pipe should show here, not at exit
+    with _streams() as output:
+        try:
+            args = _parser().parse_args(argv)
+        except SystemExit as leaving:
+            if output.lost() and not leaving.code:
+                raise SystemExit(1) from None
+            raise
+        code = _execute(args)
+        if output.lost() and args.command in _PRINTING:
+            return code or 1
         return code
+
+
+def _execute(args: argparse.Namespace) -> int:
+    try:
+        return _COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
         print("bbb-fast: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read the output has left; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         if args.debug:
             raise

@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     build, extension = info.pop("build"), info.pop("extension", {})
     info["native"] = "loaded" if info["native"] else "not loaded"
-    rows = [(key.replace("_", " "), value) for key, value in info.items()]
+    rows = list(info.items())
     for title, part in (("built", build), ("extension", extension)):
-        rows += [(f"{title}: {key.replace('_', ' ')}", value) for key, value in part.items()]
+        rows += [(f"{title}: {key}", value) for key, value in part.items()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         if isinstance(value, list | tuple):

@@ -12,6 +12,7 @@ from .. import data
 from ..checkpoint import MODEL_LAYER_TYPES, MODELS, VARIANCE_DTYPES
 from ..models.build import ACTIVATIONS
 from ..training import LAST, LR_SCHEDULES, TrainConfig, fit
+from . import options
 
 __all__ = ["add_parser", "run"]
 
@@ -47,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
 
     where = parser.add_argument_group("data")
     where.add_argument("--dataset", choices=data.DATASETS, default=default.dataset, help="its name")
-    where.add_argument("--data-dir", type=Path, help="folder with its files; digits needs none")
+    where.add_argument("--data-dir", type=options.folder, help="folder with its files; digits needs none")
     where.add_argument("--download", action="store_true", help="fetch missing files into --data-dir")
     where.add_argument(
         "--valid-size", type=int, help="images held out of the training set (default: a tenth)"
@@ -123,7 +124,7 @@ def add_parser(subparsers: Any) -> None:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--out", type=Path, help="folder (default: runs/<dataset>-<model>-<layer-type>-seed<seed>)"
+        "--out", type=options.path, help="folder (default: runs/<dataset>-<model>-<layer-type>-seed<seed>)"
     )
     again = output.add_mutually_exclusive_group()
     again.add_argument(
@@ -135,9 +136,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints the test scores; returns 0, or 130 if interrupted."""
-    options = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
-    pairs = {key: tuple(value) for key, value in options.items() if isinstance(value, list)}
-    config = TrainConfig(**{**options, **pairs})
+    given = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
+    pairs = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    config = TrainConfig(**{**given, **pairs})
     config.validate()  # before any download
     out = args.out or Path(f"runs/{config.dataset}-{config.model}-{config.layer_type}-seed{config.seed}")
     whole, test = (

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from .. import checkpoint, uncertainty
+from .._options import MAX_SEED, MAX_THREADS, check_int
 from ..data import DATASETS
 from ..training import parse_device
 from ..uncertainty import DERIVED, SCORES, Comparison
+from . import options
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,7 +26,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ),
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="a .pt file that `train` wrote")
+    add(
+        "--checkpoint", type=options.path, required=True, metavar="FILE",
+        help="a .pt file that `train` wrote",
+    )  # fmt: skip
     add(
         "--in", dest="inside", metavar="SET", choices=DATASETS,
         help=f"known images (default: what the model was trained on): {', '.join(DATASETS)}",
@@ -35,8 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=(*DATASETS, *DERIVED),
         help=f"never-seen images: another data set, or made on the spot: {', '.join(DERIVED)}",
     )  # fmt: skip
-    add("--data-dir", metavar="FOLDER", help="where the data sets' files are")
-    add("--ood-data-dir", metavar="FOLDER", help="where the never-seen set is, if elsewhere")
+    add("--data-dir", type=options.folder, metavar="FOLDER", help="where the data sets' files are")
+    add(
+        "--ood-data-dir", type=options.folder, metavar="FOLDER",
+        help="where the never-seen set is, if elsewhere",
+    )  # fmt: skip
     add("--download", action="store_true", help="fetch missing files first")
     add("--samples", type=int, default=50, metavar="T", help="draws of the weights (default 50)")
     add("--limit", type=int, metavar="N", help="at most N images of each set, chosen by the seed")
@@ -44,14 +51,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--batch-size", type=int, default=256, metavar="N", help="images at a time (default 256)")
     add("--device", default="cpu", help="cpu, cuda or cuda:<index> (default cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add("--out", metavar="FOLDER", help="where to write (default: the checkpoint's folder)")
+    add(
+        "--out", type=options.path, metavar="FOLDER",
+        help="where to write (default: the checkpoint's folder)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace the results in --out")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises ValueError or OSError for what the user can put right."""
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    for name in ("samples", "batch_size", "limit"):
+        if getattr(args, name) is not None:
+            check_int(name, getattr(args, name))
+    check_int("seed", args.seed, 0, MAX_SEED)
+    if args.threads is not None:
+        check_int("threads", args.threads, most=MAX_THREADS)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:
@@ -63,9 +78,6 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     device = parse_device(args.device)
     loaded = checkpoint.load_model(args.checkpoint)
-    folder = Path(args.out).expanduser() if args.out else Path(args.checkpoint).parent
-    # Before the work: a folder that cannot be made should not cost an hour first.
-    folder.mkdir(parents=True, exist_ok=True)
     known, other, *indices = uncertainty.load_pair(
         args.inside or loaded.dataset,
         args.outside,
@@ -75,22 +87,26 @@ def _run(args: argparse.Namespace) -> int:
         limit=args.limit,
         seed=args.seed,
     )
-    result = uncertainty.compare(
-        loaded, known, other,
-        samples=args.samples, seed=args.seed, batch_size=args.batch_size, device=device,
-    )  # fmt: skip
-    settings = {
-        "checkpoint": str(args.checkpoint),
-        "samples": args.samples if result.bayesian else 1,
-        "seed": args.seed,
-        "limit": args.limit,
-        "batch_size": args.batch_size,
-        "device": str(device),
-        "kl_weight": loaded.config.get("beta") if result.bayesian else None,
-        "config": loaded.config,
-    }
-    print(table(result))
-    written, notice = uncertainty.save(result, folder, settings, (indices[0], indices[1]))
+    # Around the work: a folder that cannot be had should not cost an hour first.
+    with uncertainty.own_folder(args.out or args.checkpoint.parent, args.overwrite) as folder:
+        result = uncertainty.compare(
+            loaded, known, other,
+            samples=args.samples, seed=args.seed, batch_size=args.batch_size, device=device,
+        )  # fmt: skip
+        settings = {
+            "checkpoint": str(args.checkpoint),
+            "run": loaded.run,
+            "epoch": loaded.epoch,
+            "samples": args.samples if result.bayesian else 1,
+            "seed": args.seed,
+            "limit": args.limit,
+            "batch_size": args.batch_size,
+            "device": str(device),
+            "kl_weight": loaded.config.get("beta") if result.bayesian else None,
+            "config": loaded.config,
+        }
+        print(table(result))
+        written, notice = uncertainty.save(result, folder, settings, (indices[0], indices[1]))
     if notice:
         print(notice)
     for path in written:

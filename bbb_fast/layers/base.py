@@ -253,6 +253,24 @@ class BayesianLayer(RandomModule):
         # A KL with its graph can be neither copied nor pickled.
         return {**self.__dict__, "_forward_kl": None}
 
+    def extra_repr(self) -> str:
+        """The shape, the estimator, and what is not a default."""
+        parts = [self._shape_repr(), f"estimator={self.estimator!r}"]
+        for name, default in (("recompute_weight", False), ("variance_dtype", None)):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        for name, default in DEFAULT_PRIORS.items():
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                parts.append(f"{name}=[{', '.join(map(str, value.shape))}]")
+            elif value != default:
+                parts.append(f"{name}={value}")
+        return ", ".join(parts)
+
+    def _shape_repr(self) -> str:
+        """What ``repr`` says of the arguments that torch.nn's layer has too."""
+        raise NotImplementedError
+
     def set_flag(self, name: str, value: Any) -> None:
         """Sets an attribute, as ``ModuleWrapper.set_flag`` does for a whole model."""
         setattr(self, name, value)
@@ -373,7 +391,7 @@ class LinearBase(BayesianLayer):
     def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
         return self._call_native(native, input, None)
 
-    def extra_repr(self) -> str:
+    def _shape_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias_mu is not None}"
 
 
@@ -496,7 +514,7 @@ class ConvBase(BayesianLayer):
             return None
         return self._call_native(native, input, (self.stride, padding, self.dilation, self.groups))
 
-    def extra_repr(self) -> str:
+    def _shape_repr(self) -> str:
         text = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding!r}"
