@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .layers.base import DEFAULT_PRIORS
 from .models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeConvThreeFC
 from .models.build import LAYER_TYPES, choose
+from .routes import VarianceDtype
 
 __all__ = [
     "MODELS", "MODEL_LAYER_TYPES", "VARIANCE_DTYPES", "CheckpointError", "LoadedModel",
@@ -68,7 +69,11 @@ MODELS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 # What a model may be made of: the estimators of the Bayesian layers, or "none", the twin.
 MODEL_LAYER_TYPES: tuple[str, ...] = (*LAYER_TYPES, "none")
 # The type of the variance product of LRT layers; float32 is the type of their input.
-VARIANCE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+VARIANCE_DTYPES: dict[str, VarianceDtype] = {
+    "float32": None,
+    "bfloat16": torch.bfloat16,
+    "auto": "auto",
+}
 
 
 class CheckpointError(ValueError):

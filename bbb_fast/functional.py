@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, reference, routes
 from ._backend import use_native
 from ._noise import draw_rng
+from .routes import VarianceDtype
 from ._sharded import is_sharded, kl_of_shards, refuse_sharded
 
 __all__ = [
@@ -147,6 +148,13 @@ def _autocast(input: Tensor) -> Tensor:
     return input
 
 
+def _decided(option: dict[str, Any], W_mu: Tensor, input: Tensor) -> dict[str, Any]:
+    """An estimator's option, with a type of the variance product for "auto"."""
+    if option.get("variance_dtype") != "auto":
+        return option
+    return {"variance_dtype": routes.variance_dtype("auto", W_mu, input)}
+
+
 def _linear(
     op: str,
     input: Tensor,
@@ -162,6 +170,7 @@ def _linear(
 ) -> Tensor | tuple[Tensor, Tensor]:
     refuse_sharded(op, input=input, W_mu=W_mu)
     input = _autocast(input)
+    option = _decided(option, W_mu, input)
     operands = (input, W_mu, W_rho, bias_mu, bias_rho, rng)
     if use_native(input.device):
         native = getattr(_native, op)
@@ -229,7 +238,7 @@ def lrt_linear(
     prior_mu: float = 0.0,
     prior_sigma: float = 0.1,
     with_kl: bool = False,
-    variance_dtype: torch.dtype | None = None,
+    variance_dtype: VarianceDtype = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A Gaussian linear layer under the local reparameterization trick.
 
@@ -243,7 +252,7 @@ def lrt_linear(
         bias_mu, bias_rho: [out_features], or both None.
         prior_mu, prior_sigma, with_kl: as in :func:`bbb_linear`.
         variance_dtype: type of the variance product's operands and result; default input's (float32 for
-            float16). A CPU without bfloat16 instructions multiplies numbers rounded to bfloat16 in
+            float16). "auto": bfloat16 where that is faster (:mod:`bbb_fast.routes`), else the default. A CPU without bfloat16 instructions multiplies numbers rounded to bfloat16 in
             float32: no faster than float32 then, and the same numbers.
 
     Returns [..., out_features] in input's dtype, or that and the scalar KL. Where v = 0 the noise and its
@@ -321,6 +330,7 @@ def _conv(
         )
     refuse_sharded(name, input=input, W_mu=W_mu)
     input = _autocast(input)
+    option = _decided(option, W_mu, input)
     unbatched = input.dim() == spatial + 1
     if unbatched:
         input = input.unsqueeze(0)
@@ -489,7 +499,7 @@ def lrt_conv1d(
     prior_mu: float = 0.0,
     prior_sigma: float = 0.1,
     with_kl: bool = False,
-    variance_dtype: torch.dtype | None = None,
+    variance_dtype: VarianceDtype = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """1-d convolution under local reparameterization; see :func:`lrt_conv2d`."""
     return _conv(
@@ -527,7 +537,7 @@ def lrt_conv2d(
     prior_mu: float = 0.0,
     prior_sigma: float = 0.1,
     with_kl: bool = False,
-    variance_dtype: torch.dtype | None = None,
+    variance_dtype: VarianceDtype = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A Gaussian convolution under the local reparameterization trick.
 
@@ -581,7 +591,7 @@ def lrt_conv3d(
     prior_mu: float = 0.0,
     prior_sigma: float = 0.1,
     with_kl: bool = False,
-    variance_dtype: torch.dtype | None = None,
+    variance_dtype: VarianceDtype = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """3-d convolution under local reparameterization; see :func:`lrt_conv2d`."""
     return _conv(

@@ -124,11 +124,12 @@ def variance_dtype(asked: VarianceDtype, weight: torch.Tensor, input: torch.Tens
     """The type of a variance product: ``asked``, or where that is "auto", what is faster.
 
     bfloat16 for a float32 input on a CPU with bfloat16 instructions and a weight large enough, by rule or as
-    measured; else None, the input's own.
+    measured; else None, the input's own (autocast's, where that is on).
     """
     if asked != "auto":
         return asked
-    if input.dtype != torch.float32 or input.device.type != "cpu" or not _multiplies_bfloat16:
+    plain = input.dtype == torch.float32 and input.device.type == "cpu"
+    if not (plain and _multiplies_bfloat16) or torch.is_autocast_enabled("cpu"):
         return None
     shape = tuple(weight.shape)
     measured = _current.narrow.get(narrow_key(shape))
@@ -183,3 +184,18 @@ def load() -> Routes | None:
         return Routes.from_dict(json.loads(text)["routes"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} holds no routes ({error}); remove it, or measure again") from None
+
+
+def _at_import() -> str | None:
+    """Takes what was measured; why not, if there is something that cannot be taken."""
+    try:
+        found = load()
+        if found is not None:
+            use(found)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+# For `bbb-fast info`: a broken file is no reason to stop a program that imports bbb_fast.
+problem = _at_import()

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, plots
+from . import checkpoint, plots, routes
 from ._backend import backend, build_info
 from ._options import MAX_COUNT, MAX_SEED, MAX_THREADS, OptionError, check_int
 from .data import ImageSet, batches, channel_stats, normalize
@@ -36,6 +36,7 @@ from .layers.base import DEFAULT_PRIORS, resolve_priors
 from .losses import SCHEDULES, kl_weight
 from .metrics import classification_report
 from .models.build import ACTIVATIONS, choose
+from .routes import Routes
 
 __all__ = ["LR_SCHEDULES", "TrainConfig", "TrainingError", "fit", "parse_device", "predict_probs"]
 
@@ -413,9 +414,10 @@ def _describe_data(train: ImageSet, valid: ImageSet) -> dict[str, list[int]]:
 
 @contextmanager
 def _surroundings(config: TrainConfig) -> Iterator[None]:
-    """Threads, cuDNN's choice of algorithms and the random state, put back afterwards."""
+    """Threads, routes, cuDNN's choice of algorithms and the random state, put back afterwards."""
     device = parse_device(config.device)
     threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    taken = routes.current()
     assert config.threads is not None
     torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
@@ -425,6 +427,7 @@ def _surroundings(config: TrainConfig) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = deterministic
+        routes.use(taken)
 
 
 class _Run:
@@ -489,6 +492,7 @@ class _Run:
             "mean": self.mean,
             "std": self.std,
             "classes": self.classes,
+            "routes": routes.current().to_dict(),
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
@@ -507,6 +511,11 @@ class _Run:
             raise checkpoint.CheckpointError(
                 f"{path} cannot be resumed: its optimizer, schedule or generators do not fit ({error})"
             ) from error
+        if "routes" in state:  # runs of earlier releases took the rules'
+            try:
+                routes.use(Routes.from_dict(state["routes"]))
+            except ValueError as error:
+                raise checkpoint.CheckpointError(f"{path} cannot be resumed: {error}") from error
         # Runs of earlier releases have no name and get none.
         self.name = state.get("run")
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _backend, routes
+from . import _backend, functional, routes
 from .checkpoint import atomic_write
 from .layers.base import BayesianLayer, ConvBase
 from .routes import Routes
@@ -119,8 +119,8 @@ def _choices(
     if layer.W_mu.dtype != torch.float32 or layer.W_mu.device.type != "cpu" or 0 in place.input:
         return
     if isinstance(layer, ConvBase):
-        shape = layer.padded_shape(place.input)
-        geometry = (weight, layer.stride, layer.explicit_padding(), layer.dilation, layer.groups)
+        shape, padding = _padded(layer, place.input)
+        geometry = (weight, layer.stride, padding, layer.dilation, layer.groups)
         key = routes.conv_key(shape, *geometry)
         if ("way", key) not in seen:
             seen.add(("way", key))
@@ -153,6 +153,16 @@ def _choices(
     yield measured
 
 
+def _padded(layer: ConvBase, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of the input that the convolution itself gets, batched, and the padding left to it."""
+    x = torch.empty(shape, device="meta")
+    x = x.unsqueeze(0) if x.dim() == layer.spatial + 1 else x
+    x, padding = layer._pad(x)
+    name = type(layer).__name__
+    x, numbers = functional._explicit_padding(name, x, layer.W_mu, layer.stride, padding, layer.dilation)
+    return tuple(x.shape), numbers
+
+
 def _measured(
     place: Place,
     what: str,
@@ -178,17 +188,25 @@ def measure(
     wanted = [*parameters, x] if place.input_gradient else parameters
     gradient = torch.randn_like(layer(x))
     times: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def run(name: str) -> None:
+        take(name)
+        start = time.perf_counter()
+        torch.autograd.grad(layer(x), wanted, gradient)
+        times[name].append(time.perf_counter() - start)
+
+    for name in [*candidates, *candidates]:
+        run(name)
+    # What warmed up says who has no chance: no more time is spent on those.
+    hopeful = [name for name in candidates if times[name][-1] < 2 * min(t[-1] for t in times.values())]
+    for name in hopeful:
+        times[name].clear()
     begin = time.perf_counter()
-    # The first two rounds warm up.
-    for k in range(_ROUNDS + 2):
-        if k >= 5 and time.perf_counter() - begin > seconds:
+    for k in range(_ROUNDS):
+        if k >= 3 and time.perf_counter() - begin > seconds:
             break
-        for name in candidates:
-            take(name)
-            start = time.perf_counter()
-            torch.autograd.grad(layer(x), wanted, gradient)
-            if k >= 2:
-                times[name].append(time.perf_counter() - start)
+        for name in hopeful:
+            run(name)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

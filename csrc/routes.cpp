@@ -10,6 +10,9 @@
 namespace bbb_fast {
 namespace {
 
+// More products than this squared are not worth trying.
+constexpr int64_t kFewPixels = 16;
+
 constexpr const char* kRuleSets[] = {"intel-avx512", "other"};
 
 struct Table {
@@ -106,7 +109,8 @@ bool ConvProblem::allows(ConvWay way) const {
       return plain && !narrow && size.size() <= 2 && contiguous && ones(stride) && ones(dilation) &&
              std::equal(padding.begin(), padding.end(), kernel.begin(), std::less<int64_t>());
     case ConvWay::by_pixels:
-      return plain && size.size() == 2 && ones(dilation);
+      return plain && size.size() == 2 && ones(dilation) && size[0] * size[1] <= kFewPixels &&
+             out_size(0) * out_size(1) <= kFewPixels;
     default:
       return true;
   }

@@ -15,11 +15,11 @@ from typing import Any
 
 from .._options import OptionError
 from .._version import __version__
-from . import info, train, uncertainty
+from . import info, train, tune, uncertainty
 
 __all__ = ["main"]
 
-_COMMANDS = {"train": train, "uncertainty": uncertainty, "info": info}
+_COMMANDS = {"train": train, "uncertainty": uncertainty, "tune": tune, "info": info}
 # Those whose output is all they do.
 _PRINTING = ("info",)
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)

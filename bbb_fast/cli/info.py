@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import routes
 from .._backend import build_info
 
 __all__ = ["add_parser", "run"]
@@ -24,6 +25,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _routes() -> str:
+    """By which rules the products of layers go around the library, and what was measured beside them."""
+    taken = routes.current()
+    measured = len(taken.ways) + len(taken.narrow)
+    more = f"{measured} measured choices in {routes.cache_file()}" if measured else "nothing measured"
+    return f"rules {taken.rules}; {routes.problem or more}"
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints :func:`bbb_fast.build_info` and the machine; returns 0."""
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -31,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         **build_info(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "routes": _routes(),
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(devices)],
     }
     if args.json:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .. import _backend, functional
+from .. import _backend, functional, routes
 from .._checks import FLOAT_DTYPES
 from .._noise import FREE, RandomModule, draw_rng, rank_offset
 from ..reference import conv_memory_format, in_format
+from ..routes import VarianceDtype
 
 DEFAULT_PRIORS: dict[str, Any] = {
     "prior_mu": 0.0,
@@ -113,7 +114,7 @@ class BayesianLayer(RandomModule):
     ``recompute_weight`` (estimator "bbb"): the drawn weight is not kept for backward but drawn again there.
     ``variance_dtype`` (estimator "lrt"): the type of the variance product, as in
     :func:`bbb_fast.functional.lrt_linear`; torch.bfloat16 is faster where the CPU or GPU multiplies it
-    faster. Both are keyword arguments of the layers and may be set later.
+    faster, "auto" chooses it there. Both are keyword arguments of the layers and may be set later.
     """
 
     estimator: str
@@ -121,7 +122,7 @@ class BayesianLayer(RandomModule):
     bias_rho: nn.Parameter | None
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
-    variance_dtype: torch.dtype | None = None
+    variance_dtype: VarianceDtype = None
     # The KL of the last forward, with what it depends on (csrc/layer_calls.h).
     _forward_kl: Any = None
 
@@ -133,7 +134,7 @@ class BayesianLayer(RandomModule):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         recompute_weight: bool,
-        variance_dtype: torch.dtype | None,
+        variance_dtype: VarianceDtype,
     ) -> None:
         super().__init__()
         resolved = resolve_priors(priors)
@@ -146,10 +147,10 @@ class BayesianLayer(RandomModule):
                     f"{type(self).__name__}: {name} is an option of the {owner} estimator, this layer's is "
                     f"{self.estimator}"
                 )
-        if variance_dtype is not None and variance_dtype not in FLOAT_DTYPES:
+        if variance_dtype not in (None, "auto", *FLOAT_DTYPES):
             raise TypeError(
-                f"{type(self).__name__}: variance_dtype must be float32, float64, bfloat16 or float16, got "
-                f"{variance_dtype}"
+                f"{type(self).__name__}: variance_dtype must be float32, float64, bfloat16, float16 or 'auto', "
+                f"got {variance_dtype}"
             )
         self.recompute_weight = recompute_weight
         self.variance_dtype = variance_dtype
@@ -202,7 +203,9 @@ class BayesianLayer(RandomModule):
     @property
     def bias(self) -> DrawnAtEachForward | None:
         """As ``weight``; None in a layer without bias."""
-        return None if self.bias_mu is None else DrawnAtEachForward(f"{type(self).__name__}.bias", self.bias_mu)
+        return (
+            None if self.bias_mu is None else DrawnAtEachForward(f"{type(self).__name__}.bias", self.bias_mu)
+        )
 
     def _check_whole(self) -> None:
         # FullyShardedDataParallel leaves a flat piece of a parameter in its place, or (use_orig_params=False)
@@ -299,7 +302,7 @@ class BayesianLayer(RandomModule):
             self.prior_mu,
             self.prior_sigma,
             self.recompute_weight,
-            self.variance_dtype,
+            routes.variance_dtype(self.variance_dtype, self.W_mu, input),
         )
 
     def _options(self, estimator: str) -> dict[str, Any]:
@@ -362,7 +365,7 @@ class LinearBase(BayesianLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         recompute_weight: bool = False,
-        variance_dtype: torch.dtype | None = None,
+        variance_dtype: VarianceDtype = None,
     ) -> None:
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -428,7 +431,7 @@ class ConvBase(BayesianLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         recompute_weight: bool = False,
-        variance_dtype: torch.dtype | None = None,
+        variance_dtype: VarianceDtype = None,
     ) -> None:
         name = type(self).__name__
         if groups < 1:
