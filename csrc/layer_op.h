@@ -244,8 +244,9 @@ class LayerOp {
       ag::set_history(output, node);
       if (with_kl) {
         // After the output's node: the engine runs later nodes first.
-        node->meeting = std::make_shared<KlMeeting>(node.get());
-        KlNode::attach(kl, layer.mu(), layer.rho(), layer.prior_mus(), layer.prior_sigmas(), node->meeting);
+        const auto mu = layer.mu();
+        KlNode::attach(
+            kl, mu, layer.rho(), layer.prior_mus(), layer.prior_sigmas(), {{node->meeting, mu.size()}});
       }
     }
     return outputs;
@@ -259,27 +260,22 @@ class LayerOp {
 
  private:
   // Not a torch::autograd::Function: its bookkeeping takes longer than a small layer's product.
-  struct Node : torch::autograd::Node {
+  struct Node : LayerNode {
     torch::autograd::SavedVariable input, W_mu, W_rho, bias_mu, bias_rho, kept, rng;
     std::optional<std::tuple<Owned<Geometry>...>> geometry;
-    double prior_mu = 0.0, prior_sigma = 1.0;
-    std::shared_ptr<KlMeeting> meeting;
-
-    ~Node() override {
-      if (meeting) meeting->forget_output();
-    }
 
     std::string name() const override { return LayerOp::name() + "_backward"; }
 
     void release_variables() override {
       const std::lock_guard<std::mutex> lock(mutex_);
+      meeting->close();
       for (auto* saved : {&input, &W_mu, &W_rho, &bias_mu, &bias_rho, &kept, &rng}) saved->reset_data();
     }
 
     torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
       const std::lock_guard<std::mutex> lock(mutex_);
       torch::autograd::variable_list result(5);
-      const at::Tensor grad_kl = meeting ? meeting->take() : at::Tensor();
+      const at::Tensor grad_kl = meeting->take();
       if (!grads[0].defined() && !grad_kl.defined()) return result;
       // First, since unpacking may run a forward (activation checkpointing).
       const at::Tensor x = input.unpack(), m = W_mu.unpack(), r = W_rho.unpack(), rng_ = rng.unpack();
