@@ -35,6 +35,12 @@ def _shape(t: Tensor) -> str:
 def floating(op: str, name: str, t: Tensor) -> None:
     if t.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+    strided(op, name, t)
+
+
+def strided(op: str, name: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, not a sparse or nested one")
 
 
 def rng(op: str, rng: Tensor, device: torch.device) -> None:
@@ -42,6 +48,7 @@ def rng(op: str, rng: Tensor, device: torch.device) -> None:
         raise TypeError(f"{op}: rng must be int64 (seed, stream), got {rng.dtype}")
     if rng.dim() != 1 or rng.shape[0] != 2:
         raise ValueError(f"{op}: rng must have shape [2] (seed, stream), got {_shape(rng)}")
+    strided(op, "rng", rng)
     same_device(op, "rng", rng, device)
 
 
@@ -59,6 +66,7 @@ def posterior(op: str, name: str, mu: Tensor, rho: Tensor, device: torch.device)
         raise ValueError(
             f"{op}: {name}mu and {name}rho must have one shape, got {_shape(mu)} and {_shape(rho)}"
         )
+    strided(op, f"{name}rho", rho)
     same_device(op, f"{name}mu", mu, device)
     same_device(op, f"{name}rho", rho, device)
 
@@ -167,8 +175,12 @@ def conv(
             raise ValueError(f"{op}: {name} must have {spatial} numbers, got {len(value)}")
         if any(v < least for v in value):
             raise ValueError(f"{op}: {name} must be >= {least}, got {list(value)}")
+        if any(v >= 1 << 31 for v in value):
+            raise ValueError(f"{op}: {name} must be < 2^31, got {list(value)}")
     if groups < 1:
         raise ValueError(f"{op}: groups must be >= 1, got {groups}")
+    if groups >= 1 << 31:
+        raise ValueError(f"{op}: groups must be < 2^31, got {groups}")
     channels = W_mu.shape[0] if transposed else W_mu.shape[1] * groups
     if input.shape[1] != channels or W_mu.shape[0] % groups != 0:
         raise ValueError(

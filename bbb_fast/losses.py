@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import functional
-from .layers.base import BayesianLayer
+from .layers.base import BayesianLayer, kl_of_layers
 
 __all__ = ["ELBO", "get_beta", "kl_loss", "kl_weight"]
 
@@ -22,23 +21,18 @@ SCHEDULES = ("Blundell", "Soenderby", "Standard")
 def kl_loss(model: nn.Module) -> Tensor:
     """KL(q || p) of a model, summed over every Bayesian layer in it, each counted once.
 
-    Layers whose last forward has formed it give that (see :meth:`BayesianLayer.kl_loss`); the others share
-    one call. A module of another kind with a ``kl_loss()`` of its own speaks for itself and
-    everything below it (the model's own is not asked, as it may be the caller). A model without any gives 0.
+    Always that of the parameters as they are now; one call for all layers of a device and dtype. A module of
+    another kind with a ``kl_loss()`` of its own speaks for itself and everything below it (the model's own is
+    not asked, as it may be the caller). A model without any gives 0.
     """
-    # One call for each device and dtype (almost always one): mu, rho, prior_mu, prior_sigma.
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list, list, list, list]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[BayesianLayer]] = {}
     parts: list[Tensor] = []
     for module in _with_kl(model, set(), root=True):
-        kl = module.take_forward_kl() if isinstance(module, BayesianLayer) else module.kl_loss()
-        if kl is not None:
-            parts.append(kl)
-            continue
-        for mu, rho in module.posterior():
-            group = groups.setdefault((mu.device, mu.dtype), ([], [], [], []))
-            for part, value in zip(group, (mu, rho, module.prior_mu, module.prior_sigma), strict=True):
-                part.append(value)
-    parts += [functional.kl_divergence(*group) for group in groups.values()]
+        if isinstance(module, BayesianLayer):
+            groups.setdefault((module.W_mu.device, module.W_mu.dtype), []).append(module)
+        else:
+            parts.append(module.kl_loss())
+    parts += [kl_of_layers(group) for group in groups.values()]
     if not parts:
         first = next(model.parameters(), None)
         return torch.zeros((), device=None if first is None else first.device)

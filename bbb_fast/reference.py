@@ -168,9 +168,9 @@ def kl_divergence(
 
 def _lrt_noise(v: Tensor, eps: Tensor) -> Tensor:
     """sqrt(v) * eps, with gradient 0 where v = 0 (there the derivative of the root is infinite)."""
-    positive = v > 0
-    # Not v.sqrt() under one where: the branch not taken would put 0 * inf into the gradient.
-    return torch.where(positive, torch.where(positive, v, 1.0).sqrt() * eps, 0.0)
+    # Not torch.where, whose backward would hide an incoming NaN.
+    zero = (v == 0).to(v.dtype)
+    return (v + zero).sqrt() * (1 - zero) * eps
 
 
 def lrt_sample(m: Tensor, v: Tensor, rng: Tensor, memory_format: torch.memory_format) -> Tensor:

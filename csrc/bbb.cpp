@@ -1,5 +1,6 @@
 // bbb_linear and bbb_conv: a product with weights drawn from the posterior (Blundell et al., "Weight
 // uncertainty in neural networks", ICML 2015), for every device.
+#include "checks.h"
 #include "layer_op.h"
 
 namespace bbb_fast {
@@ -24,15 +25,17 @@ struct WeightSpace {
     return {std::move(output), std::move(weights[0]), std::move(kl)};
   }
 
+  static void check_kept(
+      const char* op, const Layer& layer, at::IntArrayRef /*output*/, const OptionalTensor& kept) {
+    if (!has(kept)) return;
+    check_dtype(op, "kept", *kept, layer.input.scalar_type());
+    check_shape(op, "kept", *kept, layer.W_mu.sizes());
+  }
+
   template <class Product>
   class Backward {
    public:
-    Backward(
-        const char*,
-        const Product& product,
-        const Layer& layer,
-        const at::Tensor& grad,
-        const OptionalTensor& kept)
+    Backward(const Product& product, const Layer& layer, const at::Tensor& grad, const OptionalTensor& kept)
         : product_(product),
           layer_(layer),
           weight_(kept.value_or(at::Tensor())),

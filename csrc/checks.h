@@ -35,10 +35,16 @@ inline std::ostream& operator<<(std::ostream& out, const Name& name) {
   return out << name.group << name.member;
 }
 
+inline void check_strided(const char* op, const Name& name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(
+      t.layout() == at::kStrided, op, ": ", name, " must be a dense tensor, not a sparse or nested one");
+}
+
 inline void check_floating(const char* op, const Name& name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(
       is_supported_dtype(t.scalar_type()), op, ": ", name,
       " must be float32, float64, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+  check_strided(op, name, t);
 }
 
 inline void check_dtype_option(const char* op, const char* name, std::optional<at::ScalarType> dtype) {
@@ -56,12 +62,23 @@ inline void check_no_tangent(const char* op, const at::Tensor& t) {
       !t.defined() || !t._fw_grad(0).defined(), op, ": forward-mode derivatives are not implemented");
 }
 
+inline void check_shape(const char* op, const Name& name, const at::Tensor& t, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(t.sizes() == sizes, op, ": ", name, " must have shape ", sizes, ", got ", t.sizes());
+}
+
+inline void check_dtype(const char* op, const Name& name, const at::Tensor& t, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(
+      t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), ", got ",
+      dtype_name(t.scalar_type()));
+}
+
 inline void check_rng(const char* op, const at::Tensor& rng, at::Device device) {
   TORCH_CHECK_TYPE(
       rng.scalar_type() == at::kLong, op, ": rng must be int64 (seed, stream), got ",
       dtype_name(rng.scalar_type()));
   TORCH_CHECK_VALUE(
       rng.dim() == 1 && rng.size(0) == 2, op, ": rng must have shape [2] (seed, stream), got ", rng.sizes());
+  check_strided(op, "rng", rng);
   check_device(op, "rng", rng, device);
 }
 
@@ -74,6 +91,7 @@ inline void check_posterior(
   TORCH_CHECK_VALUE(
       mu.sizes() == rho.sizes(), op, ": ", group, "mu and ", group, "rho must have one shape, got ",
       mu.sizes(), " and ", rho.sizes());
+  check_strided(op, {group, "rho"}, rho);
   check_device(op, {group, "mu"}, mu, device);
   check_device(op, {group, "rho"}, rho, device);
 }
@@ -121,10 +139,10 @@ inline void check_posterior_backward(
   check_posteriors(op, mu, rho);
   check_priors(op, mu.size(), prior_mu, prior_sigma);
   const auto check_gradient = [&](const char* name, size_t k, const at::Tensor& g) {
+    check_floating(op, name, g);
     TORCH_CHECK_VALUE(
         g.sizes() == mu[k].sizes(), op, ": ", name, " ", k, " must have shape ", mu[k].sizes(), ", got ",
         g.sizes());
-    check_floating(op, name, g);
     check_device(op, name, g, mu[0].device());
   };
   const auto check_count = [&](const char* name, size_t count) {
@@ -154,11 +172,14 @@ inline void check_posterior_backward(
           out.is_contiguous() && out.scalar_type() == mu[k].scalar_type(), op, ": result ", k,
           " must be contiguous and ", dtype_name(mu[k].scalar_type()), " like mu");
     }
+    TORCH_CHECK_VALUE(
+        !grad_mu[k].is_same(grad_rho[k]), op, ": result ", k, " must be two tensors, got one twice");
   }
   check_dtype_option(op, "again", again);
   TORCH_CHECK_VALUE(
       !again || grad_w[0].defined(), op, ": what the forward formed is formed again with its gradient only");
   if (grad_kl && grad_kl->defined()) {
+    check_floating(op, "grad_kl", *grad_kl);
     TORCH_CHECK_VALUE(grad_kl->numel() == 1, op, ": grad_kl must be a scalar, got shape ", grad_kl->sizes());
     check_device(op, "grad_kl", *grad_kl, mu[0].device());
   }
@@ -186,6 +207,7 @@ inline void check_lrt_sample(
 inline void check_square_backward(
     const char* op, const at::Tensor& grad_input, const at::Tensor& input, const at::Tensor& grad) {
   check_floating(op, "grad_input", grad_input);
+  check_floating(op, "input", input);
   check_floating(op, "grad", grad);
   TORCH_CHECK_TYPE(
       grad_input.scalar_type() == input.scalar_type(), op, ": grad_input and input must have one dtype, got ",

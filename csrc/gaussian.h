@@ -164,12 +164,12 @@ BBB_INLINE void kl_derivative(
   g_rho = (s.value * inv2 * derivative - ratio) * grad;
 }
 
-// sqrt(v) eps, and its derivative by v; both 0 where v = 0.
+// sqrt(v) eps, and its derivative by v; both 0 where v = 0, and NaN where v is negative or NaN.
 template <class F>
 BBB_INLINE F lrt_noise(F v, F eps) {
   return square_root(v) * eps;
 }
 template <class F>
 BBB_INLINE F lrt_noise_derivative(F v, F eps) {
-  return select(v > 0.0f, eps * 0.5f * reciprocal_root(v), F{});
+  return select(v == 0.0f, F{}, eps * 0.5f * reciprocal_root(v));
 }

@@ -55,7 +55,7 @@ BBB_INLINE double lrt_noise(double v, double eps) {
   return sqrt(v) * eps;
 }
 BBB_INLINE double lrt_noise_derivative(double v, double eps) {
-  return v > 0 ? 0.5 * eps / sqrt(v) : 0.0;
+  return v == 0 ? 0.0 : 0.5 * eps / sqrt(v);
 }
 
 }  // namespace bbb_fast::f64

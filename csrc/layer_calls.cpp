@@ -12,6 +12,7 @@
 
 #include <limits>
 #include <mutex>
+#include <utility>
 
 #include "layer_op.h"
 
@@ -36,12 +37,19 @@ bool plain(const at::Tensor& t) {
        c10::DispatchKey::Functionalize}));
 }
 
-bool can_draw(const at::Tensor& input, const PosteriorAndPrior& p) {
-  const bool device = input.device().is_cpu() || (kWithCuda && input.is_cuda());
-  return device && plain(input) && plain(p.W_mu) && plain(p.W_rho) &&
-         (!has(p.bias_mu) || plain(*p.bias_mu)) && (!has(p.bias_rho) || plain(*p.bias_rho)) &&
-         !in_transform() && !at::tracer::impl::is_dispatch_enabled() &&
-         !at::impl::torch_function_mode_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+bool plain(const PosteriorAndPrior& p) {
+  return plain(p.W_mu) && plain(p.W_rho) && (!has(p.bias_mu) || plain(*p.bias_mu)) &&
+         (!has(p.bias_rho) || plain(*p.bias_rho));
+}
+
+bool with_kernels(at::Device device) {
+  return device.is_cpu() || (kWithCuda && device.is_cuda());
+}
+
+// Whether someone must see the ops being called.
+bool watched() {
+  return in_transform() || at::tracer::impl::is_dispatch_enabled() || at::impl::torch_function_mode_enabled() ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 // torch.randint(0, 2^63 - 1, (2,)) of the device's generator, plus offset. On the CPU past the dispatcher,
@@ -81,8 +89,8 @@ LayerOutputs call_op(
     const PosteriorAndPrior& p,
     const at::Tensor& rng,
     const std::optional<ConvGeometry>& geometry,
-    bool with_kl,
     Option option) {
+  constexpr bool with_kl = false;
   if (!geometry) {
     static const auto op = find_op<OverLinear<LayerForward, Option>>(estimator + "_linear");
     return op.call(
@@ -99,47 +107,44 @@ LayerOutputs call_op(
 
 }  // namespace
 
-std::vector<ForwardKl::State> ForwardKl::states(const PosteriorAndPrior& of) {
-  std::vector<State> states;
-  states.reserve(4);
-  for (const at::Tensor& t :
-       {of.W_mu, of.W_rho, of.bias_mu.value_or(at::Tensor()), of.bias_rho.value_or(at::Tensor())}) {
-    if (t.defined()) {
-      states.push_back({t, t.const_data_ptr(), static_cast<int64_t>(t._version()), t.requires_grad()});
-    }
-  }
-  return states;
-}
-
-ForwardKl::ForwardKl(at::Tensor kl, const PosteriorAndPrior& of)
-    : kl_(std::move(kl)), prior_mu_(of.prior_mu), prior_sigma_(of.prior_sigma), states_(states(of)) {}
-
-OptionalTensor ForwardKl::take(const PosteriorAndPrior& now) const {
-  const bool same = prior_mu_ == now.prior_mu && prior_sigma_ == now.prior_sigma && states_ == states(now);
-  return same ? OptionalTensor(kl_) : std::nullopt;
-}
-
-bool records_plainly() {
-  return at::GradMode::is_enabled() && !in_transform();
-}
-
 std::optional<LayerOutput> draw_layer(
     const EstimatorOption& estimator,
     const at::Tensor& input,
     const PosteriorAndPrior& posterior,
     const std::optional<ConvGeometry>& geometry,
     int64_t rng_offset) {
-  if (!can_draw(input, posterior)) return std::nullopt;
-  // Of inference tensors, changes go unseen.
-  const bool with_kl = at::GradMode::is_enabled() && !posterior.W_mu.is_inference();
+  if (!with_kernels(input.device()) || !plain(input) || !plain(posterior) || watched()) return std::nullopt;
   const at::Tensor x = autocast(input);
   const at::Tensor rng = draw_rng(x.device(), rng_offset);
-  auto [output, kept, kl] =
-      estimator.lrt ? call_op("lrt", x, posterior, rng, geometry, with_kl, estimator.variance_dtype)
-                    : call_op("bbb", x, posterior, rng, geometry, with_kl, estimator.recompute_weight);
-  LayerOutput result{std::move(output), std::nullopt};
-  if (with_kl) result.kl.emplace(std::move(kl), posterior);
+  LayerOutput result;
+  result.output = std::get<0>(
+      estimator.lrt ? call_op("lrt", x, posterior, rng, geometry, estimator.variance_dtype)
+                    : call_op("bbb", x, posterior, rng, geometry, estimator.recompute_weight));
+  if (const auto* node = dynamic_cast<const LayerNode*>(result.output.grad_fn().get())) {
+    result.trace.emplace(ForwardTrace{node->meeting});
+  }
   return result;
+}
+
+OptionalTensor kl_of_layers(const std::vector<LayerPosterior>& layers) {
+  if (watched()) return std::nullopt;
+  std::vector<at::Tensor> mu, rho;
+  std::vector<double> prior_mu, prior_sigma;
+  KlNode::Meetings meetings;
+  const auto add = [&](const PosteriorAndPrior& p, const at::Tensor& m, const at::Tensor& r) {
+    mu.push_back(m);
+    rho.push_back(r);
+    prior_mu.push_back(p.prior_mu);
+    prior_sigma.push_back(p.prior_sigma);
+  };
+  for (const auto& [p, trace] : layers) {
+    if (!with_kernels(p.W_mu.device()) || !plain(p)) return std::nullopt;
+    add(p, p.W_mu, p.W_rho);
+    const bool bias = has(p.bias_mu) && has(p.bias_rho);
+    if (bias) add(p, *p.bias_mu, *p.bias_rho);
+    meetings.emplace_back(trace ? trace->meeting.lock() : nullptr, bias ? 2 : 1);
+  }
+  return kl_divergence(mu, rho, prior_mu, prior_sigma, meetings);
 }
 
 }  // namespace bbb_fast

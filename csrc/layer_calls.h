@@ -1,14 +1,15 @@
-// A layer's forward in one call from Python: draws the rng and runs the layer's op. The op itself is called
-// as through torch.ops, but what a small layer would wait for is left out: the parsing of arguments by
-// schema, Python's part of the draw and of the bookkeeping around the KL.
+// A layer's forward in one call from Python, which draws the rng and runs the layer's op, and the KL of
+// layers in another. The ops are called as through torch.ops, but what a small layer would wait for is left
+// out: the parsing of arguments by schema, and Python's part of the draw.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <optional>
 #include <vector>
 
-#include "passes.h"
+#include "kl_node.h"
 
 namespace bbb_fast {
 
@@ -19,34 +20,10 @@ struct PosteriorAndPrior {
   double prior_mu, prior_sigma;
 };
 
-// The KL that a forward formed, for whoever asks while it is that of the parameters still.
-class ForwardKl {
- public:
-  ForwardKl(at::Tensor kl, const PosteriorAndPrior& of);
-
-  const at::Tensor& kl() const { return kl_; }
-  // The KL, if nothing changed since and gradients are recorded as they were; writes to a tensor's .data go
-  // unnoticed.
-  OptionalTensor take(const PosteriorAndPrior& now) const;
-
- private:
-  // Changes with the tensor's values.
-  struct State {
-    at::Tensor tensor;
-    const void* data;
-    int64_t version;
-    bool requires_grad;
-
-    bool operator==(const State& other) const {
-      return tensor.is_same(other.tensor) && data == other.data && version == other.version &&
-             requires_grad == other.requires_grad;
-    }
-  };
-  static std::vector<State> states(const PosteriorAndPrior& of);
-
-  at::Tensor kl_;
-  double prior_mu_, prior_sigma_;
-  std::vector<State> states_;
+// What a forward leaves its layer: where a KL's node can meet the node of the output, while that lives.
+// It keeps neither the graph nor a tensor.
+struct ForwardTrace {
+  std::weak_ptr<KlMeeting> meeting;
 };
 
 // The geometry of a convolution, as torch.nn.functional takes it; none for a linear layer.
@@ -64,11 +41,11 @@ struct EstimatorOption {
 
 struct LayerOutput {
   at::Tensor output;
-  std::optional<ForwardKl> kl;  // where a gradient is recorded
+  std::optional<ForwardTrace> trace;  // where a gradient is recorded
 };
 
-// None where Python has to go the long way: under a mode or a transform that must see the op being called,
-// for tensors of another class, on a device without kernels.
+// Both are none where Python has to go the long way: under a mode or a transform that must see the op being
+// called, for tensors of another class, on a device without kernels.
 std::optional<LayerOutput> draw_layer(
     const EstimatorOption& estimator,
     const at::Tensor& input,
@@ -76,7 +53,12 @@ std::optional<LayerOutput> draw_layer(
     const std::optional<ConvGeometry>& geometry,
     int64_t rng_offset);
 
-// Whether gradients are recorded, and by no transform.
-bool records_plainly();
+// The sum of the layers' KLs, of their parameters as they are now, and for backward the trace of each one's
+// last forward. The layers are on one device and of one dtype.
+struct LayerPosterior {
+  PosteriorAndPrior posterior;
+  std::optional<ForwardTrace> trace;
+};
+OptionalTensor kl_of_layers(const std::vector<LayerPosterior>& layers);
 
 }  // namespace bbb_fast

@@ -29,6 +29,27 @@ void Layer::check(const char* op, int64_t out_features) const {
   check_prior(op, prior_mu, prior_sigma);
 }
 
+void Layer::check_backward(
+    const char* op,
+    at::IntArrayRef output,
+    const at::Tensor& grad,
+    const OptionalTensor& kept,
+    const c10::List<bool>& output_mask) const {
+  check_floating(op, "grad", grad);
+  check_dtype(op, "grad", grad, input.scalar_type());
+  check_shape(op, "grad", grad, output);
+  check_device(op, "grad", grad, input.device());
+  if (has(kept)) {
+    check_floating(op, "kept", *kept);
+    check_device(op, "kept", *kept, input.device());
+  }
+  TORCH_CHECK_VALUE(
+      output_mask.size() == 5, op, ": output_mask must have 5 entries, got ", output_mask.size());
+  TORCH_CHECK_VALUE(
+      has(bias_mu) || !(output_mask[3] || output_mask[4]), op,
+      ": output_mask asks for the gradient of a bias, and there is none");
+}
+
 PosteriorGradients posterior_gradients(
     const Layer& layer,
     const OperandGradients& grads,

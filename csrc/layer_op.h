@@ -39,6 +39,13 @@ struct Layer {
   double prior_sigma;
 
   void check(const char* op, int64_t out_features) const;
+  // What the backward op is given besides; `output` is the shape of the forward's.
+  void check_backward(
+      const char* op,
+      at::IntArrayRef output,
+      const at::Tensor& grad,
+      const OptionalTensor& kept,
+      const c10::List<bool>& output_mask) const;
   // The posteriors: of the weight and, if there is one, of the bias.
   std::vector<at::Tensor> mu() const { return list(W_mu, bias_mu); }
   std::vector<at::Tensor> rho() const { return list(W_rho, bias_rho); }
@@ -171,15 +178,16 @@ class LayerOp {
       double prior_sigma,
       c10::List<bool> output_mask) {
     static const std::string op = name() + "_backward";
-    TORCH_CHECK_VALUE(output_mask.size() == 5, op, ": output_mask must have 5 entries");
     const auto product = product_of(geometry...);
     const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
     product.check(op.c_str(), input, W_mu);
     layer.check(op.c_str(), product.out_features(W_mu));
+    const auto output = product.output_sizes(input, W_mu);
+    layer.check_backward(op.c_str(), output, grad, kept, output_mask);
+    Estimator::check_kept(op.c_str(), layer, output, kept);
     const bool W = output_mask[1] || output_mask[2];
-    const bool bias = has(bias_mu) && (output_mask[3] || output_mask[4]);
-    const typename Estimator::template Backward<decltype(product)> through(
-        op.c_str(), product, layer, grad, kept);
+    const bool bias = output_mask[3] || output_mask[4];
+    const typename Estimator::template Backward<decltype(product)> through(product, layer, grad, kept);
     PosteriorGradients gradients;
     if (W || bias) {
       // The pass over the parameters also forms what the input's gradient needs of them.
@@ -236,8 +244,9 @@ class LayerOp {
       ag::set_history(output, node);
       if (with_kl) {
         // After the output's node: the engine runs later nodes first.
-        node->meeting = std::make_shared<KlMeeting>(node.get());
-        KlNode::attach(kl, layer.mu(), layer.rho(), layer.prior_mus(), layer.prior_sigmas(), node->meeting);
+        const auto mu = layer.mu();
+        KlNode::attach(
+            kl, mu, layer.rho(), layer.prior_mus(), layer.prior_sigmas(), {{node->meeting, mu.size()}});
       }
     }
     return outputs;
@@ -251,27 +260,22 @@ class LayerOp {
 
  private:
   // Not a torch::autograd::Function: its bookkeeping takes longer than a small layer's product.
-  struct Node : torch::autograd::Node {
+  struct Node : LayerNode {
     torch::autograd::SavedVariable input, W_mu, W_rho, bias_mu, bias_rho, kept, rng;
     std::optional<std::tuple<Owned<Geometry>...>> geometry;
-    double prior_mu = 0.0, prior_sigma = 1.0;
-    std::shared_ptr<KlMeeting> meeting;
-
-    ~Node() override {
-      if (meeting) meeting->forget_output();
-    }
 
     std::string name() const override { return LayerOp::name() + "_backward"; }
 
     void release_variables() override {
       const std::lock_guard<std::mutex> lock(mutex_);
+      meeting->close();
       for (auto* saved : {&input, &W_mu, &W_rho, &bias_mu, &bias_rho, &kept, &rng}) saved->reset_data();
     }
 
     torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
       const std::lock_guard<std::mutex> lock(mutex_);
       torch::autograd::variable_list result(5);
-      const at::Tensor grad_kl = meeting ? meeting->take() : at::Tensor();
+      const at::Tensor grad_kl = meeting->take();
       if (!grads[0].defined() && !grad_kl.defined()) return result;
       // First, since unpacking may run a forward (activation checkpointing).
       const at::Tensor x = input.unpack(), m = W_mu.unpack(), r = W_rho.unpack(), rng_ = rng.unpack();

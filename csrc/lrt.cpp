@@ -56,20 +56,17 @@ struct LocalReparameterization {
     return {std::move(m), std::move(v), std::move(kl)};
   }
 
+  static void check_kept(const char* op, const Layer&, at::IntArrayRef output, const OptionalTensor& kept) {
+    TORCH_CHECK_VALUE(has(kept), op, ": kept, the variance of the output, is missing");
+    check_shape(op, "kept", *kept, output);
+  }
+
   template <class Product>
   class Backward {
    public:
-    Backward(
-        const char* op,
-        const Product& product,
-        const Layer& layer,
-        const at::Tensor& grad,
-        const OptionalTensor& kept)
+    Backward(const Product& product, const Layer& layer, const at::Tensor& grad, const OptionalTensor& kept)
         : product_(product), layer_(layer) {
-      const at::Tensor v = kept.value_or(at::Tensor());
-      TORCH_CHECK_VALUE(v.defined(), op, ": kept, the variance of the output, is missing");
-      TORCH_CHECK_VALUE(
-          grad.sizes() == v.sizes(), op, ": grad must have shape ", v.sizes(), ", got ", grad.sizes());
+      const at::Tensor& v = *kept;
       vdtype_ = v.scalar_type();
       pdtype_ = product_dtype_for(layer.input, vdtype_);
       format_ = product.output_format(layer.input, layer.W_mu);

@@ -25,7 +25,7 @@
 namespace {
 
 using namespace bbb_fast;
-using Drawn = std::optional<std::pair<at::Tensor, std::optional<ForwardKl>>>;
+using Drawn = std::optional<std::pair<at::Tensor, std::optional<ForwardTrace>>>;
 
 // Arguments in the order of the layers' ops; geometry is (stride, padding, dilation, groups) of a
 // convolution.
@@ -53,18 +53,26 @@ Drawn draw(
       {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
       conv, rng_offset);
   if (!result) return std::nullopt;
-  return std::pair(std::move(result->output), std::move(result->kl));
+  return std::pair(std::move(result->output), std::move(result->trace));
 }
 
-OptionalTensor take(
-    const ForwardKl& left,
-    const at::Tensor& W_mu,
-    const at::Tensor& W_rho,
-    const OptionalTensor& bias_mu,
-    const OptionalTensor& bias_rho,
-    double prior_mu,
-    double prior_sigma) {
-  return left.take({W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma});
+// W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma, and what the last forward left.
+using LayerTuple = std::tuple<
+    at::Tensor,
+    at::Tensor,
+    OptionalTensor,
+    OptionalTensor,
+    double,
+    double,
+    std::optional<ForwardTrace>>;
+
+OptionalTensor kl(const std::vector<LayerTuple>& layers) {
+  std::vector<LayerPosterior> posteriors;
+  posteriors.reserve(layers.size());
+  for (const auto& [W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma, trace] : layers) {
+    posteriors.push_back({{W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma}, trace});
+  }
+  return kl_of_layers(posteriors);
 }
 
 using Numbers = std::vector<int64_t>;
@@ -116,14 +124,13 @@ std::string way(
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  pybind11::class_<ForwardKl>(m, "ForwardKl", "The KL that a layer's forward formed.")
-      .def_property_readonly("kl", &ForwardKl::kl)
-      .def("take", &take, "The KL, or None if the parameters, their state or the prior changed since.");
+  pybind11::class_<ForwardTrace>(m, "ForwardTrace", "What a forward leaves its layer; keeps nothing alive.");
   m.def(
       "draw", torch::wrap_pybind_function_no_gil(draw),
-      "A layer's forward: (output, ForwardKl or None), or None where torch.ops has to be gone through.");
+      "A layer's forward: (output, ForwardTrace or None), or None where torch.ops has to be gone through.");
   m.def(
-      "records_plainly", &records_plainly, "Whether gradients are recorded, and by no torch.func transform.");
+      "kl", torch::wrap_pybind_function_no_gil(kl),
+      "The KL of layers, summed; or None where torch.ops has to be gone through.");
   m.def(
       "build_info",
       [] {

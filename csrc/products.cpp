@@ -8,6 +8,9 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "checks.h"
 #include "cpu/conv_by_pixels.h"
 #include "cpu/direct_conv.h"
@@ -50,6 +53,12 @@ void Linear::check(const char* op, const at::Tensor& input, const at::Tensor& we
       ": the last dimension of input must be in_features = ", weight.size(1), ", got input ", input.sizes());
 }
 
+std::vector<int64_t> Linear::output_sizes(const at::Tensor& input, const at::Tensor& weight) const {
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes.back() = out_features(weight);
+  return sizes;
+}
+
 at::Tensor Linear::forward(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const {
   return at::linear(input, weight, bias);
@@ -72,6 +81,7 @@ ProductGradients Linear::backward(
 }
 
 void Convolution::check(const char* op, const at::Tensor& input, const at::Tensor& weight) const {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // sums and products below stay in range
   const int64_t spatial = weight.dim() - 2;
   TORCH_CHECK_VALUE(
       spatial >= 1 && spatial <= 3, op, ": W_mu must have 3, 4 or 5 dimensions, got ", weight.sizes());
@@ -84,6 +94,7 @@ void Convolution::check(const char* op, const at::Tensor& input, const at::Tenso
         " numbers, got ", values.size());
     for (const auto& v : values) {
       TORCH_CHECK_VALUE(v >= least, op, ": ", name, " must be >= ", least, ", got ", values);
+      TORCH_CHECK_VALUE(v <= kMost, op, ": ", name, " must be < 2^31, got ", values);
     }
   };
   check("stride", stride_, 1);
@@ -91,6 +102,7 @@ void Convolution::check(const char* op, const at::Tensor& input, const at::Tenso
   check("dilation", dilation_, 1);
   check("output_padding", output_padding_, 0);
   TORCH_CHECK_VALUE(groups_ >= 1, op, ": groups must be >= 1, got ", groups_);
+  TORCH_CHECK_VALUE(groups_ <= kMost, op, ": groups must be < 2^31, got ", groups_);
   const c10::SymInt channels = transposed_ ? c10::SymInt(weight.size(0)) : weight.size(1) * groups_;
   TORCH_CHECK_VALUE(
       input.size(1) == channels && weight.size(0) % groups_ == 0, op, ": input must have ", channels,
@@ -103,6 +115,18 @@ void Convolution::check(const char* op, const at::Tensor& input, const at::Tenso
         " elements, more than the padded input's ", padded, ", in dimension ", 2 + d, " of input ",
         input.sizes());
   }
+}
+
+std::vector<int64_t> Convolution::output_sizes(const at::Tensor& input, const at::Tensor& weight) const {
+  std::vector<int64_t> sizes{input.size(0), out_features(weight)};
+  for (int64_t d = 0; d < weight.dim() - 2; ++d) {
+    const int64_t stride = stride_[d].expect_int(), padding = padding_[d].expect_int();
+    const int64_t reach = dilation_[d].expect_int() * (weight.size(2 + d) - 1) + 1;
+    sizes.push_back(
+        transposed_ ? (input.size(2 + d) - 1) * stride - 2 * padding + reach + output_padding_[d].expect_int()
+                    : (input.size(2 + d) + 2 * padding - reach) / stride + 1);
+  }
+  return sizes;
 }
 
 // channels_last if the input or the weight is stored so and not at the same time contiguous. The same rule

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "passes.h"
 #include "routes.h"
@@ -20,6 +21,7 @@ class Linear {
  public:
   void check(const char* op, const at::Tensor& input, const at::Tensor& weight) const;
   int64_t out_features(const at::Tensor& weight) const { return weight.size(0); }
+  std::vector<int64_t> output_sizes(const at::Tensor& input, const at::Tensor& weight) const;
   // The memory format of the output, which numbers the noise of local reparameterization.
   at::MemoryFormat output_format(const at::Tensor&, const at::Tensor&) const {
     return at::MemoryFormat::Contiguous;
@@ -66,6 +68,7 @@ class Convolution {
   int64_t out_features(const at::Tensor& weight) const {
     return transposed_ ? weight.size(1) * groups_.expect_int() : weight.size(0);
   }
+  std::vector<int64_t> output_sizes(const at::Tensor& input, const at::Tensor& weight) const;
   at::MemoryFormat output_format(const at::Tensor& input, const at::Tensor& weight) const;
   at::Tensor arranged(const at::Tensor& t, const at::Tensor& input, const at::Tensor& weight) const;
   at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const;

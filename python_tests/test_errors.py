@@ -331,3 +331,108 @@ def test_nothing_is_written_before_an_error(backend: str, op: str) -> None:
     with pytest.raises(TypeError):
         call(op, {**arguments, "rng": rng(f32)})
     assert all(torch.equal(arguments[k], v) for k, v in before.items())
+
+
+def backward_arguments(op: str) -> dict[str, Any]:
+    """What a layer's backward op accepts, by name."""
+    kind = valid("bbb_linear" if op.endswith("linear") else "bbb_conv2d")
+    tensors = ("input", "W_mu", "W_rho", "bias_mu", "bias_rho")
+    rest: dict[str, Any] = {} if op.endswith("linear") else dict(GEOMETRY)
+    rest |= {"prior_mu": 0.0, "prior_sigma": 0.1}
+    forward = getattr(torch.ops.bbb_fast, op)
+    output, kept, _ = forward(*kind.values(), *rest.values(), False, False if op.startswith("bbb") else None)
+    return {
+        "grad": torch.ones_like(output),
+        "grad_kl": None,
+        **{name: kind[name] for name in tensors},
+        "kept": kept,
+        "rng": kind["rng"],
+        **rest,
+        "output_mask": [True] * 5,
+    }
+
+
+GEOMETRY: dict[str, Any] = {
+    "stride": [1, 1],
+    "padding": [0, 0],
+    "dilation": [1, 1],
+    "transposed": False,
+    "output_padding": [0, 0],
+    "groups": 1,
+}
+LAYER_OPS = ["bbb_linear", "bbb_conv", "lrt_linear", "lrt_conv"]
+# Changed arguments of the backward ops, each made from the valid one.
+BACKWARD_CASES: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
+    ("grad", lambda t: t[:1], ValueError, r"grad must have shape \[.*\], got"),
+    ("grad", lambda t: t.sum(), ValueError, r"grad must have shape \[.*\], got \[\]"),
+    ("grad", lambda t: t.transpose(0, -1), ValueError, "grad must have shape"),
+    ("grad", lambda t: t[..., :1].contiguous(), ValueError, "grad must have shape"),
+    ("grad", lambda t: t.new_empty(0), ValueError, "grad must have shape"),
+    ("grad", lambda t: t.double(), TypeError, "grad must be torch.float32, got torch.float64"),
+    ("grad", lambda t: t.long(), TypeError, "grad must be float32, float64, bfloat16 or float16"),
+    ("grad", lambda t: t.to_sparse(), TypeError, "grad must be a dense tensor"),
+    ("grad", lambda t: t.to("meta"), ValueError, "is on"),
+    ("grad_kl", lambda _: zeros(2), ValueError, "grad_kl must be a scalar"),
+    ("grad_kl", lambda _: zeros(1, dtype=i64), TypeError, "grad_kl must be float32"),
+    ("input", lambda t: t[:1], ValueError, "grad must have shape"),
+    ("input", lambda t: t[:0], ValueError, "grad must have shape"),
+    ("input", lambda t: t.double(), TypeError, "must be torch.float64 like the input"),
+    ("W_mu", lambda t: t[:1], ValueError, "W_mu and W_rho must have one shape"),
+    ("W_rho", lambda t: t.to_sparse(), TypeError, "W_rho must be a dense tensor"),
+    ("bias_mu", lambda t: t[:1], ValueError, "bias_mu and bias_rho must have one shape"),
+    ("bias_mu", lambda _: None, ValueError, "give both bias_mu and bias_rho, or neither"),
+    ("kept", lambda t: t[:1], ValueError, r"kept must have shape \[.*\], got"),
+    ("kept", lambda t: t.flatten(), ValueError, r"kept must have shape"),
+    ("kept", lambda t: t.long(), TypeError, "kept must be float32, float64, bfloat16 or float16"),
+    ("kept", lambda t: t.to_sparse(), TypeError, "kept must be a dense tensor"),
+    ("rng", lambda t: t[:1], ValueError, r"rng must have shape \[2\]"),
+    ("rng", lambda t: t.float(), TypeError, "rng must be int64"),
+    ("output_mask", lambda m: m[:4], ValueError, "output_mask must have 5 entries, got 4"),
+    ("prior_sigma", lambda _: -1.0, ValueError, "prior_sigma must be finite and > 0"),
+]
+
+
+@pytest.mark.parametrize("op", LAYER_OPS)
+@pytest.mark.parametrize(("name", "change", "error", "message"), BACKWARD_CASES)
+def test_backward_ops_check_what_they_are_given(
+    native: None, op: str, name: str, change: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    arguments = backward_arguments(op)
+    backward = getattr(torch.ops.bbb_fast, f"{op}_backward")
+    backward(*arguments.values())
+    arguments[name] = change(arguments[name])
+    with pytest.raises(error, match=message):
+        backward(*arguments.values())
+
+
+@pytest.mark.parametrize("op", LAYER_OPS)
+def test_backward_ops_know_what_the_layer_has(native: None, op: str) -> None:
+    arguments = backward_arguments(op)
+    backward = getattr(torch.ops.bbb_fast, f"{op}_backward")
+    if op.startswith("bbb"):
+        with pytest.raises(TypeError, match="kept must be torch.float32, got torch.float64"):
+            backward(*{**arguments, "kept": arguments["kept"].double()}.values())
+    else:
+        with pytest.raises(ValueError, match="kept, the variance of the output, is missing"):
+            backward(*{**arguments, "kept": None}.values())
+    arguments |= {"bias_mu": None, "bias_rho": None}
+    with pytest.raises(ValueError, match="output_mask asks for the gradient of a bias, and there is none"):
+        backward(*arguments.values())
+    arguments["output_mask"] = [True, True, True, False, False]
+    assert len(backward(*arguments.values())) == 3
+
+
+@pytest.mark.parametrize("least", [1 << 31, 1 << 62, (1 << 63) - 1])
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
+@pytest.mark.parametrize("op", CONVS)
+def test_numbers_that_would_overflow(backend: str, op: str, name: str, least: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be < 2\\^31, got"):
+        call(op, {name: least})
+
+
+def test_one_result_twice(native: None) -> None:
+    one, other = zeros(3), zeros(3)
+    arguments = ([zeros(3)], [], None, [one], [other], rng(), [0.0], [0.1])
+    result = zeros(3)
+    with pytest.raises(ValueError, match="result 0 must be two tensors, got one twice"):
+        torch.ops.bbb_fast.posterior_backward_out(*arguments, [result], [result])

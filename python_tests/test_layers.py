@@ -7,6 +7,7 @@ import inspect
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -396,15 +397,14 @@ class TestDistribution:
         assert unrelated(layer(x), other(x))
 
     def test_a_forward_leaves_nothing_behind(self, backend: str, estimator: ModuleType) -> None:
-        """No noise, sampled weight or counter on the layer, and no KL once it was asked for."""
+        """No noise, sampled weight or counter on the layer; a trace at most, which keeps nothing."""
         layer = make(estimator, "Conv2d")
         before = {name: id(value) for name, value in vars(layer).items()}
         y = layer(example("Conv2d"))
         left = {name: value for name, value in vars(layer).items() if id(value) != before.get(name)}
-        assert list(left) == (["_forward_kl"] if backend == "native" else [])
+        assert list(left) == (["_trace"] if backend == "native" else [])
         (y.sum() + layer.kl_loss()).backward()
-        assert layer._forward_kl is None
-        after = {name: id(value) for name, value in vars(layer).items() if name != "_forward_kl"}
+        after = {name: id(value) for name, value in vars(layer).items() if name != "_trace"}
         assert after == before
         assert not list(layer.buffers())
 
@@ -717,6 +717,26 @@ def replace_data(layer: BayesianLayer) -> None:
     layer.W_mu.data = torch.ones_like(layer.W_mu)
 
 
+def write_data(layer: BayesianLayer) -> None:
+    layer.W_mu.data.add_(0.5)
+
+
+def write_numpy(layer: BayesianLayer) -> None:
+    layer.W_rho.detach().cpu().numpy()[:] = -0.5  # on a GPU, of a copy
+
+
+def fused_step(name: str) -> Callable[[BayesianLayer], None]:
+    """A step of an optimizer that writes past autograd's version counters."""
+
+    def step(layer: BayesianLayer) -> None:
+        for p in layer.parameters():
+            p.grad = torch.ones_like(p)
+        getattr(torch.optim, name)(layer.parameters(), lr=0.1, fused=True).step()
+        layer.zero_grad()
+
+    return step
+
+
 def drop_bias(layer: BayesianLayer) -> None:
     layer.bias_mu = layer.bias_rho = None
 
@@ -735,6 +755,13 @@ CHANGES: dict[str, Callable[[BayesianLayer], Any]] = {
     "in place": change_in_place,
     "bias in place": change_bias_in_place,
     "optimizer step": step,
+    "SGD, fused": fused_step("SGD"),
+    "Adam, fused": fused_step("Adam"),
+    "AdamW, fused": fused_step("AdamW"),
+    "Adagrad, fused": fused_step("Adagrad"),
+    "written to .data": write_data,
+    "written by numpy": write_numpy,
+    "shared memory": lambda layer: layer.share_memory(),
     "another parameter": replace,
     "other data": replace_data,
     "no bias": drop_bias,
@@ -753,7 +780,7 @@ CHANGES: dict[str, Callable[[BayesianLayer], Any]] = {
 
 
 class TestForwardKl:
-    """The KL that a forward forms in its pass, taken by the next kl_loss()."""
+    """kl_loss() after a forward: of the parameters as they are, and its backward beside the output's."""
 
     @pytest.mark.parametrize("change", CHANGES)
     def test_is_the_kl_of_now(self, backend: str, estimator: ModuleType, change: str) -> None:
@@ -780,17 +807,17 @@ class TestForwardKl:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("bias", [True, False])
     def test_is_that_of_the_forward(self, native: None, estimator: ModuleType, kind: str, bias: bool) -> None:
-        """Taken once, the same number as a fresh one, with the same gradients."""
+        """The same number and gradients as without a forward, as often as it is asked for."""
         layer = make(estimator, kind, bias=bias)
-        layer(example(kind))
-        left = layer._forward_kl.kl
-        taken, fresh = layer.kl_loss(), layer.kl_loss()
-        torch.testing.assert_close(taken, fresh, rtol=1e-6, atol=0)
-        torch.testing.assert_close(taken.double(), exact_kl(layer), rtol=1e-6, atol=0)
         parameters = list(layer.parameters())
-        grads = [torch.autograd.grad(kl, parameters) for kl in (taken, fresh)]
-        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
-        assert taken is left and fresh is not left
+        before = layer.kl_loss()
+        expected = torch.autograd.grad(before, parameters)
+        y = layer(example(kind))
+        torch.testing.assert_close(before.double(), exact_kl(layer), rtol=1e-6, atol=0)
+        for kl in (layer.kl_loss(), layer.kl_loss()):
+            assert torch.equal(kl, before)
+            assert all(map(torch.equal, torch.autograd.grad(kl, parameters), expected))
+        assert y.requires_grad
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("order", ["output first", "KL first"])
@@ -830,8 +857,8 @@ class TestForwardKl:
         for got, a, b in zip(together, apart, exact, strict=True):
             torch.testing.assert_close(got, a + b, rtol=1e-5, atol=1e-5)
 
-    def test_is_taken_once(self, backend: str, estimator: ModuleType) -> None:
-        """A second loss meets no graph whose backward is done."""
+    def test_a_second_loss(self, backend: str, estimator: ModuleType) -> None:
+        """It meets no graph whose backward is done."""
         layer, x = make(estimator, "Linear"), example("Linear")
         y = layer(x)
         (y.square().sum() + layer.kl_loss()).backward()
@@ -841,11 +868,10 @@ class TestForwardKl:
         expected = torch.autograd.grad(exact_kl(layer), list(layer.parameters()))
         torch.testing.assert_close([p.grad for p in layer.parameters()], list(expected), rtol=1e-5, atol=1e-6)
 
-    def test_no_grad_does_not_take_it(self, backend: str, estimator: ModuleType) -> None:
-        """A logged KL costs the loss nothing and has no graph."""
+    def test_without_grad(self, backend: str, estimator: ModuleType) -> None:
+        """A logged KL has no graph, and takes nothing from the loss."""
         layer, x = make(estimator, "Linear"), example("Linear")
         layer(x)
-        left = layer._forward_kl.kl if backend == "native" else None
         with torch.no_grad():
             quiet = layer.kl_loss()
         with torch.inference_mode():
@@ -853,13 +879,12 @@ class TestForwardKl:
         assert not quiet.requires_grad
         kl = layer.kl_loss()
         assert torch.equal(kl, quiet) and kl.requires_grad
-        assert left is None or kl is left
 
     def test_a_forward_under_no_grad_leaves_none(self, backend: str, estimator: ModuleType) -> None:
         layer, x = make(estimator, "Linear"), example("Linear")
         with torch.no_grad():
             layer(x)
-        assert layer._forward_kl is None
+        assert layer._trace is None
         assert layer.kl_loss().requires_grad
 
     def test_unfrozen_after_the_forward(self, backend: str, estimator: ModuleType) -> None:
@@ -914,10 +939,10 @@ class TestForwardKl:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_copies_after_a_forward(self, backend: str, estimator: ModuleType, kind: str) -> None:
-        """The copy has no KL with a graph; the layer keeps its own."""
+        """The copy has no trace of it; the layer keeps its own."""
         layer = make(estimator, kind, priors={"prior_sigma": 0.3})
-        layer(example(kind))
-        left = layer._forward_kl.kl if backend == "native" else None
+        y = layer(example(kind))
+        trace = layer._trace
         file = io.BytesIO()
         torch.save(layer, file)
         file.seek(0)
@@ -929,11 +954,11 @@ class TestForwardKl:
         ]
         kl = layer.kl_loss()
         for copied in copies:
-            assert copied._forward_kl is None
+            assert copied._trace is None
             theirs = copied.kl_loss()
             torch.testing.assert_close(theirs, kl, rtol=1e-6, atol=0)
             torch.autograd.grad(theirs, list(copied.parameters()))
-        assert left is None or kl is left
+        assert layer._trace is trace and (trace is None) == (backend == "reference") and y.requires_grad
 
     def test_functional_call_leaves_the_layer_its_own(self, backend: str, estimator: ModuleType) -> None:
         layer, x = make(estimator, "Linear"), example("Linear")
@@ -942,6 +967,24 @@ class TestForwardKl:
         kl = layer.kl_loss()
         torch.testing.assert_close(kl.double(), exact_kl(layer), rtol=1e-6, atol=0)
         torch.autograd.grad(kl, list(layer.parameters()))
+        seen = [weakref.ref(p) for p in others.values()]
+        del others
+        assert not any(ref() is not None for ref in seen)
+
+    @pytest.mark.parametrize("ask", [False, True])
+    def test_a_forward_keeps_no_parameter_alive(self, backend: str, estimator: ModuleType, ask: bool) -> None:
+        """torch swaps a parameter's contents only where nobody else holds it."""
+        layer = make(estimator, "Linear")
+        layer(example("Linear"))
+        if ask:
+            (layer(example("Linear")).sum() + layer.kl_loss()).backward()
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            layer.to(torch.float64)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+        assert layer.kl_loss().dtype == torch.float64
 
     @pytest.mark.parametrize("reentrant", [True, False])
     @pytest.mark.parametrize("separately", [True, False])
@@ -992,10 +1035,10 @@ class TestForwardKl:
 
     def test_of_a_layer_pickled_before_there_was_one(self, backend: str, estimator: ModuleType) -> None:
         old = make(estimator, "Linear")
-        for name in ("_forward_kl", "recompute_weight", "variance_dtype"):
+        for name in ("_trace", "recompute_weight", "variance_dtype"):
             vars(old).pop(name, None)
         layer = pickle.loads(pickle.dumps(old))
-        del layer._forward_kl
+        del layer._trace
         torch.testing.assert_close(layer.kl_loss().double(), exact_kl(layer), rtol=1e-6, atol=0)
         (layer(example("Linear")).sum() + layer.kl_loss()).backward()
 

@@ -147,7 +147,7 @@ class TestKlLoss:
 
 
 class TestForwardKl:
-    """kl_loss(model) after a forward: the layers' own KLs, and one call for those that have none."""
+    """kl_loss(model) after a forward: of the parameters as they are, and its backward beside the output's."""
 
     @staticmethod
     def model() -> nn.Sequential:
@@ -176,15 +176,6 @@ class TestForwardKl:
         for kl in (before, taken, fresh):
             self.check(model, kl)
         torch.testing.assert_close(taken, fresh, rtol=1e-6, atol=0)
-
-    def test_takes_what_every_layer_formed(self, native: None) -> None:
-        """No layer is asked twice, and none is left with a graph."""
-        model = self.model()
-        layers = [m for m in model if isinstance(m, BayesianLayer)]
-        model(torch.randn(7, 5))
-        assert all(layer._forward_kl is not None for layer in layers)
-        kl_loss(model)
-        assert all(layer._forward_kl is None for layer in layers)
 
     def test_where_some_layers_have_not_run(self, backend: str) -> None:
         model = self.model()
@@ -227,10 +218,11 @@ class TestForwardKl:
                 part.backward()
         torch.testing.assert_close([p.grad for p in parameters], expected, rtol=1e-5, atol=1e-4)
 
-    def test_training_steps(self, backend: str) -> None:
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_training_steps(self, backend: str, fused: bool) -> None:
         """At every step the KL of that step's parameters, asked for before or after the update."""
         model, x = self.model(), torch.randn(7, 5)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
         for _ in range(3):
             loss = model(x).square().sum() + kl_loss(model)
             optimizer.zero_grad()

@@ -123,8 +123,8 @@ class BayesianLayer(RandomModule):
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
     variance_dtype: VarianceDtype = None
-    # The KL of the last forward, with what it depends on (csrc/layer_calls.h).
-    _forward_kl: Any = None
+    # What the last forward left for the KL's backward (csrc/layer_calls.h); keeps nothing alive.
+    _trace: Any = None
 
     def __init__(
         self,
@@ -230,31 +230,14 @@ class BayesianLayer(RandomModule):
     def kl_loss(self) -> Tensor:
         """KL(q || p), summed over the layer's weights and biases: a differentiable scalar.
 
-        On the native kernels, a forward that a gradient is recorded for has formed it in its own pass over
-        the parameters; it is taken from there if they have not changed since. (A write to a parameter's
-        ``.data`` between the two goes unnoticed, as autograd does not notice it; under ``torch.no_grad()``
-        it is noticed.)
+        Always that of the parameters as they are now. On the native kernels, a backward that goes through
+        it and through the layer's last output forms both gradients in one pass over the parameters.
         """
-        kl = self.take_forward_kl()
-        if kl is not None:
-            return kl
-        mu, rho = zip(*self.posterior(), strict=True)
-        return functional.kl_divergence(mu, rho, self.prior_mu, self.prior_sigma)
-
-    def take_forward_kl(self) -> Tensor | None:
-        """The KL that the last forward formed, once, or None; what :func:`bbb_fast.kl_loss` asks first.
-
-        Once: a second loss must not meet a graph that the first one's backward has released.
-        """
-        left = self._forward_kl
-        if left is None or is_compiling() or not _backend._C.records_plainly():
-            return None
-        self.__dict__["_forward_kl"] = None
-        return left.take(*self._parameters_in_order(), self.prior_mu, self.prior_sigma)
+        return kl_of_layers([self])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A KL with its graph can be neither copied nor pickled.
-        return {**self.__dict__, "_forward_kl": None}
+        # A trace belongs to one layer's forward, and can be neither copied nor pickled.
+        return {**self.__dict__, "_trace": None}
 
     def extra_repr(self) -> str:
         """The shape, the estimator, and what is not a default."""
@@ -287,7 +270,7 @@ class BayesianLayer(RandomModule):
         raise NotImplementedError
 
     def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
-        """The output and what ``_forward_kl`` shall be, by one call of the extension; None if it declines."""
+        """The output and what ``_trace`` shall be, by one call of the extension; None if it declines."""
         raise NotImplementedError
 
     def _call_native(
@@ -321,7 +304,7 @@ class BayesianLayer(RandomModule):
             drawn = None if native is None else self._draw_at_once(native, input)
             if drawn is not None:
                 # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
-                output, self.__dict__["_forward_kl"] = drawn
+                output, self.__dict__["_trace"] = drawn
                 return output
         if draw is None or draw.means:
             # Float32 parameters follow a narrower input; any other pair of types torch.nn will judge.
@@ -338,6 +321,22 @@ class BayesianLayer(RandomModule):
         return self._draw_output(
             estimator, input, self._parameters_in_order(), rng, **self._options(estimator)
         )
+
+
+def kl_of_layers(layers: Sequence[BayesianLayer]) -> Tensor:
+    """The sum of the KLs of layers (one or more) whose parameters have one device and dtype, in one call."""
+    native = None if is_compiling() else _backend.native_module()
+    if native is not None:
+        kl = native.kl(
+            [
+                (*layer._parameters_in_order(), layer.prior_mu, layer.prior_sigma, layer._trace)
+                for layer in layers
+            ]
+        )
+        if kl is not None:
+            return kl
+    tensors = [(*pair, layer.prior_mu, layer.prior_sigma) for layer in layers for pair in layer.posterior()]
+    return functional.kl_divergence(*zip(*tensors, strict=True))
 
 
 class WeightSpace(BayesianLayer):

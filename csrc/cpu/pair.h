@@ -41,6 +41,10 @@ BBB_INLINE auto operator<(const Pair<T>& x, float y) -> Pair<decltype(x.a < y)> 
   return {x.a < y, x.b < y};
 }
 template <class T>
+BBB_INLINE auto operator==(const Pair<T>& x, float y) -> Pair<decltype(x.a == y)> {
+  return {x.a == y, x.b == y};
+}
+template <class T>
 BBB_INLINE auto operator>(const Pair<T>& x, float y) -> Pair<decltype(x.a > y)> {
   return {x.a > y, x.b > y};
 }

@@ -17,7 +17,7 @@ struct BackwardArgs {
   Span again;                  // the weight, or the variance; data is null where it is not wanted
   uint64_t seed, stream;
   f64::Prior prior;
-  double grad_kl;  // 0 without KL
+  std::optional<double> grad_kl;
 };
 
 }  // namespace bbb_fast
@@ -49,7 +49,8 @@ at::Tensor posterior_backward_cpu(
     seed = static_cast<uint64_t>(numbers.const_data_ptr<int64_t>()[0]);
     stream = static_cast<uint64_t>(numbers.const_data_ptr<int64_t>()[1]);
   }
-  const double g_kl = grad_kl && grad_kl->defined() ? grad_kl->item<double>() : 0.0;
+  std::optional<double> g_kl;
+  if (has(grad_kl)) g_kl = grad_kl->item<double>();
   const auto dense_gradient = [](const at::Tensor& g, const at::Tensor& parameter) {
     return g.defined() && parameter.scalar_type() == at::kDouble ? g.to(at::kDouble).contiguous()
            : g.defined()                                         ? g.contiguous()
@@ -95,7 +96,7 @@ template <Through kThrough, bool kKl>
 void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
   const Noise noise(a.seed, a.stream);
   const Prior prior = make_prior(a.prior);
-  const float grad_kl = static_cast<float>(a.grad_kl);
+  const float grad_kl = static_cast<float>(a.grad_kl.value_or(0.0));
   alignas(64) float mu_buffer[kTile], rho_buffer[kTile], w_buffer[kTile], v_buffer[kTile];
   alignas(64) float g_mu_buffer[kTile], g_rho_buffer[kTile], again_buffer[kTile];
   const bool form = kThrough != Through::kl && a.again.data != nullptr;
@@ -128,7 +129,7 @@ void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
         if (form) store(again_tile + at, s.value * z[q] + mu);
       } else if constexpr (kThrough == Through::moments) {
         g_mu += load_quad(w_tile + at);
-        g_rho += load_quad(v_tile + at) * (s.value * derivative * 2.0f);
+        g_rho += load_quad(v_tile + at) * (s.value * derivative) * 2.0f;
         if (form) store(again_tile + at, s.value * s.value);
       }
       store(g_mu_tile + at, g_mu);
@@ -149,14 +150,14 @@ inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
     for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
       const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
       const f64::Sigma s = f64::softplus(rho);
-      double derivative, ratio, g_mu, g_rho;
+      double derivative, ratio, g_mu = 0.0, g_rho = 0.0;
       f64::softplus_derivative(rho, s, derivative, ratio);
-      f64::kl_derivative(mu, s, derivative, ratio, a.prior, a.grad_kl, g_mu, g_rho);
+      if (a.grad_kl) f64::kl_derivative(mu, s, derivative, ratio, a.prior, *a.grad_kl, g_mu, g_rho);
       if (a.grad_w.data != nullptr) {
         const bool moments = a.grad_variance.data != nullptr;
         const double g = read_double(a.grad_w, j);
         g_mu += g;
-        g_rho += moments ? read_double(a.grad_variance, j) * 2.0 * s.value * derivative
+        g_rho += moments ? read_double(a.grad_variance, j) * (s.value * derivative) * 2.0
                          : g * eps[j - i] * derivative;
         if (a.again.data != nullptr) {
           write_double(a.again, j, moments ? s.value * s.value : mu + s.value * eps[j - i]);
@@ -170,7 +171,7 @@ inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
 
 template <Through kThrough>
 void backward_chunks_through(const BackwardArgs& a, int64_t begin, int64_t end) {
-  if (a.grad_kl != 0.0) {
+  if (a.grad_kl) {
     backward_float<kThrough, true>(a, begin, end);
   } else {
     backward_float<kThrough, false>(a, begin, end);

@@ -80,19 +80,20 @@ BBB_INLINE vfloat square_root(vfloat x) {
 
 #if BBB_WIDTH == 16
 // Roots and quotients of 16 floats keep the units busy for 12 to 20 cycles. The CPU's estimates, of 14 bits,
-// and one Newton step take a third of that and are within 2 units in the last place.
+// and one Newton step take a third of that and are within 2 units in the last place. An infinite x would make
+// the step 0 times inf. min and max give their second operand where one is NaN: x, so that NaN stays NaN.
 BBB_INLINE vfloat reciprocal(vfloat x) {
-  x = (vfloat)_mm512_min_ps((__m512)x, _mm512_set1_ps(0x1p126f));  // 0 times inf in the step would be NaN
+  x = (vfloat)_mm512_min_ps(_mm512_set1_ps(0x1p126f), (__m512)x);
   const vfloat y = (vfloat)_mm512_rcp14_ps((__m512)x);
   return y + y * (1.0f - x * y);
 }
 BBB_INLINE vfloat reciprocal_root(vfloat x) {
-  x = (vfloat)_mm512_min_ps((__m512)x, _mm512_set1_ps(0x1p126f));
+  x = (vfloat)_mm512_min_ps(_mm512_set1_ps(0x1.fffffep127f), (__m512)x);
   const vfloat y = (vfloat)_mm512_rsqrt14_ps((__m512)x);
-  return y + y * (0.5f - (x * 0.5f * y) * y);
+  return y + y * (0.5f - x * (y * 0.5f) * y);
 }
 BBB_INLINE vfloat square_root_normal(vfloat x) {
-  const vfloat y = (vfloat)_mm512_rsqrt14_ps(_mm512_max_ps((__m512)x, _mm512_set1_ps(0x1p-126f)));
+  const vfloat y = (vfloat)_mm512_rsqrt14_ps(_mm512_max_ps(_mm512_set1_ps(0x1p-126f), (__m512)x));
   const vfloat root = x * y;
   return root + root * (0.5f - root * (y * 0.5f));
 }

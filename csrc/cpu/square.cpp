@@ -80,7 +80,7 @@ inline void square_backward_chunks(const SquareBackwardArgs& a, int64_t begin, i
   const int64_t stop = std::min(end * kChunk, a.x.numel);
   if (a.x.dtype == at::kDouble) {
     for (int64_t i = begin * kChunk; i < stop; ++i) {
-      write_double(a.grad_x, i, read_double(a.grad_x, i) + 2.0 * read_double(a.x, i) * read_any(a.grad, i));
+      write_double(a.grad_x, i, read_double(a.grad_x, i) + read_double(a.x, i) * read_any(a.grad, i) * 2.0);
     }
     return;
   }
@@ -92,7 +92,7 @@ inline void square_backward_chunks(const SquareBackwardArgs& a, int64_t begin, i
     float* out = write_tile(a.grad_x, i, count, out_buffer);
     for (int q = 0; q < kQuads; ++q) {
       const int at = q * kQuad;
-      store(out + at, load_quad(grad_x + at) + load_quad(x + at) * 2.0f * load_quad(grad + at));
+      store(out + at, load_quad(grad_x + at) + load_quad(x + at) * load_quad(grad + at) * 2.0f);
     }
     commit_tile(a.grad_x, i, count, out);
   }

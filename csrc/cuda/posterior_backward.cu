@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kMoments>) backwa
             if (weight) {
               g_mu[j] += o.grad_w[j];
               if constexpr (kMoments) {
-                g_rho[j] += o.grad_variance[j] * (s.value * derivative * A{2});
+                g_rho[j] += o.grad_variance[j] * (s.value * derivative) * A{2};
               } else {
                 g_rho[j] += o.grad_w[j] * z[j] * derivative;
               }

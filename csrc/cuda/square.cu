@@ -22,7 +22,7 @@ struct SquareBackward {
   static constexpr bool kNoise = false;
   template <class A>
   BBB_DEVICE static A call(A grad_x, A x, A grad) {
-    return grad_x + A{2} * x * grad;
+    return grad_x + x * grad * A{2};
   }
 };
 
