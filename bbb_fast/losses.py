@@ -74,6 +74,11 @@ class ELBO(nn.Module):
     for a GPU; not under torch.compile, torch.func.vmap or in a CUDA graph.
     """
 
+    # On the class too, for losses that were pickled before there were such options.
+    reduction: str = "sum"
+    from_logits: bool = False
+    _looked_at_input: bool = False
+
     def __init__(self, train_size: int, *, reduction: str = "sum", from_logits: bool = False) -> None:
         super().__init__()
         if isinstance(train_size, bool) or not isinstance(train_size, int) or train_size < 1:
@@ -83,7 +88,6 @@ class ELBO(nn.Module):
         self.train_size = train_size
         self.reduction = reduction
         self.from_logits = from_logits
-        self._looked_at_input = False
 
     def forward(self, input: Tensor, target: Tensor, kl: Tensor | float, beta: float | Tensor) -> Tensor:
         _check_elbo(input, target, kl, beta)

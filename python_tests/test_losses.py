@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -412,6 +413,14 @@ class TestElbo:
         for loss in (ELBO(10), ELBO(10, reduction="mean", from_logits=True)):
             with pytest.raises(error, match=f"ELBO: {message}"):
                 loss(**arguments)
+
+    def test_pickled_before_there_were_options(self) -> None:
+        loss = ELBO(10)
+        for name in ("reduction", "from_logits"):
+            del loss.__dict__[name]
+        log_p = torch.randn(2, 3).log_softmax(1)
+        arguments = (log_p, torch.tensor([1, 0]), 2.0, 0.5)
+        assert pickle.loads(pickle.dumps(loss))(*arguments) == ELBO(10)(*arguments)
 
     def test_wrong_reduction(self) -> None:
         with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'none'"):
