@@ -1,4 +1,4 @@
-"""Some hundred cases of the fuzz (python_tests/fuzz), and that it finds what it is there to find."""
+"""Some hundred cases of the fuzz (python_tests/fuzz), and that it finds what it is there for."""
 
 from __future__ import annotations
 
@@ -36,19 +36,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_faults() -> None:
-    process = command("--calls", "250", "--malformed", "500")
+    process = command("--calls", "200", "--malformed", "400")
     assert process.returncode == 0, process.stdout + process.stderr
 
 
-def case_of(op: str, **drawn: object) -> Case:
-    """The first valid case that calls ``op`` and draws the given choices."""
-    for index in range(20_000):
-        case = Case(0, index)
-        if valid.op_of(case) == op:
-            taken = valid.Draft(case).choices.taken
-            if all(taken.get(name.replace("_", " ")) == value for name, value in drawn.items()):
-                return case
-    raise AssertionError("no such case")
+def case_of(op: str) -> Case:
+    """The first valid case that calls ``op``."""
+    return next(case for case in (Case(0, index) for index in range(1000)) if valid.op_of(case) == op)
 
 
 def test_a_case_repeats(threads: None) -> None:
@@ -83,7 +77,7 @@ def test_words_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("lrt_linear: no")
 
     monkeypatch.setattr(functional._checks, "layer", refuse)
-    cases = [case for case in (Case(0, k, "malformed") for k in range(800))]
+    cases = [Case(0, k, "malformed") for k in range(800)]
     drafts = [malformed.Draft(case) for case in cases if malformed.op_of(case) == "lrt_linear"]
     assert "different words" in [draft.run().what for draft in drafts]
 
@@ -108,23 +102,27 @@ def test_a_write_beside_a_tensor_is_seen() -> None:
 
 
 CRASH = """
-import sys
-from fuzz import runner, valid
-from fuzz.choices import Case
-from fuzz.operands import fenced
 import ctypes, time, torch
+from fuzz import runner
+from fuzz.choices import Case, Choices
+from fuzz.operands import fenced
+from fuzz.outcome import Outcome, Status
 
-class Draft(valid.Draft):
+class Draft:
+    def __init__(self, case):
+        self.choices = Choices(case)
+
     def run(self):
-        if self.choices.case.index == 3:
+        index = self.choices.case.index
+        if index == 3:
             t = fenced(torch.zeros(4))
             ctypes.string_at(t.data_ptr() + 16, 1)
-        if self.choices.case.index == 5:
-            time.sleep(60)
-        return super().run()
+        if index == 5:
+            time.sleep(600)
+        return Outcome(Status.OK, "nothing", what="well")
 
 runner.DRAFTS["valid"] = Draft
-for case, outcome in runner.run([Case(0, k) for k in range(8)], timeout=5.0):
+for case, outcome in runner.run([Case(0, k) for k in range(8)], timeout=3.0):
     print(case, outcome.what)
 """
 
@@ -140,6 +138,5 @@ def test_a_crash_and_a_hang_are_each_one_failure() -> None:
         check=True,
     )
     said = dict(line.split(" ", 1) for line in process.stdout.splitlines())
-    assert list(said) == [f"0:{k}" for k in range(8)]
-    assert said["0:3"] == "died of SIGSEGV"
-    assert said["0:5"] == "no answer for 5 seconds"
+    wrong = {"0:3": "died of SIGSEGV", "0:5": "no answer for 3 seconds"}
+    assert said == {f"0:{k}": wrong.get(f"0:{k}", "well") for k in range(8)}

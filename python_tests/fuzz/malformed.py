@@ -440,19 +440,18 @@ def _both(name: str, arguments: Arguments, call: Callable[[], Any]) -> tuple[str
     for backend in ("native", "reference"):
         with _backend(backend):
             answers[backend] = _Answer(call)
+        if answers[backend].out_of_memory:
+            return "", ""
         if not witness.untouched():
             return f"{backend} wrote to an argument", ""
     native, reference = answers["native"], answers["reference"]
     for backend, answer in answers.items():
         if answer.unfit():
             return f"{backend}: {answer.unfit()}", str(answer.error)
-    if native.out_of_memory or reference.out_of_memory:
-        return "", ""
     if (native.error is None) != (reference.error is None):
         failing, answer = ("native", native) if native.error else ("reference", reference)
-        return (
-            ("", "") if answer.of_the_dispatcher else (f"only {failing} raises {one_line(answer.error)}", "")
-        )
+        what = "" if answer.of_the_dispatcher else f"only {failing} raises {one_line(answer.error)}"
+        return what, ""
     if native.error is None:
         if len(native.results) != len(reference.results) or not all(
             _agree(a, b) for a, b in zip(native.results, reference.results, strict=True)

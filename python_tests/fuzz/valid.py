@@ -532,11 +532,7 @@ class _Compare:
         return self._worlds
 
     def _limit(self, name: str, ours: Tensor) -> tuple[Tensor, Tensor]:
-        """Elementwise, the largest difference, and where there is none: beyond the dtype's range."""
-        everywhere = torch.ones_like(ours, dtype=torch.bool)
-        if self.c.taken.get("not finite") is not None:
-            # Terms that are not numbers have no magnitudes.
-            return torch.zeros(ours.shape, dtype=F64), everywhere
+        """Elementwise, the largest difference, and where there is none: beyond the dtypes' range."""
         with_noise, without = self._magnitudes()
         magnitude = with_noise[name].detach()
         if self.problem.depth > 1:
@@ -550,7 +546,8 @@ class _Compare:
         noiseless = None if without is None else without[name].detach()
         limit = self.problem.depth * bound(magnitude, noiseless, dtypes, self.problem.terms, operand)
         # There the last roundings need not agree on which side of its end a number is.
-        return limit, magnitude > torch.finfo(ours.dtype).max / 4
+        largest = min(torch.finfo(dtype).max for dtype in dtypes)
+        return limit, magnitude > largest / 4
 
     def __call__(self, native: Tensors, reference: Tensors) -> tuple[str, str] | None:
         """What differs and by how much, or None."""
@@ -576,13 +573,17 @@ class _Compare:
             return f"strides of {name}", f"{list(ours.shape)}: {ours.stride()}, reference {theirs.stride()}"
         if not ours.is_floating_point():
             return None if torch.equal(ours, theirs) else (name, "differs")
-        limit, beyond = self._limit(name, ours)
-        ours, theirs = ours.detach().double(), theirs.detach().double()
-        difference = torch.where(ours == theirs, 0.0, (ours - theirs).abs())
-        wrong = (ours.isnan() != theirs.isnan()) | ~(beyond | (difference <= limit))
-        if limit.numel():
-            ratio = torch.where(beyond | (difference == 0.0), 0.0, difference / limit)
-            self.margin = max(self.margin, float(ratio.max()))
+        if self.c.taken.get("not finite") is not None:
+            # Terms that are not numbers have no magnitudes; but what is made of them is NaN on both paths.
+            limit, wrong = torch.zeros(ours.shape), ours.isnan() != theirs.isnan()
+        else:
+            limit, beyond = self._limit(name, ours)
+            ours, theirs = ours.detach().double(), theirs.detach().double()
+            same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+            difference = torch.where(same | beyond, 0.0, (ours - theirs).abs())
+            wrong = ~(difference <= limit)
+            ratio = (difference / limit).nan_to_num(0.0, posinf=0.0)
+            self.margin = max(self.margin, float(ratio.max()) if ratio.numel() else 0.0)
         if not wrong.any():
             return None
         at = tuple(wrong.nonzero()[0].tolist())
