@@ -455,9 +455,14 @@ def _differentiate(
     if how.route == "twice":
         first = named("grad", grad(through, given, retain_graph=True))
         return {**first, **named("again: grad", grad(through, given))}
-    if how.route == "parts" and len(through) > 1:
-        last = named("grad", grad(through[1:], given[1:], retain_graph=True))
-        return {**last, **named("first grad", grad(through[:1], given[:1]))}
+    if how.route == "parts":
+        labels = [
+            f"grad of {name} for" for name, value in floating.items() if any(value is t for t in through)
+        ]
+        parts: Tensors = {}
+        for label, output, g in zip(labels, through, given, strict=True):
+            parts |= named(label, grad([output], [g], retain_graph=True))
+        return parts
     if how.route == "subset":
         kept = [c.random(f"subset {name}").random() < 0.6 for name in names]
         names = [name for name, keep in zip(names, kept, strict=True) if keep] or names[:1]
