@@ -1,6 +1,8 @@
 # make demo        set up .venv, build, train a Bayesian LeNet and show what it knows and does not know
 # make test        set up .venv, build, run the tests            (PYTEST_ARGS=... to choose)
 # make test-slow   the tests marked slow too
+# make fuzz        random calls, the kernels against the reference, and malformed ones; a quarter of an hour or
+#                  so (FUZZ_ARGS="--case 0:1234" runs one again, as a failure prints it)
 # make test-cpp    the C++ tests, through CMake and ctest
 # make test-blocks the tests of the ops, on the CUDA kernels run block by block on the CPU
 # make portability each instruction set, an emulated CPU without AVX, compilers for other CPUs; x86-64 Linux,
@@ -30,7 +32,7 @@ NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csr
 OP_TESTS := $(addprefix python_tests/test_,noise.py sample_weights.py kl_divergence.py bbb.py lrt.py \
   layers.py memory.py losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
 
-.PHONY: demo test test-slow test-cpp test-blocks portability cuda-check gpu-report lint format bench setup clean
+.PHONY: demo test test-slow fuzz test-cpp test-blocks portability cuda-check gpu-report lint format bench setup clean
 
 demo: setup
 	$(PY) benchmarks/demo.py
@@ -40,6 +42,11 @@ test: setup
 
 test-slow: setup
 	$(PY) -m pytest --run-slow $(PYTEST_ARGS)
+
+FUZZ_ARGS ?= --calls 20000 --malformed 5000
+
+fuzz: setup
+	PYTHONPATH=python_tests OMP_NUM_THREADS=1 $(PY) -W ignore -m fuzz $(FUZZ_ARGS)
 
 CMAKE := $(VENV)/bin/cmake
 
