@@ -1179,7 +1179,7 @@ class TestOptions:
     @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, "bfloat16"])
     def test_variance_dtype_must_be_floating(self, backend: str, kind: str, dtype: Any) -> None:
         """In the constructor, and at the forward when it was set later."""
-        message = "variance_dtype must be float32, float64, bfloat16 or float16, got"
+        message = "variance_dtype must be float32, float64, bfloat16, float16 or 'auto', got"
         with pytest.raises(TypeError, match=f"^BBB{kind}: {message}"):
             getattr(BBB_LRT, f"BBB{kind}")(*ARGUMENTS[kind][0], variance_dtype=dtype)
         layer = make(BBB_LRT, kind)
