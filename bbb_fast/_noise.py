@@ -45,12 +45,22 @@ class _State(threading.local):
 _state = _State()
 
 
+@torch.compiler.assume_constant_result
+def _draws_are_recomputed() -> bool:
+    """Whether torch.compile may save memory by running parts of the forward, random ops too, once more."""
+    config = getattr(getattr(torch, "_functorch", None), "config", None)
+    return getattr(config, "activation_memory_budget", 1.0) < 1
+
+
 def draw_rng(device: torch.device | str | None = None) -> Tensor:
     """A fresh ``rng`` (int64 [2]: seed, stream) from PyTorch's generator of ``device``.
 
     Ranks of an initialised ``torch.distributed`` group get different ones, also where every rank was
     seeded alike.
     """
+    if is_compiling() and _draws_are_recomputed():
+        # Outside of every graph: what is drawn in one would be drawn anew for its backward.
+        torch._dynamo.graph_break()
     rng = torch.randint(0, _INT64_MAX, (2,), dtype=torch.int64, device=device)
     offset = rank_offset()
     return rng + offset if offset else rng

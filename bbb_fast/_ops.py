@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -355,12 +356,11 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fake)
     def checked(*args: Any, **options: Any) -> Any:
         named = [*zip(parameters, args, strict=False), *options.items()]
-        tensors = [
-            (label, t)
-            for label, value in named
-            for t in (value if isinstance(value, (list, tuple)) else [value])
-            if isinstance(t, Tensor)
-        ]
+        lists = [[(label, t) for t in v] for label, v in named if isinstance(v, (list, tuple))]
+        single = [(label, v) for label, v in named if not isinstance(v, (list, tuple))]
+        # The first of each list, then the second: mu, rho, mu, rho, as the reference path goes.
+        in_turn = [entry for entries in zip_longest(*lists) for entry in entries if entry is not None]
+        tensors = [(label, t) for label, t in (*in_turn, *single) if isinstance(t, Tensor)]
         for label, t in tensors:
             _checks.same_device(name, label, t, tensors[0][1].device)
         return fake(*args, **options)

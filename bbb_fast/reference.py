@@ -159,7 +159,7 @@ def kl_divergence(
     """See :func:`bbb_fast.functional.kl_divergence`. Every term is formed in float64."""
     total = torch.zeros((), dtype=torch.float64, device=mu[0].device)
     for m, r, m_p, s_p in zip(mu, rho, prior_mu, prior_sigma, strict=True):
-        m, r = m.double(), r.double()
+        m, r, m_p, s_p = m.double(), r.double(), float(m_p), float(s_p)
         ratio = softplus(r) / s_p
         log_ratio = _log_softplus(r) - torch.log(torch.tensor(s_p, dtype=torch.float64)).item()
         total = total + 0.5 * (ratio**2 - 1 - 2 * log_ratio + ((m - m_p) / s_p) ** 2).sum()

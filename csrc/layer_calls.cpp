@@ -46,6 +46,11 @@ bool with_kernels(at::Device device) {
   return device.is_cpu() || (kWithCuda && device.is_cuda());
 }
 
+// Not a flat piece of a parameter, nor one whose memory is elsewhere: FullyShardedDataParallel leaves such.
+bool whole(const at::Tensor& W) {
+  return W.dim() >= 2 && (W.numel() == 0 || W.storage().nbytes() > 0);
+}
+
 // Whether someone must see the ops being called.
 bool watched() {
   return in_transform() || at::tracer::impl::is_dispatch_enabled() || at::impl::torch_function_mode_enabled() ||
@@ -138,7 +143,7 @@ OptionalTensor kl_of_layers(const std::vector<LayerPosterior>& layers) {
     prior_sigma.push_back(p.prior_sigma);
   };
   for (const auto& [p, trace] : layers) {
-    if (!with_kernels(p.W_mu.device()) || !plain(p)) return std::nullopt;
+    if (!with_kernels(p.W_mu.device()) || !plain(p) || !whole(p.W_mu)) return std::nullopt;
     add(p, p.W_mu, p.W_rho);
     const bool bias = has(p.bias_mu) && has(p.bias_rho);
     if (bias) add(p, *p.bias_mu, *p.bias_rho);

@@ -519,3 +519,21 @@ def test_inductor_predicts(layers: ModuleType) -> None:
                 y = compiled(x)
             with fixed_noise(seed):
                 torch.testing.assert_close(y, model(x))
+
+
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("budget", [0.5, 0.0])
+def test_noise_is_not_drawn_anew_to_save_memory(
+    layers: ModuleType, budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a memory budget the compiler runs parts of the forward again in backward, random ops included."""
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", budget)
+    model = nn.Sequential(layers.BBBLinear(16, 32), nn.ReLU(), layers.BBBLinear(32, 4))
+    x = torch.randn(8, 16)
+    gradients = []
+    for run in (torch.compile(model, backend="aot_eager"), model):
+        torch.manual_seed(3)
+        loss = run(x).pow(2).sum()
+        gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for compiled, eager in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
