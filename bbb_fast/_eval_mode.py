@@ -102,9 +102,11 @@ _lent: dict[nn.Module, tuple[int, bool]] = {}
 def _set_to_eval(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     with _lock:
+        # All modes before the first is set: a compiled module's is that of the module inside.
         for module in modules:
             users, mode = _lent.get(module, (0, module.training))
             _lent[module] = users + 1, mode
+        for module in modules:
             module.training = False
     try:
         yield
@@ -126,9 +128,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     through an object) it is the model itself, set to eval mode until the last of several such calls ends.
     """
     try:
-        copies = _Copies(model)
+        copy = _Copies(model).model
     except _NotCopied:
-        with _set_to_eval(model):
-            yield model
-    else:
-        yield copies.model
+        copy = None
+    if copy is not None:
+        yield copy
+        return
+    with _set_to_eval(model):
+        yield model

@@ -45,12 +45,29 @@ class _State(threading.local):
 _state = _State()
 
 
+@torch.compiler.assume_constant_result
+def _draws_again_in_backward() -> bool:
+    from torch._functorch import config
+
+    return (
+        config.activation_memory_budget < 1
+        or config.aggressive_recomputation
+        or not config.ban_recompute_not_in_allowlist
+    )
+
+
 def draw_rng(device: torch.device | str | None = None) -> Tensor:
     """A fresh ``rng`` (int64 [2]: seed, stream) from PyTorch's generator of ``device``.
 
     Ranks of an initialised ``torch.distributed`` group get different ones, also where every rank was
     seeded alike.
     """
+    if is_compiling() and torch.is_grad_enabled() and _draws_again_in_backward():
+        raise RuntimeError(
+            "torch.compile would draw again in backward what forward drew (torch._functorch.config: "
+            "activation_memory_budget < 1, aggressive_recomputation or ban_recompute_not_in_allowlist=False); use "
+            "torch.utils.checkpoint, or fixed_noise"
+        )
     rng = torch.randint(0, _INT64_MAX, (2,), dtype=torch.int64, device=device)
     offset = rank_offset()
     return rng + offset if offset else rng
@@ -221,7 +238,9 @@ class fixed_noise(_DrawContext):
         self.sample = sample
         # A tensor, so that one torch.compile graph serves every seed and sample.
         self._rng = torch.tensor([seed, sample << 32], device="cpu")
-        self._numbers: dict[nn.Module, int] = {}
+        # By id, for which torch.compile guards: by module it would take one layer's number for all.
+        self._numbers: dict[int, int] = {}
+        self._numbered: list[nn.Module] = []
         if model is not None:
             if not isinstance(model, nn.Module):
                 raise TypeError(f"fixed_noise: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -251,20 +270,25 @@ class fixed_noise(_DrawContext):
         with _numbering:
             for module in model.modules():
                 if isinstance(module, RandomModule):
-                    self._numbers.setdefault(module, len(self._numbers))
+                    self._count(module)
+
+    def _count(self, module: RandomModule) -> None:
+        if id(module) not in self._numbers:
+            self._numbered.append(module)
+            self._numbers[id(module)] = len(self._numbers)
 
     def number(self, module: RandomModule) -> int:
         """The module's place among those that draw, in the model that it is a part of."""
         if is_compiling():
-            return self._numbers.setdefault(module, len(self._numbers))
+            self._count(module)
+            return self._numbers[id(module)]
         if module._origin is not None:
             module = module._origin[1]
-        if module not in self._numbers:
-            model = _outermost_call(_state.place.caller)
-            if model is not None:
-                self._add(model)
-            self._add(module)
-        return self._numbers[module]
+        if id(module) not in self._numbers:
+            self._add(_outermost_call(_state.place.caller) or module)
+            # A layer that is no registered part of what is called.
+            self._count(module)
+        return self._numbers[id(module)]
 
     def rng(self, module: RandomModule, device: torch.device) -> Tensor:
         """The ``rng`` of the module's forwards."""

@@ -38,7 +38,8 @@ bool plain(const at::Tensor& t) {
 
 bool can_draw(const at::Tensor& input, const PosteriorAndPrior& p) {
   const bool device = input.device().is_cpu() || (kWithCuda && input.is_cuda());
-  return device && plain(input) && plain(p.W_mu) && plain(p.W_rho) &&
+  const bool dense = input.layout() == at::kStrided && !input.is_nested();
+  return device && dense && plain(input) && plain(p.W_mu) && plain(p.W_rho) &&
          (!has(p.bias_mu) || plain(*p.bias_mu)) && (!has(p.bias_rho) || plain(*p.bias_rho)) &&
          !in_transform() && !at::tracer::impl::is_dispatch_enabled() &&
          !at::impl::torch_function_mode_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set();

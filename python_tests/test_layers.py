@@ -204,7 +204,7 @@ class TestConstruction:
             ("Linear", (-1, 2), {}, "in_features must be an int >= 0, got -1"),
             ("Linear", (3, 2.0), {}, "out_features must be an int >= 0, got 2.0"),
             ("Linear", (True, 2), {}, "in_features must be an int >= 0, got True"),
-            ("Conv2d", (4, 6, 3), {"groups": 0}, "groups must be >= 1"),
+            ("Conv2d", (4, 6, 3), {"groups": 0}, "groups must be an int >= 1"),
             ("Conv2d", (4, 6, 3), {"groups": 3}, "in_channels must be positive and divisible"),
             ("Conv2d", (4, 6, 3), {"groups": 4}, "out_channels must be positive and divisible"),
             ("Conv1d", (0, 6, 3), {}, "in_channels must be positive"),
