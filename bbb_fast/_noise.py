@@ -123,7 +123,9 @@ def _current_draw(module: RandomModule | None = None) -> Draw:
             )
         if forward is not None:
             return FREE
-        if _state.draw is FREE and module is not None and module._origin is None and not module._drew_freely:
+        # A checkpoint's recomputation records gradients; a hook's own call of a layer seldom does.
+        unknown = module is not None and not module._drew_freely and module._origin is None
+        if unknown and _state.draw is FREE and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(module).__name__}: runs again in backward, and what its forward drew under fixed_noise or "
                 "posterior_means is not known here; call backward inside the same context"
