@@ -16,6 +16,7 @@ from ._noise import _INT64_MAX, fixed_noise
 
 __all__ = ["predict"]
 
+
 def _map(function: Callable[[Any], Any], x: Any) -> Any:
     """``x``, tuples, lists and dicts and what they hold, with ``function`` of everything else in it."""
     if isinstance(x, Mapping):

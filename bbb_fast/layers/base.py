@@ -201,7 +201,9 @@ class BayesianLayer(RandomModule):
     @property
     def bias(self) -> DrawnAtEachForward | None:
         """As ``weight``; None in a layer without bias."""
-        return None if self.bias_mu is None else DrawnAtEachForward(f"{type(self).__name__}.bias", self.bias_mu)
+        return (
+            None if self.bias_mu is None else DrawnAtEachForward(f"{type(self).__name__}.bias", self.bias_mu)
+        )
 
     def _parameters_in_order(self) -> _Parameters:
         # Past nn.Module's __getattr__, which takes half a microsecond each; but not for a parameter that
