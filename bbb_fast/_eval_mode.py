@@ -27,7 +27,7 @@ _CONTAINERS = (dict, OrderedDict, list, tuple, set)
 _MAX_OBJECTS = 5_000
 
 
-class _NotCopied(Exception):
+class _NotCopiedError(Exception):
     pass
 
 
@@ -40,7 +40,7 @@ class _Copies:
         self._unrelated: dict[int, Any] = {}  # the objects too, so that no id is used twice
         for module in originals:
             if isinstance(module, (torch.jit.ScriptModule, nn.modules.lazy.LazyModuleMixin)):
-                raise _NotCopied
+                raise _NotCopiedError
             state = vars(module).copy()
             own = {name: state.pop(name).copy() for name in ("_parameters", "_buffers")}
             state = {name: self._moved(value) for name, value in state.items()}
@@ -67,7 +67,7 @@ class _Copies:
             words = {k: self._moved(v) for k, v in value.keywords.items()}
             return functools.partial(self._moved(value.func), *map(self._moved, value.args), **words)
         if self._reaches(value):
-            raise _NotCopied
+            raise _NotCopiedError
         return value
 
     def _reaches(self, value: Any) -> bool:
@@ -81,7 +81,7 @@ class _Copies:
                 continue
             looked_at[id(at)] = at
             if len(looked_at) + len(self._unrelated) > _MAX_OBJECTS:
-                raise _NotCopied
+                raise _NotCopiedError
             if isinstance(at, types.FunctionType):
                 # Not its globals: what they hold is no part of a model.
                 pending += (at.__closure__, at.__defaults__, at.__kwdefaults__)
@@ -129,7 +129,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """
     try:
         copy = _Copies(model).model
-    except _NotCopied:
+    except _NotCopiedError:
         copy = None
     if copy is not None:
         yield copy

@@ -64,9 +64,9 @@ def draw_rng(device: torch.device | str | None = None) -> Tensor:
     """
     if is_compiling() and torch.is_grad_enabled() and _draws_again_in_backward():
         raise RuntimeError(
-            "torch.compile would draw again in backward what forward drew (torch._functorch.config: "
-            "activation_memory_budget < 1, aggressive_recomputation or ban_recompute_not_in_allowlist=False); use "
-            "torch.utils.checkpoint, or fixed_noise"
+            "torch.compile would draw again in backward what forward drew, for torch._functorch.config says "
+            "activation_memory_budget < 1, aggressive_recomputation or ban_recompute_not_in_allowlist=False; "
+            "use torch.utils.checkpoint, or fixed_noise"
         )
     rng = torch.randint(0, _INT64_MAX, (2,), dtype=torch.int64, device=device)
     offset = rank_offset()
@@ -118,8 +118,8 @@ def _current_draw(module: RandomModule | None = None) -> Draw:
             return forward.draw
         if forward is not None and not forward.preserves_rng_state and module is not None:
             raise RuntimeError(
-                f"{type(module).__name__}: a checkpoint with preserve_rng_state=False would draw other noise in "
-                "backward than forward drew; leave it True, or run the forward under fixed_noise"
+                f"{type(module).__name__}: a checkpoint with preserve_rng_state=False would draw other noise "
+                "in backward than forward drew; leave it True, or run the forward under fixed_noise"
             )
         if forward is not None:
             return FREE
@@ -127,8 +127,8 @@ def _current_draw(module: RandomModule | None = None) -> Draw:
         unknown = module is not None and not module._drew_freely and module._origin is None
         if unknown and _state.draw is FREE and torch.is_grad_enabled():
             raise RuntimeError(
-                f"{type(module).__name__}: runs again in backward, and what its forward drew under fixed_noise or "
-                "posterior_means is not known here; call backward inside the same context"
+                f"{type(module).__name__}: runs again in backward, and what its forward drew in a context of "
+                "fixed_noise or posterior_means is not known here; call backward in the same one"
             )
     if _state.draw is FREE and module is not None and module._origin is not None:
         return module._origin[0]
@@ -217,8 +217,8 @@ class fixed_noise(_DrawContext):
     Args: ``seed`` any int64; ``sample`` 0 ... 2^31 - 1. Raises TypeError or ValueError otherwise.
     Contexts may be nested, the inner one counts. They hold in the thread that enters them, in replicas
     that it makes (``torch.nn.DataParallel``) and where a checkpoint (``torch.utils.checkpoint``) runs a
-    forward again, in whatever thread and after the context. A thread of your own enters the context
-    itself; one object may be entered by several at once.
+    forward again, in whatever thread and after the context (docs/noise.md says what is not seen). A thread
+    of your own enters the context itself; one object may be entered by several at once.
     """
 
     # Of the draws of one prediction: [draws, 2], and rows of it by the number of a layer.

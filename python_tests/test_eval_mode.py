@@ -1,4 +1,4 @@
-"""Eval mode for one call: modules are right whatever refers to them, and the model itself is not written to."""
+"""Eval mode for one call: right whatever refers to the modules, and not written to the model itself."""
 
 from __future__ import annotations
 

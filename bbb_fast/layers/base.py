@@ -69,7 +69,7 @@ class DrawnAtEachForward:
     """What ``layer.weight`` and ``layer.bias`` are: a tensor's shape, dtype and device, and no numbers.
 
     torch.nn's transformer layers hand their sublayers' weights to one fused call in eval mode, if those are
-    tensors alone; as these are not, they call the sublayers. Whatever else is done with them raises TypeError.
+    tensors alone; as these are not, they call the sublayers. Any other use of them raises TypeError.
     """
 
     def __init__(self, name: str, mean: Tensor) -> None:
@@ -79,8 +79,8 @@ class DrawnAtEachForward:
 
     def _refuse(self) -> NoReturn:
         raise TypeError(
-            f"{self._name} has no numbers, each forward draws them: call the layer, or take the parameters of "
-            "its posterior (W_mu and W_rho, bias_mu and bias_rho)"
+            f"{self._name} has no numbers, each forward draws them: call the layer, or take the "
+            "parameters of its posterior (W_mu and W_rho, bias_mu and bias_rho)"
         )
 
     @classmethod
