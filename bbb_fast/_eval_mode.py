@@ -42,9 +42,10 @@ class _Copies:
             if isinstance(module, (torch.jit.ScriptModule, nn.modules.lazy.LazyModuleMixin)):
                 raise _NotCopiedError
             state = vars(module).copy()
-            own = {name: state.pop(name).copy() for name in ("_parameters", "_buffers")}
+            own = {name: state.pop(name).copy() for name in ("_parameters", "_buffers", "_modules")}
+            for name, child in module._modules.items():
+                own["_modules"][name] = None if child is None else self._copies[id(child)]
             state = {name: self._moved(value) for name, value in state.items()}
-            own["_modules"] = state["_modules"].copy()
             vars(self._copies[id(module)]).update(state, **own, training=False)
         self.model = self._copies[id(model)]
 
