@@ -27,7 +27,7 @@ _CONTAINERS = (dict, OrderedDict, list, tuple, set)
 _MAX_OBJECTS = 5_000
 
 
-class _NotCopied(Exception):
+class _NotCopiedError(Exception):
     pass
 
 
@@ -40,11 +40,12 @@ class _Copies:
         self._unrelated: dict[int, Any] = {}  # the objects too, so that no id is used twice
         for module in originals:
             if isinstance(module, (torch.jit.ScriptModule, nn.modules.lazy.LazyModuleMixin)):
-                raise _NotCopied
+                raise _NotCopiedError
             state = vars(module).copy()
-            own = {name: state.pop(name).copy() for name in ("_parameters", "_buffers")}
+            own = {name: state.pop(name).copy() for name in ("_parameters", "_buffers", "_modules")}
+            for name, child in module._modules.items():
+                own["_modules"][name] = None if child is None else self._copies[id(child)]
             state = {name: self._moved(value) for name, value in state.items()}
-            own["_modules"] = state["_modules"].copy()
             vars(self._copies[id(module)]).update(state, **own, training=False)
         self.model = self._copies[id(model)]
 
@@ -67,7 +68,7 @@ class _Copies:
             words = {k: self._moved(v) for k, v in value.keywords.items()}
             return functools.partial(self._moved(value.func), *map(self._moved, value.args), **words)
         if self._reaches(value):
-            raise _NotCopied
+            raise _NotCopiedError
         return value
 
     def _reaches(self, value: Any) -> bool:
@@ -81,7 +82,7 @@ class _Copies:
                 continue
             looked_at[id(at)] = at
             if len(looked_at) + len(self._unrelated) > _MAX_OBJECTS:
-                raise _NotCopied
+                raise _NotCopiedError
             if isinstance(at, types.FunctionType):
                 # Not its globals: what they hold is no part of a model.
                 pending += (at.__closure__, at.__defaults__, at.__kwdefaults__)
@@ -102,9 +103,11 @@ _lent: dict[nn.Module, tuple[int, bool]] = {}
 def _set_to_eval(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     with _lock:
+        # All modes before the first is set: a compiled module's is that of the module inside.
         for module in modules:
             users, mode = _lent.get(module, (0, module.training))
             _lent[module] = users + 1, mode
+        for module in modules:
             module.training = False
     try:
         yield
@@ -126,9 +129,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     through an object) it is the model itself, set to eval mode until the last of several such calls ends.
     """
     try:
-        copies = _Copies(model)
-    except _NotCopied:
-        with _set_to_eval(model):
-            yield model
-    else:
-        yield copies.model
+        copy = _Copies(model).model
+    except _NotCopiedError:
+        copy = None
+    if copy is not None:
+        yield copy
+        return
+    with _set_to_eval(model):
+        yield model

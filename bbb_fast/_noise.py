@@ -46,10 +46,14 @@ _state = _State()
 
 
 @torch.compiler.assume_constant_result
-def _draws_are_recomputed() -> bool:
-    """Whether torch.compile may save memory by running parts of the forward, random ops too, once more."""
-    config = getattr(getattr(torch, "_functorch", None), "config", None)
-    return getattr(config, "activation_memory_budget", 1.0) < 1
+def _draws_again_in_backward() -> bool:
+    from torch._functorch import config
+
+    return (
+        config.activation_memory_budget < 1
+        or config.aggressive_recomputation
+        or not config.ban_recompute_not_in_allowlist
+    )
 
 
 def draw_rng(device: torch.device | str | None = None) -> Tensor:
@@ -58,9 +62,12 @@ def draw_rng(device: torch.device | str | None = None) -> Tensor:
     Ranks of an initialised ``torch.distributed`` group get different ones, also where every rank was
     seeded alike.
     """
-    if is_compiling() and _draws_are_recomputed():
-        # Outside of every graph: what is drawn in one would be drawn anew for its backward.
-        torch._dynamo.graph_break()
+    if is_compiling() and torch.is_grad_enabled() and _draws_again_in_backward():
+        raise RuntimeError(
+            "torch.compile would draw again in backward what forward drew, for torch._functorch.config says "
+            "activation_memory_budget < 1, aggressive_recomputation or ban_recompute_not_in_allowlist=False; "
+            "use torch.utils.checkpoint, or fixed_noise"
+        )
     rng = torch.randint(0, _INT64_MAX, (2,), dtype=torch.int64, device=device)
     offset = rank_offset()
     return rng + offset if offset else rng
@@ -111,15 +118,17 @@ def _current_draw(module: RandomModule | None = None) -> Draw:
             return forward.draw
         if forward is not None and not forward.preserves_rng_state and module is not None:
             raise RuntimeError(
-                f"{type(module).__name__}: a checkpoint with preserve_rng_state=False would draw other noise in "
-                "backward than forward drew; leave it True, or run the forward under fixed_noise"
+                f"{type(module).__name__}: a checkpoint with preserve_rng_state=False would draw other noise "
+                "in backward than forward drew; leave it True, or run the forward under fixed_noise"
             )
         if forward is not None:
             return FREE
-        if _state.draw is FREE and module is not None and module._origin is None and not module._drew_freely:
+        # A checkpoint's recomputation records gradients; a hook's own call of a layer seldom does.
+        unknown = module is not None and not module._drew_freely and module._origin is None
+        if unknown and _state.draw is FREE and torch.is_grad_enabled():
             raise RuntimeError(
-                f"{type(module).__name__}: runs again in backward, and what its forward drew under fixed_noise or "
-                "posterior_means is not known here; call backward inside the same context"
+                f"{type(module).__name__}: runs again in backward, and what its forward drew in a context of "
+                "fixed_noise or posterior_means is not known here; call backward in the same one"
             )
     if _state.draw is FREE and module is not None and module._origin is not None:
         return module._origin[0]
@@ -208,8 +217,8 @@ class fixed_noise(_DrawContext):
     Args: ``seed`` any int64; ``sample`` 0 ... 2^31 - 1. Raises TypeError or ValueError otherwise.
     Contexts may be nested, the inner one counts. They hold in the thread that enters them, in replicas
     that it makes (``torch.nn.DataParallel``) and where a checkpoint (``torch.utils.checkpoint``) runs a
-    forward again, in whatever thread and after the context. A thread of your own enters the context
-    itself; one object may be entered by several at once.
+    forward again, in whatever thread and after the context (docs/noise.md says what is not seen). A thread
+    of your own enters the context itself; one object may be entered by several at once.
     """
 
     # Of the draws of one prediction: [draws, 2], and rows of it by the number of a layer.
@@ -231,7 +240,9 @@ class fixed_noise(_DrawContext):
         self.sample = sample
         # A tensor, so that one torch.compile graph serves every seed and sample.
         self._rng = torch.tensor([seed, sample << 32], device="cpu")
-        self._numbers: dict[nn.Module, int] = {}
+        # By id, for which torch.compile guards: by module it would take one layer's number for all.
+        self._numbers: dict[int, int] = {}
+        self._numbered: list[nn.Module] = []
         if model is not None:
             if not isinstance(model, nn.Module):
                 raise TypeError(f"fixed_noise: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -261,20 +272,25 @@ class fixed_noise(_DrawContext):
         with _numbering:
             for module in model.modules():
                 if isinstance(module, RandomModule):
-                    self._numbers.setdefault(module, len(self._numbers))
+                    self._count(module)
+
+    def _count(self, module: RandomModule) -> None:
+        if id(module) not in self._numbers:
+            self._numbered.append(module)
+            self._numbers[id(module)] = len(self._numbers)
 
     def number(self, module: RandomModule) -> int:
         """The module's place among those that draw, in the model that it is a part of."""
         if is_compiling():
-            return self._numbers.setdefault(module, len(self._numbers))
+            self._count(module)
+            return self._numbers[id(module)]
         if module._origin is not None:
             module = module._origin[1]
-        if module not in self._numbers:
-            model = _outermost_call(_state.place.caller)
-            if model is not None:
-                self._add(model)
-            self._add(module)
-        return self._numbers[module]
+        if id(module) not in self._numbers:
+            self._add(_outermost_call(_state.place.caller) or module)
+            # A layer that is no registered part of what is called.
+            self._count(module)
+        return self._numbers[id(module)]
 
     def rng(self, module: RandomModule, device: torch.device) -> Tensor:
         """The ``rng`` of the module's forwards."""

@@ -25,7 +25,7 @@ graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 class Place(NamedTuple):
-    """Where a context was entered: what was open there needs no word from within it."""
+    """Where a context was entered. A checkpoint that was open there enters the context again by itself."""
 
     graph_task: int = -1
     caller: FrameType | None = None
@@ -60,6 +60,11 @@ def _checkpoints() -> Iterator[tuple[Any, bool]]:
             yield recomputed(), True
         elif frame is not None:
             yield frame, False
+        else:
+            raise RuntimeError(
+                f"bbb_fast does not know the checkpoints of torch {torch.__version__} and could not repeat a "
+                "draw in backward; give them use_reentrant=True"
+            )
 
 
 def _enclosed(function: Any, name: str) -> Any:

@@ -16,7 +16,7 @@ is infinite or NaN, how far that spreads is the library's affair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch
     Philox4x32-10 (Salmon et al. 2011) keyed by the seed, counting (index // 4, stream), and Box-Muller
     in float32, then cast to ``dtype``. Not differentiable.
     """
-    size = (size,) if isinstance(size, int) else tuple(size)
+    size = tuple(size) if isinstance(size, Iterable) else (size,)
     if use_native(rng.device):
         return _native.normal(size, rng, dtype)
     _checks.optional_dtype("normal", "dtype", dtype)
@@ -279,7 +279,7 @@ def lrt_linear(
 
 
 def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
-    return (value,) * length if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, Iterable) else (value,) * length
 
 
 def _explicit_padding(

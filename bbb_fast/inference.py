@@ -109,8 +109,8 @@ class _Outputs:
             rows = min(size, self._rows - start)
             if not shape or shape[0] % rows:
                 raise ValueError(
-                    "predict: with batch_size, the first dimension of the output must be that of the rows, got "
-                    f"output {list(shape)} for {rows} rows; leave batch_size out"
+                    "predict: with batch_size, the first dimension of the output must be that of the rows, "
+                    f"got output {list(shape)} for {rows} rows; leave batch_size out"
                 )
             # A row of x may become several.
             start *= shape[0] // rows
@@ -120,7 +120,7 @@ class _Outputs:
             self._draws = self.all.unbind()
         if self.all.shape[1:] != shape or self.all.dtype != output.dtype:
             raise ValueError(
-                f"predict: the output must keep its shape and type from draw to draw and from batch to batch, "
+                "predict: the output must keep its shape and type from draw to draw and batch to batch, "
                 f"got {list(shape)} {output.dtype} after {list(self.all.shape[1:])} {self.all.dtype}"
             )
         of_draw = self._draws[k]

@@ -53,8 +53,8 @@ bool whole(const at::Tensor& W) {
 
 // Whether someone must see the ops being called.
 bool watched() {
-  return in_transform() || at::tracer::impl::is_dispatch_enabled() || at::impl::torch_function_mode_enabled() ||
-         c10::impl::TorchDispatchModeTLS::any_modes_set();
+  return in_transform() || at::tracer::impl::is_dispatch_enabled() ||
+         at::impl::torch_function_mode_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 // torch.randint(0, 2^63 - 1, (2,)) of the device's generator, plus offset. On the CPU past the dispatcher,
@@ -118,7 +118,9 @@ std::optional<LayerOutput> draw_layer(
     const PosteriorAndPrior& posterior,
     const std::optional<ConvGeometry>& geometry,
     int64_t rng_offset) {
-  if (!with_kernels(input.device()) || !plain(input) || !plain(posterior) || watched()) return std::nullopt;
+  const bool dense = input.layout() == at::kStrided && !input.is_nested();
+  if (!dense || !with_kernels(input.device()) || !plain(input) || !plain(posterior) || watched())
+    return std::nullopt;
   const at::Tensor x = autocast(input);
   const at::Tensor rng = draw_rng(x.device(), rng_offset);
   LayerOutput result;

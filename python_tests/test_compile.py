@@ -16,9 +16,11 @@ from helpers import conv_case, flat, linear_case, rng
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils._pytree import tree_map_only
 
 from bbb_fast import ELBO, fixed_noise, functional, kl_loss, predict
+from bbb_fast._noise import posterior_means
 from bbb_fast.layers import BBB, BBB_LRT
 from bbb_fast.models import BBB3Conv3FC, BBBAlexNet, BBBLeNet
 
@@ -537,3 +539,91 @@ def test_noise_is_not_drawn_anew_to_save_memory(
         gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for compiled, eager in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_layers_of_one_kind_compiled_one_by_one(named: bool) -> None:
+    """They share their code, and each has its own pinned draw."""
+    torch._dynamo.reset()
+    layers = [BBB.BBBLinear(6, 6) for _ in range(3)]
+    model = nn.Sequential(*layers)
+    compiled = nn.Sequential(*(torch.compile(layer, fullgraph=True, backend="eager") for layer in layers))
+    x = torch.randn(5, 6)
+    with fixed_noise(1):
+        expected = model(x)
+    for _ in range(2):
+        with fixed_noise(1, model=compiled if named else None):
+            assert torch.equal(compiled(x), expected)
+    if named:
+        assert torch.equal(predict(compiled, x, 2, seed=1)[0], expected)
+
+
+def test_contexts_within_the_graph() -> None:
+    torch._dynamo.reset()
+    layer, x = BBB_LRT.BBBLinear(6, 4), torch.randn(5, 6)
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with fixed_noise(3, sample=1):
+            pinned = layer(x)
+        with posterior_means():
+            mean = layer(x)
+        return pinned, mean, layer(x)
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    (pinned, mean, free), (_, _, other) = compiled(x), compiled(x)
+    with fixed_noise(3, sample=1):
+        torch.testing.assert_close(pinned, layer(x))
+    torch.testing.assert_close(mean, layer(x, sample=False))
+    assert not torch.equal(free, other) and not torch.equal(layer(x), layer(x))
+
+
+def blocks(layers: object) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(layers.BBBLinear(8, 8), nn.Tanh()) for _ in range(3)))
+
+
+def gradients(run: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, x: torch.Tensor) -> list:
+    return list(torch.autograd.grad(run(x).square().sum(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("budget", [0.0, 0.3, 1.0])
+def test_recomputation_by_the_partitioner(layers: object, budget: float) -> None:
+    """A pinned draw is the same when it is computed again; a fresh one would not be, so it is refused."""
+    torch._dynamo.reset()
+    model, x = blocks(layers), torch.randn(16, 8)
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+        with fixed_noise(3):
+            torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
+        if budget < 1:
+            with pytest.raises(Exception, match="would draw again in backward what forward drew"):
+                compiled(x)
+            with torch.no_grad():
+                assert not torch.equal(compiled(x), compiled(x))
+        else:
+            assert all(torch.isfinite(g).all() for g in gradients(compiled, model, x))
+
+
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+def test_checkpoint_within_the_graph(layers: object) -> None:
+    """Free: the gradient is that of the function that was drawn, whose noise does not depend on mu."""
+    torch._dynamo.reset()
+    model, x = blocks(layers), torch.randn(16, 8)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(model, x, use_reentrant=False)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager_decomp_partition")
+    with fixed_noise(3, model=model):
+        torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
+
+    def loss(step: float) -> torch.Tensor:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            model[0][0].bias_mu.add_(step)
+        return compiled(x).square().sum()
+
+    loss(0.0).backward()
+    slope = model[0][0].bias_mu.grad.sum()
+    rise = (loss(1e-3) - loss(-2e-3)) / 2e-3
+    torch.testing.assert_close(rise.detach(), slope, rtol=0.02, atol=0.02)

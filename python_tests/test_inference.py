@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pickle
 import threading
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import DEVICE, rng_state, unrelated
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 
 import bbb_fast
 from bbb_fast import fixed_noise, functional, predict
+from bbb_fast._noise import posterior_means
 from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, ModuleWrapper
 
 
@@ -380,6 +385,291 @@ class TestFixedNoise:
     def test_wrong_numbers(self, numbers: tuple[Any, ...], error: type[Exception], name: str) -> None:
         with pytest.raises(error, match=f"fixed_noise: {name} must"):
             fixed_noise(*numbers)
+
+
+class Experts(nn.Module):
+    """Each row runs the expert that its sum chooses, and then the last layer; some leave before that."""
+
+    def __init__(self, estimator: ModuleType) -> None:
+        super().__init__()
+        priors = {"posterior_mu_initial": (0, 0.5), "posterior_rho_initial": (-1.5, 0.2)}
+        self.experts = nn.ModuleList([estimator.BBBLinear(4, 4, priors=priors) for _ in range(4)])
+        self.last = estimator.BBBLinear(4, 4, priors=priors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice = (x.sum(1) * 3).long() % 4
+        y = torch.zeros_like(x)
+        for k in choice.unique():
+            y[choice == k] = self.experts[int(k)](x[choice == k])
+        stay = y[:, 0] > 0
+        y[stay] = self.last(y[stay])
+        return y
+
+
+class TestPlaces:
+    """A layer's draw goes by its place in the model, not by when or where it runs."""
+
+    def test_routing(self, backend: str, estimator: ModuleType) -> None:
+        model, x = Experts(estimator), torch.randn(12, 4)
+        whole = predict(model, x, 3, seed=0)
+        for size in (1, 5):
+            torch.testing.assert_close(predict(model, x, 3, seed=0, batch_size=size), whole)
+        torch.testing.assert_close(predict(model, x.flip(0), 3, seed=0).flip(1), whole)
+        with fixed_noise(0, sample=2):
+            torch.testing.assert_close(
+                torch.cat([model(row) for row in x.flip(0).split(1)]).flip(0), whole[2]
+            )
+        for row in range(12):
+            with fixed_noise(0, sample=2):
+                torch.testing.assert_close(model(x[row : row + 1]), whole[2, row : row + 1])
+
+    def test_the_model_is_what_is_called_within_the_context(self, estimator: ModuleType) -> None:
+        class Averaged(nn.Module):
+            def __init__(self, first: nn.Module, net: nn.Module) -> None:
+                super().__init__()
+                self.first, self.net = first, net
+
+            def forward(self, x: Tensor) -> Tensor:
+                with fixed_noise(5):
+                    return self.net(x)
+
+        first, net = estimator.BBBLinear(4, 4), Experts(estimator)
+        x = torch.randn(6, 4)
+        with fixed_noise(5):
+            expected = net(x)
+        assert torch.equal(Averaged(first, net)(x), expected)
+        with fixed_noise(5, model=nn.Sequential(first, net)):
+            there = net(x)
+            assert unrelated(there, expected)
+        with fixed_noise(5):
+            torch.testing.assert_close(nn.Sequential(nn.Identity(), net)(x), expected)
+
+    def test_layers_outside_the_model_are_counted_on(self, estimator: ModuleType) -> None:
+        class Hidden(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.own = estimator.BBBLinear(4, 4)
+                self.kept = [estimator.BBBLinear(4, 4) for _ in range(2)]
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.own(self.kept[1](self.kept[0](x)))
+
+        hidden, other, x = Hidden(), Experts(estimator), torch.randn(6, 4)
+        with fixed_noise(1) as pin:
+            other(hidden(x))
+            places = [pin.number(layer) for layer in (hidden.own, *hidden.kept, *other.experts, other.last)]
+        assert places == list(range(8))
+
+    def test_a_layer_used_twice_has_one_draw(self, backend: str, estimator: ModuleType) -> None:
+        layer, x = estimator.BBBLinear(4, 4), torch.randn(6, 4)
+        model = nn.Sequential(layer, nn.Tanh(), layer, estimator.BBBLinear(4, 2))
+        with fixed_noise(1) as pin:
+            y = model(x)
+            assert [pin.number(m) for m in (layer, model[3])] == [0, 1]
+            assert torch.equal(y, model[3](layer(layer(x).tanh())))
+
+    def test_copies(self, estimator: ModuleType) -> None:
+        model, x = Experts(estimator), torch.randn(6, 4)
+        expected = predict(model, x, 2, seed=0)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(predict(other, x, 2, seed=0), expected)
+
+    @pytest.mark.parametrize("means", [False, True])
+    def test_replicas_in_threads(self, backend: str, estimator: ModuleType, means: bool) -> None:
+        """As torch.nn.DataParallel makes them: in the caller's thread, and runs them in others."""
+        model, x = Experts(estimator), torch.randn(12, 4)
+        context = posterior_means() if means else fixed_noise(7, sample=1)
+
+        class Parallel(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.module = model
+
+            def forward(self, x: Tensor) -> Tensor:
+                outputs = [
+                    in_thread(lambda m=m, p=p: m(p)) for m, p in zip(self.copies(), x.split(6), strict=True)
+                ]
+                return torch.cat(outputs)
+
+            def copies(self) -> list[nn.Module]:
+                made = []
+                for _ in range(2):
+                    replicas = {m: m._replicate_for_data_parallel() for m in self.module.modules()}
+                    for module, replica in replicas.items():
+                        for name, child in module._modules.items():
+                            setattr(replica, name, replicas[child])
+                        for name, parameter in module._parameters.items():
+                            setattr(replica, name, None if parameter is None else parameter.clone())
+                    made.append(replicas[self.module])
+                return made
+
+        with context:
+            expected, actual = model(x), Parallel()(x)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(predict(Parallel(), x, 2, seed=3), predict(model, x, 2, seed=3))
+        assert unrelated(Parallel()(x), expected)
+        layer = model.last
+        replica = layer._replicate_for_data_parallel()
+        for name, parameter in layer._parameters.items():
+            setattr(replica, name, parameter)
+        free = [in_thread(lambda: replica(x)) for _ in range(2)]
+        assert unrelated(*free)
+
+    def test_threads_that_enter_one_context(self, estimator: ModuleType) -> None:
+        model, x, pin = Experts(estimator), torch.randn(12, 4), fixed_noise(3)
+        with fixed_noise(3):
+            expected = model(x)
+
+        def run() -> Tensor:
+            with pin:
+                return torch.cat([model(row) for row in x.split(1)])
+
+        outputs: list[Tensor] = []
+        threads = [threading.Thread(target=lambda: outputs.append(run())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(outputs) == 4
+        for y in outputs:
+            torch.testing.assert_close(y, expected)
+
+    @pytest.mark.parametrize("value", ["model", Experts, 3])
+    def test_wrong_model(self, value: Any) -> None:
+        with pytest.raises(TypeError, match="fixed_noise: model must be a torch.nn.Module"):
+            fixed_noise(1, model=value)
+
+
+class ModelOutput(OrderedDict):
+    """As Hugging Face has it."""
+
+
+Pair = namedtuple("Pair", ["logits", "state"])
+
+
+@dataclasses.dataclass
+class Record:
+    logits: Tensor
+    state: None = None
+
+
+class TestWhatGoesInAndOut:
+    def test_numpy(self, backend: str, estimator: ModuleType) -> None:
+        model, x = estimator.BBBLinear(4, 3), torch.randn(6, 4)
+        expected = predict(model, x, np.int64(2), seed=np.int64(1))
+        for array in (x.cpu().numpy(), x.double().cpu().numpy()):
+            assert torch.equal(predict(model, array, 2, seed=1, batch_size=np.int32(4)), expected)
+            call = lambda m, v: m(v["x"])  # noqa: E731
+            assert torch.equal(predict(model, {"x": array}, 2, seed=1, call=call), expected)
+        with pytest.raises(TypeError, match="x must hold numbers, got a NumPy array of <U1"):
+            predict(model, np.array(["a", "b"]))
+        embedding = nn.Sequential(nn.Embedding(5, 4), model)
+        assert predict(embedding, np.array([0, 3, 1]), 2).shape == (2, 3, 3)
+
+    @pytest.mark.parametrize("size", [None, 1, 4, 6])
+    def test_several_tensors(self, size: int | None) -> None:
+        layer = BBB.BBBLinear(4, 3)
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, given: Any) -> Tensor:
+                a, b = given.values() if isinstance(given, dict) else given
+                return self.layer(a) + b
+
+        a, b = torch.randn(6, 4), torch.randn(6, 3)
+        expected = predict(layer, a, 2, seed=0) + b
+        for given in ((a, b), [a, b], {"a": a, "b": b}, Pair(a, b), ModelOutput(a=a, b=b)):
+            y = predict(Model(), given, 2, seed=0, batch_size=size)
+            torch.testing.assert_close(y, expected)
+        y = predict(layer, {"input": a}, 2, seed=0, batch_size=size, call=lambda m, given: m(**given))
+        torch.testing.assert_close(y + b, expected)
+
+    def test_wrong_parts(self) -> None:
+        layer, a = BBB.BBBLinear(4, 3), torch.randn(6, 4)
+        with pytest.raises(ValueError, match=r"must have the same number of rows, got \[5, 6\]"):
+            predict(layer, (a, a[:5]), batch_size=2)
+        with pytest.raises(ValueError, match="number of rows, got no tensor"):
+            predict(layer, (1, None), batch_size=2)
+        with pytest.raises(TypeError, match="x must hold tensors and numbers, got str"):
+            predict(layer, (a, ["a"] * 6), batch_size=2)
+
+    @pytest.mark.parametrize(
+        ("make", "what"),
+        [
+            (lambda y: {"logits": y, "state": None}, "dict of logits, state"),
+            (lambda y: ModelOutput(logits=y), "ModelOutput of logits"),
+            (lambda y: Record(y), "Record of logits, state"),
+            (lambda y: None, "NoneType"),
+            (lambda y: [y], "list"),
+            (lambda y: ({"logits": y},), "dict of logits"),
+            (lambda y: (), "tuple"),
+        ],
+    )
+    def test_other_outputs(self, make: Callable[[Tensor], Any], what: str) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = BBB.BBBLinear(4, 3)
+
+            def forward(self, x: Tensor) -> Any:
+                return make(self.layer(x))
+
+        model, x = Model(), torch.randn(6, 4)
+        with pytest.raises(TypeError, match=f"got {what}; say what to take of it with call=lambda"):
+            predict(model, x)
+        expected = predict(model.layer, x, 2, seed=0)
+        assert torch.equal(predict(model, x, 2, seed=0, call=lambda m, x: m.layer(x)), expected)
+
+    def test_named_tuples_are_tuples(self) -> None:
+        layer, x = BBB.BBBLinear(4, 3), torch.randn(6, 4)
+        y = predict(layer, x, 2, seed=0, call=lambda m, x: Pair(m(x), None))
+        assert torch.equal(y, predict(layer, x, 2, seed=0))
+
+    def test_outputs_in_parts(self) -> None:
+        layer, x = BBB.BBBLinear(4, 3), torch.randn(7, 4)
+        whole = predict(layer, x, 2, seed=0)
+        flat = predict(layer, x, 2, seed=0, batch_size=3, call=lambda m, x: m(x).flatten())
+        torch.testing.assert_close(flat, whole.flatten(1))
+        total = predict(layer, x, 2, seed=0, call=lambda m, x: m(x).sum())
+        torch.testing.assert_close(total, whole.sum((1, 2)))
+        first = "the first dimension of the output must be that of the rows"
+        for call in (lambda m, x: m(x).sum(), lambda m, x: m(x)[:2]):
+            with pytest.raises(ValueError, match=first):
+                predict(layer, x, 2, batch_size=3, call=call)
+        with pytest.raises(ValueError, match="must keep its shape and type"):
+            predict(layer, x, 2, batch_size=3, call=lambda m, x: m(x)[:, : len(x)])
+        calls: list[int] = []
+        with pytest.raises(ValueError, match=r"got \[7, 2\] torch.float32 after \[7, 1\]"):
+            predict(layer, x, 3, call=lambda m, x: calls.append(1) or m(x)[:, : len(calls)])
+        types = iter((torch.float32, torch.float64))
+        with pytest.raises(ValueError, match="float64 after .* torch.float32"):
+            predict(layer, x, 2, call=lambda m, x: m(x).to(next(types)))
+        with pytest.raises(TypeError, match="output must be a dense tensor"):
+            predict(layer, x, call=lambda m, x: m(x).to_sparse())
+        assert predict(layer, x[:0], 2, batch_size=3).shape == (2, 0, 3)
+
+    @pytest.mark.cpu_only("the profiler's account of the CPU's allocator")
+    @pytest.mark.parametrize("size", [None, 16])
+    def test_memory(self, size: int | None) -> None:
+        """All draws are one tensor, which is there once."""
+        layer, x = BBB.BBBLinear(8, 256), torch.randn(64, 8)
+        predict(layer, x, 1, batch_size=size)
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            y = predict(layer, x, 50, seed=0, batch_size=size)
+        alive = highest = 0
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            alive += event.nbytes()
+            highest = max(highest, alive)
+        assert y.nbytes <= highest <= 1.1 * y.nbytes
+
+    @pytest.mark.parametrize("model", [None, "x", torch.sin])
+    def test_wrong_model(self, model: Any) -> None:
+        with pytest.raises(TypeError, match="predict: model must be a torch.nn.Module"):
+            predict(model, torch.randn(2, 2))
 
 
 class TestCompiled:

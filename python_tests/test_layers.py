@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,13 +209,37 @@ class TestConstruction:
         name, value = next(iter(option.items()))
         assert f"{name}={value}, prior_sigma=0.2, posterior_rho_initial=(-5.0, 0.1))" in repr(model)
 
+    def test_integers_of_other_kinds(self, estimator: ModuleType) -> None:
+        """NumPy's and torch.Size's are kept as Python's, so that a layer prints and pickles as any."""
+        i = np.int64
+        linear = estimator.BBBLinear(i(3), torch.Size([4])[0])
+        conv = estimator.BBBConv2d(
+            i(4),
+            np.uint8(6),
+            i(3),
+            (i(1), i(2)),
+            i(1),
+            np.int32(1),
+            groups=np.int16(2),
+            priors={"prior_mu": i(0)},
+        )
+        assert repr(conv) == (
+            "BBBConv2d(4, 6, kernel_size=(3, 3), stride=(1, 2), padding=(1, 1), groups=2, bias=True)"
+        )
+        numbers = [linear.in_features, linear.out_features, conv.in_channels, conv.out_channels, conv.groups]
+        numbers += [*conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation]
+        assert {type(n) for n in numbers} == {int}
+        assert conv(torch.randn(2, 4, 8, 8)).shape == (2, 6, 8, 4)
+        assert linear(torch.randn(2, 3)).shape == (2, 4)
+        assert estimator.BBBLinear(3, 2, priors={"prior_sigma": np.float32(0.5)}).prior_sigma == 0.5
+
     @pytest.mark.parametrize(
         ("kind", "args", "options", "message"),
         [
             ("Linear", (-1, 2), {}, "in_features must be an int >= 0, got -1"),
             ("Linear", (3, 2.0), {}, "out_features must be an int >= 0, got 2.0"),
             ("Linear", (True, 2), {}, "in_features must be an int >= 0, got True"),
-            ("Conv2d", (4, 6, 3), {"groups": 0}, "groups must be >= 1"),
+            ("Conv2d", (4, 6, 3), {"groups": 0}, "groups must be an int >= 1"),
             ("Conv2d", (4, 6, 3), {"groups": 3}, "in_channels must be positive and divisible"),
             ("Conv2d", (4, 6, 3), {"groups": 4}, "out_channels must be positive and divisible"),
             ("Conv1d", (0, 6, 3), {}, "in_channels must be positive"),
@@ -232,6 +258,14 @@ class TestConstruction:
                 "padding='same' needs stride 1",
             ),
             ("Conv2d", (4, 6, 3), {"dilation": (0, 1)}, "dilation must be an int >= 1"),
+            ("Linear", (np.bool_(True), 2), {}, "in_features must be an int >= 0"),
+            ("Linear", (3, np.float64(2)), {}, "out_features must be an int >= 0"),
+            ("Linear", (3, None), {}, "out_features must be an int >= 0, got None"),
+            ("Conv2d", (4.0, 6, 3), {}, "in_channels must be positive and divisible"),
+            ("Conv2d", (4, 6, None), {}, "kernel_size must be an int >= 1"),
+            ("Conv2d", (4, 6, torch.tensor(True)), {}, "kernel_size must be an int >= 1"),
+            ("Conv2d", (4, 6, 3), {"groups": 1.5}, "groups must be an int >= 1, got 1.5"),
+            ("Conv2d", (4, 6, 3), {"groups": True}, "groups must be an int >= 1, got True"),
             (
                 "Conv2d",
                 (4, 6, 3),
@@ -554,6 +588,146 @@ class TestInputs:
             for sample in (True, False):
                 with pytest.raises((RuntimeError, ValueError, TypeError)):
                     layer(x, sample=sample)
+
+    @pytest.mark.parametrize("pinned", [False, True])
+    @pytest.mark.parametrize(
+        ("kind", "layout"),
+        [("Linear", layout) for layout in ("coo", "csr", "nested", "jagged", "mkldnn")]
+        + [("Conv2d", layout) for layout in ("coo", "nested", "jagged", "mkldnn")],
+    )
+    @pytest.mark.filterwarnings("ignore:.*beta state", "ignore:.*prototype")
+    @pytest.mark.cpu_only("layouts of the CPU")
+    def test_layouts(self, backend: str, estimator: ModuleType, kind: str, layout: str, pinned: bool) -> None:
+        """Sparse and mkldnn inputs have a product with a drawn weight, and no square or convolution."""
+        layer, dense = make(estimator, kind), example(kind)
+        x = {
+            "coo": lambda: dense.to_sparse(),
+            "csr": lambda: dense.to_sparse_csr(),
+            "nested": lambda: torch.nested.nested_tensor(list(dense)),
+            "jagged": lambda: torch.nested.nested_tensor(list(dense), layout=torch.jagged),
+            "mkldnn": lambda: dense.to_mkldnn(),
+        }[layout]()
+        context = bbb_fast.fixed_noise(1) if pinned else contextlib.nullcontext()
+        weight_space = pinned or estimator is BBB
+        with context, torch.no_grad():
+            if kind == "Linear" and weight_space and layout in ("coo", "csr", "mkldnn"):
+                torch.manual_seed(1)
+                y = layer(x)
+                torch.manual_seed(1)
+                expected = layer(dense)
+                torch.testing.assert_close(y if y.layout is torch.strided else y.to_dense(), expected)
+            else:
+                with pytest.raises(TypeError, match="input must be a dense tensor, got a"):
+                    layer(x)
+
+    @pytest.mark.parametrize("sample", [False, True])
+    @pytest.mark.parametrize("x", [None, [1.0, 2.0], np.zeros((2, 6)), 3.0])
+    def test_no_tensors(self, backend: str, estimator: ModuleType, x: Any, sample: bool) -> None:
+        with pytest.raises(TypeError, match=f"BBBLinear: input must be a tensor, got {type(x).__name__}"):
+            make(estimator, "Linear")(x, sample=sample)
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+    def test_other_types(self, backend: str, estimator: ModuleType, dtype: torch.dtype) -> None:
+        for kind in ("Linear", "Conv1d"):
+            with pytest.raises(TypeError, match="input must be float32, float64, bfloat16 or float16, got"):
+                make(estimator, kind)(example(kind).to(dtype))
+
+
+def encoder_layer(estimator: ModuleType, **options: Any) -> nn.TransformerEncoderLayer:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, **options)
+    layer.linear1, layer.linear2 = make(estimator, "Linear", 8, 16), make(estimator, "Linear", 16, 8)
+    return layer
+
+
+class TestWeightAttribute:
+    """``layer.weight`` is there for torch.nn's transformers, and is never the means."""
+
+    @pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"activation": "gelu"}])
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_encoder_layers_sample_in_eval_mode(
+        self, estimator: ModuleType, options: dict[str, Any], batch_first: bool, compiled: bool
+    ) -> None:
+        torch._dynamo.reset()
+        layer, x = encoder_layer(estimator, batch_first=batch_first, **options), torch.randn(3, 5, 8)
+        run = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
+        with bbb_fast.fixed_noise(0), torch.no_grad():
+            expected = layer.train()(x)
+            torch.testing.assert_close(run.eval()(x), expected)
+        with torch.no_grad():
+            assert not torch.equal(run(x), run(x))
+        y = bbb_fast.predict(run, x, 2, seed=0)
+        torch.testing.assert_close(y[0], expected)
+        assert not torch.equal(y[0], y[1])
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.filterwarnings("ignore:.*nested tensors")
+    def test_encoders_sample_in_eval_mode(self, estimator: ModuleType, masked: bool) -> None:
+        encoder = nn.TransformerEncoder(encoder_layer(estimator, batch_first=True), 2)
+        x, mask = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+        mask[1, 3:] = True
+
+        def call(model: nn.Module, x: Tensor) -> Tensor:
+            return model(x, src_key_padding_mask=mask if masked else None)
+
+        with bbb_fast.fixed_noise(0), torch.no_grad():
+            expected = call(encoder, x)
+        y = bbb_fast.predict(encoder, x, 3, seed=0, call=call)
+        torch.testing.assert_close(y[0][~mask], expected[~mask])
+        assert not torch.equal(y[0], y[1])
+
+    def test_decoders_and_whole_transformers(self, estimator: ModuleType) -> None:
+        model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True, dropout=0.0)
+        for part in (model.encoder.layers[0], model.decoder.layers[0]):
+            part.linear1, part.linear2 = make(estimator, "Linear", 8, 16), make(estimator, "Linear", 16, 8)
+        x = torch.randn(3, 5, 8)
+        whole = bbb_fast.predict(model, (x, x), 3, seed=0, call=lambda m, v: m(*v))
+        parts = bbb_fast.predict(model, (x, x), 3, seed=0, call=lambda m, v: m(*v), batch_size=2)
+        torch.testing.assert_close(parts, whole)
+        assert not torch.equal(whole[0], whole[1])
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_attention_that_wants_the_numbers(self, estimator: ModuleType, training: bool) -> None:
+        attention = nn.MultiheadAttention(8, 2, batch_first=True).train(training)
+        attention.out_proj = make(estimator, "Linear", 8, 8)
+        x = torch.randn(3, 5, 8)
+        with torch.no_grad(), pytest.raises(TypeError, match="BBBLinear.weight has no numbers"):
+            attention(x, x, x)
+
+    def test_what_may_be_read(self, estimator: ModuleType) -> None:
+        layer = make(estimator, "Conv2d", 4, 6, 3, dtype=torch.float64)
+        for name, mean in (("weight", layer.W_mu), ("bias", layer.bias_mu)):
+            stand_in = getattr(layer, name)
+            assert (stand_in.shape, stand_in.dtype, stand_in.device) == (mean.shape, mean.dtype, mean.device)
+            assert stand_in.requires_grad and repr(stand_in).startswith(f"<BBBConv2d.{name} ")
+            assert hasattr(layer, name) and not hasattr(stand_in, "__array_interface__")
+        assert make(estimator, "Linear", 3, 2, bias=False).bias is None
+        assert list(layer.state_dict()) == NAMES
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda w: F.linear(torch.ones(4, 3), w),
+            lambda w: torch.stack([torch.ones(2, 3), w]),
+            lambda w: torch.sum(input=w),
+            lambda w: nn.init.normal_(w),
+            lambda w: nn.init.xavier_uniform_(w),
+            lambda w: w.data,
+            lambda w: w.detach(),
+            lambda w: w + 1,
+            lambda w: torch.ones(2, 3) * w,
+            lambda w: w[0],
+            lambda w: float(w),
+            lambda w: np.asarray(w),
+        ],
+    )
+    def test_what_may_not(self, estimator: ModuleType, use: Callable[[Any], Any]) -> None:
+        with pytest.raises(TypeError, match="BBBLinear.weight has no numbers|DrawnAtEachForward"):
+            use(make(estimator, "Linear", 3, 2).weight)
+
+    def test_nothing_may_take_their_place(self, estimator: ModuleType) -> None:
+        with pytest.raises((KeyError, AttributeError)):
+            make(estimator, "Linear", 3, 2).weight = nn.Parameter(torch.ones(2, 3))
 
 
 class TestPrecision:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import _backend, functional, routes
-from .._checks import FLOAT_DTYPES
+from .._checks import FLOAT_DTYPES, integer
 from .._noise import FREE, RandomModule, draw_rng, rank_offset
 from ..reference import conv_memory_format, in_format
 from ..routes import VarianceDtype
@@ -26,7 +27,8 @@ DEFAULT_PRIORS: dict[str, Any] = {
 
 
 def _finite(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # NumPy's numbers are Real too.
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"priors[{key!r}] must be a finite number, got {value!r}")
     return float(value)
 
@@ -68,7 +70,7 @@ class DrawnAtEachForward:
     """What ``layer.weight`` and ``layer.bias`` are: a tensor's shape, dtype and device, and no numbers.
 
     torch.nn's transformer layers hand their sublayers' weights to one fused call in eval mode, if those are
-    tensors alone; as these are not, they call the sublayers. Whatever else is done with them raises TypeError.
+    tensors alone; as these are not, they call the sublayers. Any other use of them raises TypeError.
     """
 
     def __init__(self, name: str, mean: Tensor) -> None:
@@ -78,8 +80,8 @@ class DrawnAtEachForward:
 
     def _refuse(self) -> NoReturn:
         raise TypeError(
-            f"{self._name} has no numbers, each forward draws them: call the layer, or take the parameters of "
-            "its posterior (W_mu and W_rho, bias_mu and bias_rho)"
+            f"{self._name} has no numbers, each forward draws them: call the layer, or take the "
+            "parameters of its posterior (W_mu and W_rho, bias_mu and bias_rho)"
         )
 
     @classmethod
@@ -123,6 +125,8 @@ class BayesianLayer(RandomModule):
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
     variance_dtype: VarianceDtype = None
+    # Whether the product with a drawn weight is one that sparse inputs have too.
+    _takes_any_layout: bool = False
     # What the last forward left for the KL's backward (csrc/layer_calls.h); keeps nothing alive.
     _trace: Any = None
 
@@ -306,6 +310,8 @@ class BayesianLayer(RandomModule):
                 # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
                 output, self.__dict__["_trace"] = drawn
                 return output
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{type(self).__name__}: input must be a tensor, got {type(input).__name__}")
         if draw is None or draw.means:
             # Float32 parameters follow a narrower input; any other pair of types torch.nn will judge.
             own = self.W_mu.dtype
@@ -318,6 +324,10 @@ class BayesianLayer(RandomModule):
         else:
             # Only in weight space is one draw one function.
             rng, estimator = draw.pinned.rng(self, input.device), "bbb"
+        any_layout = estimator == "bbb" and self._takes_any_layout
+        if input.is_nested or (input.layout is not torch.strided and not any_layout):
+            kind = "nested" if input.is_nested else str(input.layout)
+            raise TypeError(f"{type(self).__name__}: input must be a dense tensor, got a {kind} one")
         return self._draw_output(
             estimator, input, self._parameters_in_order(), rng, **self._options(estimator)
         )
@@ -354,6 +364,8 @@ class LocalReparameterization(BayesianLayer):
 class LinearBase(BayesianLayer):
     """Shape and arithmetic of ``torch.nn.Linear``: input [..., in_features]."""
 
+    _takes_any_layout = True
+
     def __init__(
         self,
         in_features: int,
@@ -366,9 +378,13 @@ class LinearBase(BayesianLayer):
         recompute_weight: bool = False,
         variance_dtype: VarianceDtype = None,
     ) -> None:
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        sizes = {"in_features": in_features, "out_features": out_features}
+        for name, value in sizes.items():
+            size = integer(value)
+            if size is None or size < 0:
                 raise ValueError(f"{type(self).__name__}: {name} must be an int >= 0, got {value!r}")
+            sizes[name] = size
+        in_features, out_features = sizes.values()
         super().__init__(
             (out_features, in_features),
             out_features if bias else None,
@@ -433,13 +449,18 @@ class ConvBase(BayesianLayer):
         variance_dtype: VarianceDtype = None,
     ) -> None:
         name = type(self).__name__
-        if groups < 1:
-            raise ValueError(f"{name}: groups must be >= 1, got {groups}")
-        for label, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1 or channels % groups:
+        given, groups = groups, integer(groups)
+        if groups is None or groups < 1:
+            raise ValueError(f"{name}: groups must be an int >= 1, got {given!r}")
+        channels = {"in_channels": in_channels, "out_channels": out_channels}
+        for label, value in channels.items():
+            count = integer(value)
+            if count is None or count < 1 or count % groups:
                 raise ValueError(
-                    f"{name}: {label} must be positive and divisible by groups = {groups}, got {channels}"
+                    f"{name}: {label} must be positive and divisible by groups = {groups}, got {value!r}"
                 )
+            channels[label] = count
+        in_channels, out_channels = channels.values()
         if padding_mode not in _PADDING_MODES:
             raise ValueError(
                 f"{name}: padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}"
@@ -481,10 +502,10 @@ class ConvBase(BayesianLayer):
                 self._input_padding += [size, size]
 
     def _numbers(self, label: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
-        numbers = (value,) * self.spatial if isinstance(value, int) else tuple(value)
-        if len(numbers) != self.spatial or any(
-            not isinstance(n, int) or isinstance(n, bool) or n < least for n in numbers
-        ):
+        several = isinstance(value, Iterable) and not isinstance(value, Tensor)
+        given = tuple(value) if several else (value,) * self.spatial
+        numbers = tuple(n for n in map(integer, given) if n is not None and n >= least)
+        if len(given) != self.spatial or len(numbers) != self.spatial:
             raise ValueError(
                 f"{type(self).__name__}: {label} must be an int >= {least} or {self.spatial} of them, "
                 f"got {value!r}"
