@@ -9,9 +9,9 @@ float64). Wrong dtypes raise TypeError, wrong shapes, devices and values ValueEr
 argument, what it was and what is allowed.
 
 NaN in an argument gives NaN in whatever that argument has a part in, on every path; rho may be anything. Of
-other numbers, x^2, sigma^2, 1 / prior_sigma^2 and their products with the incoming gradients have to be in the
-range of the type the mathematics runs in; beyond it results are infinite or NaN. Where an operand of a product
-is infinite or NaN, how far that spreads is the library's affair.
+other numbers, x^2, sigma^2, 1 / prior_sigma^2 and their products with incoming gradients have to be in the
+range of the type the mathematics runs in; beyond it results are infinite or NaN. Where an operand of a
+product is infinite or NaN, how far that spreads is the library's affair.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def kl_loss(model: nn.Module) -> Tensor:
     parts: list[Tensor] = []
     for module in _with_kl(model, set(), root=True):
         if isinstance(module, BayesianLayer):
-            groups.setdefault((module.W_mu.device, module.W_mu.dtype), []).append(module)
+            W_mu = module._parameters_in_order()[0]
+            groups.setdefault((W_mu.device, W_mu.dtype), []).append(module)
         else:
             parts.append(module.kl_loss())
     parts += [kl_of_layers(group) for group in groups.values()]

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <iterator>
 
+#include "checks.h"
+
 namespace bbb_fast {
 
 namespace ag = torch::autograd;
@@ -133,6 +135,11 @@ void KlNode::attach(
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma,
     const Meetings& meetings) {
+  // Fake kernels, which meta tensors reach, check nothing.
+  TORCH_CHECK_VALUE(
+      mu.size() == rho.size(), "kl_divergence: got ", mu.size(), " mu tensors and ", rho.size(),
+      " rho tensors");
+  check_priors("kl_divergence", mu.size(), prior_mu, prior_sigma);
   std::vector<at::Tensor> parameters;
   for (size_t k = 0; k < mu.size(); ++k) {
     for (const at::Tensor& t : {mu[k], rho[k]}) {

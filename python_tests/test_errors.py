@@ -436,3 +436,18 @@ def test_one_result_twice(native: None) -> None:
     result = zeros(3)
     with pytest.raises(ValueError, match="result 0 must be two tensors, got one twice"):
         torch.ops.bbb_fast.posterior_backward_out(*arguments, [result], [result])
+
+
+def test_lists_of_meta_tensors(native: None) -> None:
+    """Their fake kernels check nothing; what autograd keeps of them is checked all the same."""
+    one = [zeros(3, device="meta").requires_grad_()]
+    for arguments in ((one, [], [0.0], [0.1]), (one, one, [], [0.1]), (one, one, [0.0], [])):
+        with pytest.raises(ValueError, match="kl_divergence: "):
+            torch.ops.bbb_fast.kl_divergence(*arguments)
+    bias, x, W = (
+        zeros(2, device="meta").requires_grad_(),
+        zeros(5, 3, device="meta"),
+        zeros(2, 3, device="meta"),
+    )
+    with pytest.raises(ValueError, match="got 2 mu tensors and 1 rho tensors"):
+        torch.ops.bbb_fast.bbb_linear(x, W, W, bias, None, rng(device="meta"), 0.0, 0.1, True, False)
