@@ -45,7 +45,6 @@ class _State(threading.local):
 _state = _State()
 
 
-@torch.compiler.assume_constant_result
 def _draws_again_in_backward() -> bool:
     from torch._functorch import config
 
@@ -54,6 +53,10 @@ def _draws_again_in_backward() -> bool:
         or config.aggressive_recomputation
         or not config.ban_recompute_not_in_allowlist
     )
+
+
+# What torch.compiler.assume_constant_result sets, which imports the whole of torch._dynamo (a second) first.
+_draws_again_in_backward._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def draw_rng(device: torch.device | str | None = None) -> Tensor:

@@ -26,8 +26,8 @@ from torch import Tensor
 from . import _checks, reference, routes
 from ._backend import use_native
 from ._noise import draw_rng
-from .routes import VarianceDtype
 from ._sharded import is_sharded, kl_of_shards, refuse_sharded
+from .routes import VarianceDtype
 
 __all__ = [
     "bbb_conv1d",
@@ -257,8 +257,9 @@ def lrt_linear(
         bias_mu, bias_rho: [out_features], or both None.
         prior_mu, prior_sigma, with_kl: as in :func:`bbb_linear`.
         variance_dtype: type of the variance product's operands and result; default input's (float32 for
-            float16). "auto": bfloat16 where that is faster (:mod:`bbb_fast.routes`), else the default. A CPU without bfloat16 instructions multiplies numbers rounded to bfloat16 in
-            float32: no faster than float32 then, and the same numbers.
+            float16). "auto": bfloat16 where that is faster (:mod:`bbb_fast.routes`), else the default. A CPU
+            without bfloat16 instructions multiplies numbers rounded to bfloat16 in float32: no faster than
+            float32 then, and the same numbers.
 
     Returns [..., out_features] in input's dtype, or that and the scalar KL. Where v = 0 the noise and its
     gradient are 0.

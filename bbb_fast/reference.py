@@ -177,7 +177,7 @@ def lrt_sample(m: Tensor, v: Tensor, rng: Tensor, memory_format: torch.memory_fo
     """m + sqrt(v) * eps in m's dtype, stored in ``memory_format``, in whose order the noise is numbered."""
     acc = accumulate_dtype(m)
     eps = normal_like(m, rng, memory_format).to(acc)
-    return (m.to(acc) + _lrt_noise(v.to(acc), eps)).to(m.dtype, memory_format=memory_format)
+    return in_format((m.to(acc) + _lrt_noise(v.to(acc), eps)).to(m.dtype), memory_format)
 
 
 def variance_dtype_for(input: Tensor, variance_dtype: torch.dtype | None) -> torch.dtype:
@@ -263,7 +263,7 @@ def bbb_conv(
     """Convolution of any dimension with drawn weights; backs ``bbb_conv1d/2d/3d``."""
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     y = torch.convolution(input, *_drawn(input, W_mu, W_rho, bias_mu, bias_rho, rng), *geometry)
-    y = y.contiguous(memory_format=conv_memory_format(input, W_mu))
+    y = in_format(y, conv_memory_format(input, W_mu))
     return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
 
 

@@ -7,10 +7,10 @@ takes the same one; none changes a result by more than rounding. There are two c
   direct kernel, or products by pixels;
 - for ``variance_dtype="auto"`` of local reparameterization, whether the variance product runs in bfloat16.
 
-The rules were measured on two kinds of CPU (benchmarks/results). ``bbb-fast tune`` measures more shapes on the
-machine at hand and keeps what it finds in :func:`cache_file`, which is read when bbb_fast is imported;
-``BBB_FAST_ROUTES=rules`` leaves it unread. Training writes the routes into its checkpoints and takes them from
-there again when it resumes.
+The rules were measured on two kinds of CPU (benchmarks/results). ``bbb-fast tune`` measures more shapes on
+the machine at hand and keeps what it finds in :func:`cache_file`, which is read when bbb_fast is imported;
+``BBB_FAST_ROUTES=rules`` leaves it unread. Training writes the routes into its checkpoints and takes them
+from there again when it resumes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ WAYS = ("library", "channels_last", "direct", "by_pixels")
 Key = tuple[int, ...]
 VarianceDtype = torch.dtype | Literal["auto"] | None
 
-# Measured (benchmarks/routes.py): from so many multiplications a row of the input on, a bfloat16 product gains
-# more than converting its operands costs. With fewer inputs than 64 a weight, the float32 kernels win.
+# Measured (benchmarks/routes.py): from so many multiplications for a row or pixel of output on, a bfloat16
+# product gains more than its conversions cost; with fewer inputs than 64, the float32 kernels win.
 _NARROW_MULTIPLICATIONS = 1 << 15
 _NARROW_INPUTS = 64
 
@@ -109,7 +109,7 @@ def conv_key(
     dilation: Sequence[int],
     groups: int,
 ) -> Key:
-    """What the way of a convolution is kept under: input [N, C, ...] (N by its power of 2), weight, geometry."""
+    """What the way of a convolution is kept under: input [N, C, ...], N by its power of 2; geometry."""
     batch = max(input[0] - 1, 0).bit_length()
     sizes = (*input[2:], *weight[2:], *stride, *padding, *dilation)
     return (len(input) - 2, batch, input[1], weight[0], groups, *sizes)
@@ -137,7 +137,7 @@ def variance_dtype(asked: VarianceDtype, weight: torch.Tensor, input: torch.Tens
 
 
 def narrow_by_rule(weight: Sequence[int]) -> bool:
-    """Whether a variance product with such a weight is faster in bfloat16, on a CPU with instructions for it."""
+    """Whether a variance product with such a weight is faster in bfloat16, on a CPU that multiplies that."""
     inputs = math.prod(weight[1:])
     return inputs >= _NARROW_INPUTS and inputs * weight[0] >= _NARROW_MULTIPLICATIONS
 

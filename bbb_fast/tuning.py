@@ -28,7 +28,7 @@ _ROUNDS = 200
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A layer where it stands in a model: its name there, the shape of its input, whether that has a gradient."""
+    """A layer in a model: its name there, the shape of its input, whether that input has a gradient."""
 
     name: str
     layer: BayesianLayer
@@ -84,8 +84,8 @@ def tune(
 ) -> tuple[Routes, list[Measured]]:
     """Times every candidate of every layer, forward and backward, on the threads that torch has now.
 
-    Candidates of one choice take turns until ``seconds`` are over. A choice is made once for layers that share
-    it. The routes in use come back as they were. Float32 layers on the CPU only; others are passed over.
+    Candidates of one choice take turns until ``seconds`` are over. A choice is made once for layers that
+    share it. The routes in use come back as they were. Float32 layers on the CPU only.
 
     Args: ``start`` what was measured before (default: nothing); ``report`` is told of each choice.
     Returns ``start`` with the new choices, and those. Raises RuntimeError without the native kernels.

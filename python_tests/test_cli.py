@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import bbb_fast
-from bbb_fast import checkpoint, training
+from bbb_fast import checkpoint, routes, training
 from bbb_fast.cli import main, train
 
 pytestmark = pytest.mark.cpu_only("the command line names its device itself")
@@ -394,3 +394,59 @@ class TestInfo:
             main(["--version"])
         assert caught.value.code == 0
         assert capsys.readouterr().out == f"bbb-fast {bbb_fast.__version__}\n"
+
+
+@pytest.mark.skipif(not bbb_fast.build_info()["native"], reason="the reference path has nothing to tune")
+class TestTune:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("BBB_FAST_CACHE", str(tmp_path))
+        return tmp_path
+
+    TUNE = (
+        "tune",
+        "--model",
+        "lenet",
+        "--inputs",
+        "1",
+        "--batch-size",
+        "2",
+        "--seconds",
+        "1e-3",
+        "--threads",
+        "1",
+    )
+
+    def test_what_is_measured_is_kept_and_forgotten(
+        self, cache: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = routes.current()
+        assert main(self.TUNE) == 0
+        out = capsys.readouterr().out
+        assert f"wrote {routes.cache_file()}" in out and out.count("conv1 ") >= 1
+        kept = routes.load()
+        assert kept is not None and len(kept.ways) == 2
+        assert routes.current() is before  # until the next import
+        assert main(["tune", "--forget"]) == 0
+        assert routes.load() is None
+        assert main(["tune", "--forget"]) == 0
+        assert "nothing was kept" in capsys.readouterr().out
+
+    def test_dry_run_keeps_nothing(self, cache: Path) -> None:
+        assert main([*self.TUNE, "--dry-run"]) == 0
+        assert not list(cache.iterdir())
+
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [("--batch-size", "0", "must be in 1 ... 65536, got 0"), ("--seconds", "nan", "must be more than 0")],
+    )
+    def test_wrong_options(
+        self, option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*self.TUNE, option, value]) == 1
+        assert f"{option} {message}" in error_line(capsys)
+
+    def test_a_broken_file_is_named(self, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        routes.cache_file().write_text("[]")
+        assert main(self.TUNE) == 1
+        assert str(routes.cache_file()) in error_line(capsys)

@@ -16,8 +16,8 @@ from helpers import conv_case, flat, linear_case, rng
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from bbb_fast import ELBO, fixed_noise, functional, kl_loss, predict
 from bbb_fast._noise import posterior_means
@@ -525,18 +525,17 @@ def test_inductor_predicts(layers: ModuleType) -> None:
 
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT])
 @pytest.mark.parametrize("budget", [0.5, 0.0])
-def test_noise_is_not_drawn_anew_to_save_memory(
-    layers: ModuleType, budget: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_noise_is_not_drawn_anew_to_save_memory(layers: ModuleType, budget: float) -> None:
     """Under a memory budget the compiler runs parts of the forward again in backward, random ops included."""
-    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", budget)
+    torch._dynamo.reset()
     model = nn.Sequential(layers.BBBLinear(16, 32), nn.ReLU(), layers.BBBLinear(32, 4))
     x = torch.randn(8, 16)
     gradients = []
-    for run in (torch.compile(model, backend="aot_eager"), model):
-        torch.manual_seed(3)
-        loss = run(x).pow(2).sum()
-        gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        for run in (torch.compile(model, backend="aot_eager"), model):
+            torch.manual_seed(3)
+            loss = run(x).pow(2).sum()
+            gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for compiled, eager in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, eager)
 

@@ -75,7 +75,7 @@ SHARINGS: dict[str, Callable[[Model], nn.Module]] = {
 def _train(model: nn.Module, x: Tensor, kl_inside: bool, pinned: bool) -> list[float]:
     """Three steps on ``x``; the KL of the whole model before each and after the last."""
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
-    bound, target = ELBO(100), torch.zeros(len(x), dtype=torch.int64)
+    bound, target = ELBO(100, from_logits=True), torch.zeros(len(x), dtype=torch.int64)
     kls = []
     for _ in range(3):
         optimizer.zero_grad()

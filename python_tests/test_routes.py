@@ -85,7 +85,7 @@ def test_every_way_gives_the_same_numbers(shape: tuple, estimator: str) -> None:
 
 @needs_native
 def test_a_narrow_variance_goes_by_pixels_too() -> None:
-    """The variance's product in bfloat16 takes the way as well; on a CPU without such instructions in float32."""
+    """The variance's product in bfloat16 takes the way as well; in float32, on a CPU without instructions."""
     shape = (33, 34, (3, 3), 1, 1, (2, 2), 17)
     layer = layer_of(shape, "lrt", variance_dtype=torch.bfloat16)
     x, grad = torch.randn(17, 33, 2, 2), torch.randn(17, 34, 2, 2)

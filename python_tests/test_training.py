@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bbb_fast import checkpoint, data, kl_loss, training
+from bbb_fast import checkpoint, data, kl_loss, routes, training
 from bbb_fast.data import ImageSet
 from bbb_fast.layers import misc
 from bbb_fast.plots import training_curves
@@ -282,6 +282,25 @@ class TestResume:
         assert checkpoint.load(tmp_path / "parts/last.pt")["epoch"] == stop
         assert not (tmp_path / "parts/metrics.json").exists()
         fit(config, *sets, tmp_path / "parts", resume=True, progress=False)
+        assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+    def test_takes_the_routes_it_began_with(
+        self, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever was measured in between; and leaves the process with its own."""
+        before = routes.current()
+        fit(QUICK, *sets, tmp_path / "whole", progress=False)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(1, patch)
+            fit(QUICK, *sets, tmp_path / "parts", progress=False)
+        key = routes.conv_key((64, 1, 32, 32), (6, 1, 5, 5), (1, 1), (0, 0), (1, 1), 1)
+        other = replace(before, ways={key: "channels_last"})
+        routes.use(other)
+        try:
+            fit(QUICK, *sets, tmp_path / "parts", resume=True, progress=False)
+            assert routes.current() is other
+        finally:
+            routes.use(before)
         assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
     def test_stopped_in_the_first_epoch(

@@ -153,8 +153,8 @@ class BayesianLayer(RandomModule):
                 )
         if variance_dtype not in (None, "auto", *FLOAT_DTYPES):
             raise TypeError(
-                f"{type(self).__name__}: variance_dtype must be float32, float64, bfloat16, float16 or 'auto', "
-                f"got {variance_dtype}"
+                f"{type(self).__name__}: variance_dtype must be float32, float64, bfloat16, float16 or "
+                f"'auto', got {variance_dtype}"
             )
         self.recompute_weight = recompute_weight
         self.variance_dtype = variance_dtype
@@ -324,8 +324,11 @@ class BayesianLayer(RandomModule):
         else:
             # Only in weight space is one draw one function.
             rng, estimator = draw.pinned.rng(self, input.device), "bbb"
-        any_layout = estimator == "bbb" and self._takes_any_layout
-        if input.is_nested or (input.layout is not torch.strided and not any_layout):
+        if input.is_nested or input.layout is not torch.strided:
+            if estimator == "bbb" and self._takes_any_layout and not input.is_nested:
+                mu, rho = zip(*self.posterior(), strict=True)
+                weights, _ = functional.sample_weights(mu, rho, rng, dtype=input.dtype)
+                return self._mean_output(input, weights[0], weights[1] if len(weights) > 1 else None)
             kind = "nested" if input.is_nested else str(input.layout)
             raise TypeError(f"{type(self).__name__}: input must be a dense tensor, got a {kind} one")
         return self._draw_output(
