@@ -189,7 +189,9 @@ at::Tensor in_format(const at::Tensor& t, at::MemoryFormat format) {
 
 at::Tensor Convolution::arranged(
     const at::Tensor& t, const at::Tensor& input, const at::Tensor& weight) const {
-  return way(input, weight) == ConvWay::channels_last ? in_format(t, at::MemoryFormat::ChannelsLast) : t;
+  const ConvWay taken = way(input, weight);
+  const bool last = taken == ConvWay::channels_last || taken == ConvWay::by_pixels;
+  return last ? in_format(t, at::MemoryFormat::ChannelsLast) : t;
 }
 
 at::Tensor Convolution::forward(
