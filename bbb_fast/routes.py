@@ -34,10 +34,10 @@ WAYS = ("library", "channels_last", "direct", "by_pixels")
 Key = tuple[int, ...]
 VarianceDtype = torch.dtype | Literal["auto"] | None
 
-# Measured (benchmarks/routes.py): from so many multiplications for a row or pixel of output on, a bfloat16
-# product gains more than its conversions cost; with fewer inputs than 64, the float32 kernels win.
-_NARROW_MULTIPLICATIONS = 1 << 15
+# Measured (benchmarks/routes.py): what a bfloat16 product gains grows with the inputs of an output, and is more
+# than its conversions cost from so many on; a linear layer needs a weight of some size too, to be worth the calls.
 _NARROW_INPUTS = 64
+_NARROW_LINEAR_WEIGHT = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,10 @@ def variance_dtype(asked: VarianceDtype, weight: torch.Tensor, input: torch.Tens
 
 def narrow_by_rule(weight: Sequence[int]) -> bool:
     """Whether a variance product with such a weight is faster in bfloat16, on a CPU that multiplies that."""
-    inputs = math.prod(weight[1:])
-    return inputs >= _NARROW_INPUTS and inputs * weight[0] >= _NARROW_MULTIPLICATIONS
+    linear = len(weight) == 2
+    if linear and math.prod(weight) < _NARROW_LINEAR_WEIGHT:
+        return False
+    return math.prod(weight[1:]) >= _NARROW_INPUTS
 
 
 _multiplies_bfloat16 = _backend._C is not None and _backend._C.multiplies_bfloat16()

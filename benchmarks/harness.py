@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 import bbb_fast
+from bbb_fast import routes
 
 RESULTS = Path(__file__).parent / "results"
 # Where runs go that measure nothing worth keeping: not under version control.
@@ -238,6 +239,8 @@ def provenance() -> dict[str, Any]:
         "bf16_instructions": bf16_instructions(),
         "instruction_set": info.get("extension", {}).get("instruction_set"),
         "backend": info["backend"],
+        "rules": routes.current().rules,
+        "measured_routes": len(routes.current().ways) + len(routes.current().narrow),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -34,9 +34,9 @@ from harness import (
 from report import models_console, models_markdown
 from torch import Tensor, nn
 
-CONTENDERS = ("nn", "bbb", "lrt", "lrt_bf16", "eager_bbb", "eager_lrt")
+CONTENDERS = ("nn", "bbb", "lrt", "lrt_auto", "eager_bbb", "eager_lrt")
 # What each of ours is set against.
-EAGER = {"bbb": "eager_bbb", "lrt": "eager_lrt", "lrt_bf16": "eager_lrt"}
+EAGER = {"bbb": "eager_bbb", "lrt": "eager_lrt", "lrt_auto": "eager_lrt"}
 WARMUP = 3
 
 

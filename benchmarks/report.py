@@ -370,7 +370,7 @@ def models_markdown(result: Mapping[str, Any]) -> str:
                         f"{row['step']['median_us'] / 1e3:.2f}",
                         f"{row['epoch_s']:.1f}",
                         _with_interval(row["over_nn"], MODEL_BBB_TARGET if name == "bbb" else None),
-                        _model_speedup(table["model"], name, row, bf16),
+                        _model_speedup(where.get("rules", "intel-avx512"), table["model"], name, row, bf16),
                     ]
                 )
         head = ["model", "", "minibatch, ms", "epoch, s", "over its torch.nn twin", "times as fast as eager"]
@@ -382,11 +382,11 @@ def _with_interval(over: Mapping[str, float], target: float | None = None, at_mo
     return f"{verdict(over['ratio'], target, at_most)} [{over['low']:.2f}, {over['high']:.2f}]"
 
 
-def _model_speedup(model: str, name: str, row: Mapping[str, Any], bf16: bool) -> str:
+def _model_speedup(rules: str, model: str, name: str, row: Mapping[str, Any], bf16: bool) -> str:
     if "eager_over_ours" not in row:
         return ""
-    judged = bf16 or name != "lrt_bf16"
-    target = MODEL_TARGETS[model].get(name) if judged else None
+    judged = bf16 or name not in ("lrt_bf16", "lrt_auto")
+    target = MODEL_TARGETS[rules][model].get(name) if judged else None
     return _with_interval(row["eager_over_ours"], target, False) + ("" if judged else " (not meaningful)")
 
 

@@ -113,11 +113,12 @@ CONTENDERS = {
     "lrt_bf16": Contender(
         "LRT, bf16 variance", "ours", _of_case("lrt_bf16"), "variance_dtype=torch.bfloat16"
     ),
+    "lrt_auto": Contender("LRT, auto", "ours", _of_case("lrt_auto"), 'variance_dtype="auto"'),
     **{
         f"{name}_output": Contender(
             f"{name.upper()}, output alone", "ours", _output_alone(name),
-            "as much as torch.nn's layer gives: the KL is formed but not asked for, so that backward starts "
-            "from one result and not from two, which takes autograd time of its own",
+            "as much as torch.nn's layer gives, without the KL: backward starts from one result and not from "
+            "two, which takes autograd time of its own",
             for_overhead=True,
         )
         for name in ("bbb", "lrt")
