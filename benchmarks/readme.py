@@ -146,8 +146,8 @@ def _predict(results: Runs) -> str:
     first, count = tables[0], plural(results[0]["runs"][0]["threads"])
     return (
         f"`predict`, {first['samples']} draws for {first['images']:,} images with {first['model']}, {count}: "
-        f"{gain('eager_lrt')} times as fast as the usual loop of eager LRT forwards, {gain('eager_bbb')} times "
-        "as one of eager BBB forwards."
+        f"{gain('eager_lrt')} times as fast as the usual loop of eager LRT forwards, {gain('eager_bbb')} "
+        "times as one of eager BBB forwards."
     )
 
 
