@@ -34,8 +34,8 @@ WAYS = ("library", "channels_last", "direct", "by_pixels")
 Key = tuple[int, ...]
 VarianceDtype = torch.dtype | Literal["auto"] | None
 
-# Measured (benchmarks/routes.py): what a bfloat16 product gains grows with the inputs of an output, and is more
-# than its conversions cost from so many on; a linear layer needs a weight of some size too, to be worth the calls.
+# Measured (benchmarks/results/routes-*.json): what a bfloat16 product gains grows with the inputs of an
+# output and is more than its conversions cost from so many on; a linear layer needs a large weight too.
 _NARROW_INPUTS = 64
 _NARROW_LINEAR_WEIGHT = 1 << 15
 

@@ -400,8 +400,8 @@ class ModelCase:
         return torch.randn(self.batch, self.channels, 32, 32, device=device)
 
 
-# How many times faster than eager LRT a training step of LRT must be, by the rules (bbb_fast.routes) that hold
-# on a kind of CPU.
+# How many times faster than eager LRT a training step of LRT must be, by the rules (bbb_fast.routes) that
+# hold on a kind of CPU.
 MODEL_TARGETS = {
     "intel-avx512": {
         "LeNet": {"lrt": 1.9, "lrt_auto": 1.9},

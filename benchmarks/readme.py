@@ -1,9 +1,10 @@
 """Fills README.md's numbers from the files in benchmarks/results.
 
-    python benchmarks/readme.py [MACHINE] [--check]
+    python benchmarks/readme.py [MACHINE ...] [--check]
 
-Everything between the two markers is replaced by what the files of MACHINE (default: the one that README.md
-names) say. With --check, changes nothing and exits with 1 if README.md says anything else.
+Everything between the two markers is replaced by what the files of the machines (default: those that
+README.md names) say, the worse number where they differ. With --check, changes nothing and exits with 1 if
+README.md says anything else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from report import markdown_table, plural
 from rivals import CONTENDERS
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN = "<!-- numbers of {machine}, by benchmarks/readme.py -->"
+BEGIN = "<!-- numbers of {machines}, by benchmarks/readme.py -->"
 END = "<!-- end of the numbers -->"
 MARKED = re.compile(
-    re.escape(BEGIN).replace(r"\{machine\}", "(?P<machine>.+?)") + r"\n(?P<text>.*?)" + re.escape(END),
+    re.escape(BEGIN).replace(r"\{machines\}", "(?P<machines>.+?)") + r"\n(?P<text>.*?)" + re.escape(END),
     re.DOTALL,
 )
 COLUMNS = {
@@ -43,115 +44,152 @@ def load(name: str, machine: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}-{machine}.json").read_text())
 
 
+# A table's cells by machine, joined: ours the worse, a rival's the better.
+Runs = Sequence[Mapping[str, Any]]
+
+
+def _worst(values: Iterable[float | None], ours: bool, small_is_good: bool = True) -> float | None:
+    known = [value for value in values if value is not None]
+    return (max if ours == small_is_good else min)(known, default=None)
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
 def _ratio(row: Mapping[str, Any] | None) -> float | None:
     return row["over_base"]["ratio"] if row and "over_base" in row else None
 
 
-def _step_us(row: Mapping[str, Any]) -> float:
-    return row["step"]["median_us"]
+def _step_us(row: Mapping[str, Any] | None) -> float | None:
+    return row["step"]["median_us"] if row and "step" in row else None
 
 
-def _layers(run: Mapping[str, Any]) -> str:
+def _is_ours(name: str) -> bool:
+    return name.startswith(("bbb", "lrt", "ours"))
+
+
+def _layers(runs: Runs) -> str:
     rows = []
-    for table in run["layers"]:
-        if "bbb_output" in table["contenders"]:  # the small layer, told apart below
+    for tables in zip(*(run["layers"] for run in runs), strict=True):
+        contenders = [table["contenders"] for table in tables]
+        if "bbb_output" in contenders[0]:  # the small layer, told apart below
             continue
-        measured = [_ratio(table["contenders"].get(name)) for name in COLUMNS]
-        libraries = [r for name in LIBRARIES if (r := _ratio(table["contenders"].get(name))) is not None]
-        measured.append(min(libraries, default=None))
-        rows.append([table["case"], *("-" if r is None else f"{r:.2f}" for r in measured)])
+        cells = [_worst((_ratio(c.get(name)) for c in contenders), _is_ours(name)) for name in COLUMNS]
+        cells.append(_worst((_ratio(c.get(name)) for c in contenders for name in LIBRARIES), False))
+        rows.append([tables[0]["case"], *map(_number, cells)])
     return markdown_table(["case", *COLUMNS.values(), "best library (BBB)"], rows)
 
 
-def _sampling(runs: list[Mapping[str, Any]]) -> str:
+def _sampling(results: Runs) -> str:
     rows = []
-    for run in runs:
-        for table in run["sampling"]:
-            ms = {name: _step_us(row) / 1e3 for name, row in table["contenders"].items() if "step" in row}
-            cells = [f"{ms[name]:.3g} ms" if name in ms else "-" for name in SAMPLERS]
-            rows.append([f"{table['count']:,} weights, {plural(run['threads'])}", *cells])
+    for runs in zip(*(result["runs"] for result in results), strict=True):
+        for tables in zip(*(run["sampling"] for run in runs), strict=True):
+            cells = []
+            for name in SAMPLERS:
+                us = _worst((_step_us(table["contenders"].get(name)) for table in tables), _is_ours(name))
+                cells.append("-" if us is None else f"{us / 1e3:.3g} ms")
+            rows.append([f"{tables[0]['count']:,} weights, {plural(runs[0]['threads'])}", *cells])
     return markdown_table(["", "ours, AVX-512", "ours, AVX2", "eager", "compiled"], rows)
 
 
-def _small(runs: list[Mapping[str, Any]]) -> str:
-    for table in runs[0]["layers"]:
-        rows = table["contenders"]
-        if "bbb_output" not in rows:
+def _small(runs: Runs) -> str:
+    for tables in zip(*(run["layers"] for run in runs), strict=True):
+        contenders = [table["contenders"] for table in tables]
+        if "bbb_output" not in contenders[0]:
             continue
-        plain = _step_us(rows["nn"])
-        over = {
-            CONTENDERS[name].label: _step_us(rows[name]) - plain
-            for name in ("bbb_output", "lrt_output", *COLUMNS)
-            if "step" in rows[name]
-        }
+        plain = [_step_us(c["nn"]) for c in contenders]
+        rows = []
+        for name in ("bbb_output", "lrt_output", *COLUMNS):
+            over = [
+                None if (us := _step_us(c.get(name))) is None else us - base
+                for c, base in zip(contenders, plain, strict=True)
+            ]
+            rows.append([CONTENDERS[name].label, _number(_worst(over, _is_ours(name)), ".0f")])
         return (
-            f"A small layer ({table['case']}), where starting the work is most of the time: microseconds "
-            f"over torch.nn's {plain:.0f}. With the output alone, backward starts from one result, as "
-            "torch.nn's does; with the KL, from two.\n\n"
-            + markdown_table(["", "over torch.nn, us"], [[label, f"{us:.0f}"] for label, us in over.items()])
+            f"A small layer ({tables[0]['case']}), where starting the work is most of the time: microseconds "
+            f"over torch.nn's {' or '.join(f'{us:.0f}' for us in plain)}. With the output alone, backward "
+            "starts from one result, as torch.nn's does; with the KL, from two.\n\n"
+            + markdown_table(["", "over torch.nn, us"], rows)
         )
     raise SystemExit("no small layer in the results")
 
 
-def _models(result: Mapping[str, Any]) -> str:
-    run = result["runs"][0]
+def _models(results: Runs) -> str:
+    runs = [result["runs"][0] for result in results]
     rows = []
-    for table in run["models"]:
-        c = table["contenders"]
-        ms = {name: _step_us(row) / 1e3 for name, row in c.items()}
-        gains = [f"{c[n]['eager_over_ours']['ratio']:.2f} times" for n in ("lrt", "bbb")]
-        rows.append([table["model"], *(f"{ms[n]:.0f} ms" for n in ("nn", "bbb", "lrt")), *gains])
-    head = ["model", "torch.nn", "BBB", "LRT", "LRT over eager LRT", "BBB over eager BBB"]
+    for tables in zip(*(run["models"] for run in runs), strict=True):
+        contenders = [table["contenders"] for table in tables]
+        over = [_worst((c[n]["over_nn"]["ratio"] for c in contenders), True) for n in ("bbb", "lrt")]
+        gains = []
+        for name in ("bbb", "lrt", "lrt_auto"):
+            ratios = (c[name]["eager_over_ours"]["ratio"] for c in contenders if name in c)
+            gains.append(_worst(ratios, True, small_is_good=False))
+        rows.append([tables[0]["model"], *map(_number, (*over, *gains))])
+    head = [
+        "model", "BBB over torch.nn", "LRT over torch.nn", "eager BBB over BBB", "eager LRT over LRT",
+        'eager LRT over LRT with variance_dtype="auto"',
+    ]  # fmt: skip
     return (
-        f"A training step of a whole model (batch {run['models'][0]['batch']}, one channel, Adam), "
-        f"{plural(run['threads'])}, and what it gains on the eager formulas:\n\n" + markdown_table(head, rows)
+        f"A training step of a whole model (batch {runs[0]['models'][0]['batch']}, one channel, Adam), "
+        f"{plural(runs[0]['threads'])}:\n\n" + markdown_table(head, rows)
     )
 
 
-def _predict(result: Mapping[str, Any]) -> str:
-    run = result["runs"][0]
-    table = run["models"][0]
-    seconds = {name: row["total_s"] for name, row in table["contenders"].items()}
+def _predict(results: Runs) -> str:
+    tables = [result["runs"][0]["models"][0] for result in results]
+
+    def gain(rival: str) -> str:
+        seconds = [{name: row["total_s"] for name, row in t["contenders"].items()} for t in tables]
+        return _number(_worst((s[rival] / s["ours"] for s in seconds), True, small_is_good=False), ".1f")
+
+    first, count = tables[0], plural(results[0]["runs"][0]["threads"])
     return (
-        f"`predict`, {table['samples']} draws for {table['images']:,} images with {table['model']}, "
-        f"{plural(run['threads'])}: {seconds['ours']:.0f} s, against {seconds['eager_lrt']:.0f} s for the "
-        f"usual loop of eager LRT forwards and {seconds['eager_bbb']:.0f} s for one of eager BBB forwards."
+        f"`predict`, {first['samples']} draws for {first['images']:,} images with {first['model']}, {count}: "
+        f"{gain('eager_lrt')} times as fast as the usual loop of eager LRT forwards, {gain('eager_bbb')} "
+        "times as one of eager BBB forwards."
     )
 
 
-def numbers(machine: str) -> str:
+def _where(result: Mapping[str, Any]) -> str:
+    where = result["provenance"]
+    bf16 = "bfloat16 instructions" if where["bf16_instructions"] else "no bfloat16 instructions"
+    return f"{where['cpu']} ({bf16}; torch {where['torch']}, commit {where['commit']})"
+
+
+def numbers(machines: Sequence[str]) -> str:
     """What stands between the markers."""
-    layers = load("layers", machine)
-    where = layers["provenance"]
-    bf16 = "" if where["bf16_instructions"] else ", no bfloat16 instructions"
+    layers = [load("layers", machine) for machine in machines]
+    each = " and ".join(_where(result) for result in layers)
     parts = [
-        f"{where['cpu']} ({where['cpu_features']}{bf16}), {where['instruction_set']} kernels, "
-        f"torch {where['torch']}, float32, medians, all interleaved in one process on a shared machine."
+        f"Measured on {each}: AVX-512 kernels, float32, medians, all interleaved in one process on a shared "
+        "machine. Where machines differ, the worse number stands here: the larger of ours, the smaller of a "
+        "rival's."
     ]
-    for run in layers["runs"]:
-        parts += [f"**{plural(run['threads']).capitalize()}**:", _layers(run)]
+    for runs in zip(*(result["runs"] for result in layers), strict=True):
+        parts += [f"**{plural(runs[0]['threads']).capitalize()}**:", _layers(runs)]
     parts += [
-        f"![Step over torch.nn](benchmarks/results/layers-{machine}.png)",
+        *(f"![Step over torch.nn](benchmarks/results/layers-{machine}.png)" for machine in machines),
         "Sampling and KL in one pass, against the formulas in eager mode and under `torch.compile`:",
-        _sampling(layers["runs"]),
-        _small(layers["runs"]),
-        _models(load("models", machine)),
-        _predict(load("predict", machine)),
+        _sampling(layers),
+        _small([result["runs"][0] for result in layers]),
+        _models([load("models", machine) for machine in machines]),
+        _predict([load("predict", machine) for machine in machines]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("machine", nargs="?", help="as in layers-MACHINE.json")
+    parser.add_argument("machines", nargs="*", metavar="MACHINE", help="as in layers-MACHINE.json")
     parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
     args = parser.parse_args()
     text = README.read_text()
     found = MARKED.search(text)
     if found is None:
         raise SystemExit(f"README.md lacks the markers {BEGIN} and {END}")
-    machine = args.machine or found["machine"]
-    new = f"{BEGIN.format(machine=machine)}\n{numbers(machine)}{END}"
+    machines = args.machines or found["machines"].split(" and ")
+    new = f"{BEGIN.format(machines=' and '.join(machines))}\n{numbers(machines)}{END}"
     if args.check:
         print("README.md is up to date" if found[0] == new else "README.md differs from the results")
         return int(found[0] != new)

@@ -34,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
     add("--batch-size", type=int, default=128, metavar="N", help="images a step (default 128)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--seconds", type=float, default=0.5, help="for each choice, about (default 0.5)")
+    add("--out", metavar="FILE", help="keep it there (default: where bbb_fast looks when it is imported)")
     add("--dry-run", action="store_true", help="measure and print, keep nothing")
     add("--forget", action="store_true", help="remove what was kept for this machine, measure nothing")
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     print(f"rules {routes.rules_of_this_cpu()}; {torch.get_num_threads()} thread(s)", flush=True)
-    table = routes.load()
+    table = None if args.out else routes.load()
     done: list[Measured] = []
     for name in args.model:
         with torch.random.fork_rng(devices=[]):
@@ -75,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\nnothing was kept (--dry-run)")
     else:
-        print(f"\nwrote {tuning.save(table, done)}")
+        print(f"\nwrote {tuning.save(table, done, args.out)}")
     return 0
 
 
