@@ -137,13 +137,14 @@ def _models(results: Runs) -> str:
 
 
 def _predict(results: Runs) -> str:
-    tables = [result["runs"][0]["models"][0] for result in results]
+    runs = [result["runs"][-1] for result in results]
+    tables = [run["models"][0] for run in runs]
 
     def gain(rival: str) -> str:
         seconds = [{name: row["total_s"] for name, row in t["contenders"].items()} for t in tables]
         return _number(_worst((s[rival] / s["ours"] for s in seconds), True, small_is_good=False), ".1f")
 
-    first, count = tables[0], plural(results[0]["runs"][0]["threads"])
+    first, count = tables[0], plural(runs[0]["threads"])
     return (
         f"`predict`, {first['samples']} draws for {first['images']:,} images with {first['model']}, {count}: "
         f"{gain('eager_lrt')} times as fast as the usual loop of eager LRT forwards, {gain('eager_bbb')} "
