@@ -153,6 +153,16 @@ def _autocast(input: Tensor) -> Tensor:
     return input
 
 
+def _twin(op: str, input: Tensor, *arguments: Any, **options: Any) -> Any:
+    """An op of the reference path, whose products have the types of their operands under autocast too."""
+    twin = getattr(reference, op)
+    kind = input.device.type
+    if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
+        return twin(input, *arguments, **options)
+    with torch.autocast(kind, enabled=False):
+        return twin(input, *arguments, **options)
+
+
 def _decided(option: dict[str, Any], W_mu: Tensor, input: Tensor) -> dict[str, Any]:
     """An estimator's option, with a type of the variance product for "auto"."""
     if option.get("variance_dtype") != "auto":
@@ -184,8 +194,7 @@ def _linear(
     _checks.linear(op, input, W_mu)
     _checks.layer(op, *operands, W_mu.shape[0], prior_mu, prior_sigma)
     _checks.optional_dtype(op, "variance_dtype", option.get("variance_dtype"))
-    twin = getattr(reference, op)
-    return twin(*operands, prior_mu=prior_mu, prior_sigma=prior_sigma, with_kl=with_kl, **option)
+    return _twin(op, *operands, prior_mu=prior_mu, prior_sigma=prior_sigma, with_kl=with_kl, **option)
 
 
 def bbb_linear(
@@ -351,9 +360,8 @@ def _conv(
         _checks.conv(op, input, W_mu, *geometry)
         _checks.layer(op, *operands, W_mu.shape[0], prior_mu, prior_sigma)
         _checks.optional_dtype(op, "variance_dtype", option.get("variance_dtype"))
-        twin = getattr(reference, op)
-        result = twin(
-            *operands, *geometry, prior_mu=prior_mu, prior_sigma=prior_sigma, with_kl=with_kl, **option
+        result = _twin(
+            op, *operands, *geometry, prior_mu=prior_mu, prior_sigma=prior_sigma, with_kl=with_kl, **option
         )
         output, kl = result if with_kl else (result, None)
     if unbatched:

@@ -9,6 +9,8 @@
 // kept is what the estimator may keep for backward: BBB the weight, LRT the variance of the output.
 #pragma once
 
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -156,6 +158,8 @@ class LayerOp {
       bool with_kl,
       Option option) {
     static const std::string op = name();
+    // Autocast has had its say: it would give the products other types than the estimator does.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto product = product_of(geometry...);
     const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
     product.check(op.c_str(), input, W_mu);
@@ -178,6 +182,7 @@ class LayerOp {
       double prior_sigma,
       c10::List<bool> output_mask) {
     static const std::string op = name() + "_backward";
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto product = product_of(geometry...);
     const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
     product.check(op.c_str(), input, W_mu);

@@ -534,3 +534,22 @@ def test_autocast(backend: str) -> None:
         y = functional.lrt_linear(*case, rng())
     assert y.dtype == torch.bfloat16
     assert_same(y, functional.lrt_linear(*case, rng()).to(torch.bfloat16), torch.bfloat16, 2)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.float64])
+def test_autocast_leaves_the_variance_its_type(backend: str, kind: str, asked: torch.dtype | None) -> None:
+    """In float16 the squares of these inputs would be infinite."""
+    spatial = (5, 5) if kind == "conv" else ()
+    x, W = torch.full((2, 4, *spatial), 400.0), torch.zeros(3, 4, *(3 for _ in spatial))
+    op = functional.lrt_conv2d if kind == "conv" else functional.lrt_linear
+    leaves = [t.requires_grad_() for t in (x, W, torch.full_like(W, -2.0))]
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            given = leaves[0] if enabled else leaves[0].half()
+            y = op(given, *leaves[1:], None, None, rng(), variance_dtype=asked)
+            assert y.dtype == torch.float16 and y.isfinite().all()
+        results.append([y, *torch.autograd.grad(y.float().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-4)

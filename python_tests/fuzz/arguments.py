@@ -129,8 +129,8 @@ def input_of(
 def nonfinite(c: Choices, operands: dict[str, Operand]) -> None:
     """NaN or an infinity in one element of one operand."""
     value = c.pick("not finite", None, math.nan, math.inf, -math.inf, often=0.96)
-    # Of a convolution, in a bias alone: some ways to compute it multiply the zeros around and between the rows
-    # of an image, others leave them out, and how far a NaN spreads in a product is promised nowhere.
+    # Of a convolution, in a bias alone: some ways to compute it multiply the zeros around and between rows of
+    # an image, others leave them out, and how far a NaN spreads in a product is promised nowhere.
     convolution = "W_mu" in operands and operands["W_mu"].values.dim() > 2
     names = [n for n in sorted(operands) if not convolution or n.startswith("bias")]
     if not names:
