@@ -35,8 +35,9 @@ bool ones(const Numbers& numbers) {
   return std::all_of(numbers.begin(), numbers.end(), [](int64_t n) { return n == 1; });
 }
 
-// Measured on an Ice Lake Xeon (benchmarks/results/formats-*.json): the library takes up to twice as long over contiguous
-// images of many pixels and channels, more than it takes to rearrange them. On a Zen 4, it takes as long.
+// Measured on an Ice Lake Xeon (benchmarks/results/formats-*.json): the library takes up to twice as long
+// over contiguous images of many pixels and channels, more than it takes to rearrange them. On a Zen 4, it
+// takes as long.
 bool faster_in_channels_last(const ConvProblem& p) {
   return ones(p.stride) && ones(p.dilation) && p.in >= 32 && p.out >= 32 && p.kernel[0] * p.kernel[1] >= 9 &&
          p.size[0] * p.size[1] >= 49;

@@ -498,4 +498,15 @@ def test_readme_has_the_numbers_of_the_results() -> None:
     """Nobody typed them: the files in benchmarks/results say the same."""
     found = readme.MARKED.search(readme.README.read_text())
     assert found is not None
-    assert found["text"] == readme.numbers(found["machine"])
+    assert found["text"] == readme.numbers(found["machines"].split(" and "))
+
+
+def test_readme_shows_the_worse_of_two_machines() -> None:
+    """The larger of our ratios, the smaller of a rival's."""
+    runs = [result(bbb=1.2, lrt=2.9)["runs"][0], result(bbb=1.5, lrt=2.1)["runs"][0]]
+    for run, ratio in zip(runs, (4.0, 3.0), strict=True):
+        rows = run["layers"][0]["contenders"]
+        rows["eager_bbb"] = copy.deepcopy(rows["bbb"])
+        rows["eager_bbb"]["over_base"]["ratio"] = ratio
+    row = readme._layers(runs).splitlines()[2]
+    assert [cell.strip() for cell in row.split("|")][2:5] == ["1.50", "2.90", "3.00"]
