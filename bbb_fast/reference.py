@@ -110,8 +110,9 @@ def softplus(rho: Tensor) -> Tensor:
 
 def _log_softplus(rho: Tensor) -> Tensor:
     # Below -30, ln(sigma) = rho - e^rho / 2 + ..., whose second term no dtype here can hold; taking the
-    # logarithm of sigma would meet denormals and zeros. The clamp keeps the branch not taken finite.
-    return torch.where(rho < -30, rho, torch.log(softplus(rho.clamp(min=-30))))
+    # logarithm of sigma would meet denormals and zeros. The clamp keeps the branch not taken finite; it
+    # ends apart from the branch taken, since releases of torch differ in its gradient there.
+    return torch.where(rho < -30, rho, torch.log(softplus(rho.clamp(min=-31))))
 
 
 def variance(rho: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,7 +39,7 @@ def with_special_values(*named: tuple[str, Tensor]) -> Iterator[tuple[str, list[
         for value in RHOS if name == "rho" else VALUES:
             tensors = [t.clone() for _, t in named]
             tensors[k] = tensor.clone()
-            tensors[k][PLACES] = value
+            tensors[k][PLACES] = torch.tensor(value, dtype=torch.float64).to(tensors[k].dtype)
             yield f"{name} = {value}", tensors
 
 
