@@ -88,8 +88,9 @@ BBB_INLINE vfloat reciprocal(vfloat x) {
   return y + y * (1.0f - x * y);
 }
 BBB_INLINE vfloat reciprocal_root(vfloat x) {
-  x = (vfloat)_mm512_min_ps(_mm512_set1_ps(0x1.fffffep127f), (__m512)x);
   const vfloat y = (vfloat)_mm512_rsqrt14_ps((__m512)x);
+  // Of infinity, y is 0 and shall stay so: 0 times inf in the step would be NaN.
+  x = (vfloat)_mm512_min_ps(_mm512_set1_ps(0x1.fffffep127f), (__m512)x);
   return y + y * (0.5f - x * (y * 0.5f) * y);
 }
 BBB_INLINE vfloat square_root_normal(vfloat x) {

@@ -549,6 +549,9 @@ class _Compare:
         values = [o.values.double().abs() for o in self.problem.operands.values() if o.values.numel()]
         operand = max((float(v.max()) for v in values), default=0.0)
         noiseless = None if without is None else without[name].detach()
+        if noiseless is not None and self.problem.depth > 1:
+            # Noise of the layers before is in everything.
+            noiseless = torch.zeros_like(noiseless)
         limit = self.problem.depth * bound(magnitude, noiseless, dtypes, self.problem.terms, operand)
         # There the last roundings need not agree on which side of its end a number is.
         largest = min(torch.finfo(dtype).max for dtype in dtypes)
