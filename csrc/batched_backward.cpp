@@ -57,7 +57,7 @@ std::optional<Batch> batch_of(at::ArrayRef<IValue> arguments) {
   return batch;
 }
 
-at::Tensor slice(const at::Tensor& t, int64_t i) {
+at::Tensor part_of(const at::Tensor& t, int64_t i) {
   const auto* batched = at::maybeGetBatchedImpl(t);
   if (batched == nullptr) return t;
   return batched->value().select(batched->bdims()[0].dim(), i);
@@ -73,7 +73,7 @@ void loop(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (int64_t i = 0; i < batch->size; ++i) {
     torch::jit::Stack one;
     for (const IValue& argument : arguments) {
-      one.push_back(changed(argument, [&](const at::Tensor& t) { return slice(t, i); }));
+      one.push_back(changed(argument, [&](const at::Tensor& t) { return part_of(t, i); }));
     }
     op.callBoxed(one);
     for (size_t r = 0; r < returns; ++r) {
