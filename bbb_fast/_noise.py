@@ -202,6 +202,21 @@ def _outermost_call(since: FrameType | None) -> nn.Module | None:
     return found
 
 
+def _rows(seed: int, number: int, first: int, count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The ``rng`` of layer ``number`` for each of ``count`` samples from ``first`` on."""
+    if device.type == "cpu":
+        numbers = [[seed, (k << 32) + (number << 8)] for k in range(first, first + count)]
+        return torch.tensor(numbers, device=device).unbind()
+    # Formed on the device: a copy from the host would wait for it, and could not be captured in a CUDA graph.
+    rows = torch.empty(count, 2, dtype=torch.int64, device=device)
+    rows[:, 0].fill_(seed)
+    if count == 1:
+        rows[:, 1].fill_((first << 32) + (number << 8))
+    else:
+        torch.arange(first, first + count, out=rows[:, 1]).mul_(1 << 32).add_(number << 8)
+    return rows.unbind()
+
+
 class fixed_noise(_DrawContext):
     """Context manager that pins the draw: inside, every layer uses one function sample.
 
@@ -224,9 +239,9 @@ class fixed_noise(_DrawContext):
     of your own enters the context itself; one object may be entered by several at once.
     """
 
-    # Of the draws of one prediction: [draws, 2], and rows of it by the number of a layer.
-    _all: Tensor
-    _rngs: dict[int, tuple[Tensor, ...]] | None = None
+    # Of one prediction: how many draws it has, and each layer's rows [seed, stream] of all of them.
+    _count_of_samples: int
+    _rngs: dict[tuple[int, torch.device], tuple[Tensor, ...]] | None = None
 
     def __init__(self, seed: int, sample: int = 0, *, model: nn.Module | None = None) -> None:
         numbers = {"seed": seed, "sample": sample}
@@ -253,20 +268,21 @@ class fixed_noise(_DrawContext):
 
     def samples(self, count: int) -> Iterator[fixed_noise]:
         """The draws 0 ... count - 1 of the seed, for predictions: no backward follows."""
-        numbers = torch.tensor([[self.seed, k << 32] for k in range(count)], device="cpu")
-        shared = {**self.__dict__, "differentiable": False, "_all": numbers, "_rngs": {}}
-        for k, rng in enumerate(numbers.unbind()):
+        cpu = torch.device("cpu")
+        shared = {**self.__dict__, "differentiable": False, "_count_of_samples": count, "_rngs": {}}
+        for k, rng in enumerate(_rows(self.seed, 0, 0, count, cpu)):
             draw = object.__new__(fixed_noise)
             draw.__dict__.update(shared, sample=k, _rng=rng)
             yield draw
 
-    def _on_cpu(self, number: int) -> Tensor:
+    def _row(self, number: int, device: torch.device) -> Tensor:
         if self._rngs is None:
-            return torch.tensor([self.seed, (self.sample << 32) + (number << 8)], device="cpu")
+            return _rows(self.seed, number, self.sample, 1, device)[0]
         # A tensor from numbers takes longer than a small layer's product; here all draws' are formed at once.
-        if number not in self._rngs:
-            self._rngs[number] = (self._all + torch.tensor([0, number << 8], device="cpu")).unbind()
-        return self._rngs[number][self.sample]
+        key = number, device
+        if key not in self._rngs:
+            self._rngs[key] = _rows(self.seed, number, 0, self._count_of_samples, device)
+        return self._rngs[key][self.sample]
 
     def _inside(self, outer: Draw) -> Draw:
         return Draw(self, outer.means)
@@ -301,11 +317,4 @@ class fixed_noise(_DrawContext):
         # 2^8 streams a layer: its tensors take consecutive ones.
         if is_compiling():
             return (self._rng + torch.tensor([0, number << 8], device="cpu")).to(device)
-        if device.type == "cpu":
-            return self._on_cpu(number)
-        # Filled in on the device: a copy from the host would wait for it, and could not be captured in a
-        # CUDA graph.
-        rng = torch.empty(2, dtype=torch.int64, device=device)
-        rng[0].fill_(self.seed)
-        rng[1].fill_((self.sample << 32) + (number << 8))
-        return rng
+        return self._row(number, device)

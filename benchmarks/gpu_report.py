@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -31,20 +32,30 @@ TESTS = (
     "test_noise.py",
     "test_sample_weights.py",
     "test_kl_divergence.py",
+    "test_kl_node.py",
+    "test_bbb.py",
     "test_lrt.py",
+    "test_special_values.py",
     "test_layers.py",
     "test_losses.py",
     "test_compile.py",
+    "test_transforms.py",
+    "test_recompute.py",
+    "test_tracing.py",
     "test_errors.py",
     "test_kernels_on_cpu.py",
     "test_inference.py",
+    "test_eval_mode.py",
+    "test_memory.py",
     "test_models.py",
 )
 SMOKE_TESTS = ("test_noise.py", "test_losses.py")
 # Shares of the whole budget. What a stage leaves over goes to the benchmark, which takes what there is.
-LIMITS = {"build": 0.4, "tests": 0.3, "memcheck": 0.3, "racecheck": 0.3}
+LIMITS = {"build": 0.4, "tests": 0.4, "memcheck": 0.4, "racecheck": 0.4}
 # Seconds to merge and print.
 RESERVE = 8.0
+# Processes that share the GPU for the tests, where pytest-xdist is installed.
+WORKERS = 12
 # Keys of cases.PRECISIONS: where the targets for bfloat16 products apply.
 NARROW = {"autocast": "autocast", "bfloat16": "bf16 throughout"}
 
@@ -391,8 +402,9 @@ class Stage:
         """Ends the process and everything it started."""
         if self.process is None:
             return
-        # SIGKILL in any case: children may outlive the leader of their group.
-        for sig, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
+        # SIGINT first, on which pytest still says what failed and why; SIGKILL in any case, for children may
+        # outlive the leader of their group.
+        for sig, patience in ((signal.SIGINT, 5.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self.process.pid, sig)
                 self.process.wait(patience)
@@ -484,22 +496,27 @@ def test_stage(device: str, smoke: bool, limit: float, work: Path) -> tuple[Stag
         "no:cacheprovider",
         "--continue-on-collection-errors",
     ]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
     return Stage("tests", command, limit, work / "tests.log"), missing
 
 
 def test_record(stage: Stage, missing: list[str]) -> dict[str, Any]:
     """Counts by outcome, the names of what failed, and the summary line if the run got that far."""
     text = stage.text()
-    found = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text, re.MULTILINE)
-    outcomes = dict(found)
+    words = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+    outcomes = dict(re.findall(rf"^(\S+::.*?) ({words})\b", text, re.MULTILINE))
+    # With several processes the outcome comes first.
+    by_worker = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({words}) (\S+::.*?) *$", text, re.MULTILINE)
+    outcomes |= {name: outcome for outcome, name in by_worker}
     # The summary at the end; a file that could not be collected stands here only.
     for outcome, name in re.findall(r"^(FAILED|ERROR) (python_tests/.*?)(?: - .*)?$", text, re.MULTILINE):
         outcomes[name] = outcome
     counts: dict[str, int] = {}
     for outcome in outcomes.values():
         counts[outcome.lower()] = counts.get(outcome.lower(), 0) + 1
-    words = "passed|failed|skipped|error|deselected"
-    summary = re.findall(rf"^=* ?(\d+ (?:{words})[^=]*?) ?=*$", text, re.MULTILINE)
+    kinds = "passed|failed|skipped|error|deselected"
+    summary = re.findall(rf"^=* ?(\d+ (?:{kinds})[^=]*?) ?=*$", text, re.MULTILINE)
     return {
         **stage.record(),
         "counts": counts,

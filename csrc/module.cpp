@@ -1,7 +1,9 @@
 // The Python module bbb_fast._C: importing it registers the ops; it says how it was built.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -27,6 +29,28 @@ namespace {
 using namespace bbb_fast;
 using Drawn = std::optional<std::pair<at::Tensor, std::optional<ForwardTrace>>>;
 
+// torch.utils._device.DeviceContext: the mode that torch.set_default_device and `with torch.device(...)` leave
+// on. It concerns functions that are given no device, so layers and KLs need not wait for it.
+PyObject* device_context = nullptr;
+
+class WithoutDefaultDevice {
+ public:
+  WithoutDefaultDevice() : before_(TLS::get_disabled_state()) {
+    for (int64_t i = 0; i < TLS::stack_len(); ++i) {
+      PyObject* const mode = TLS::get_stack_at(i)->ptr(getPyInterpreter());
+      if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != device_context) return;
+    }
+    TLS::set_disabled_state(at::impl::TorchFunctionDisabledState::ALL_DISABLED);
+  }
+  ~WithoutDefaultDevice() { TLS::set_disabled_state(before_); }
+  WithoutDefaultDevice(const WithoutDefaultDevice&) = delete;
+  WithoutDefaultDevice& operator=(const WithoutDefaultDevice&) = delete;
+
+ private:
+  using TLS = at::impl::PythonTorchFunctionTLS;
+  at::impl::TorchFunctionDisabledState before_;
+};
+
 // Arguments in the order of the layers' ops; geometry is (stride, padding, dilation, groups) of a
 // convolution.
 using Geometry = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
@@ -49,6 +73,7 @@ Drawn draw(
     auto& [stride, padding, dilation, groups] = *geometry;
     conv = ConvGeometry{std::move(stride), std::move(padding), std::move(dilation), groups};
   }
+  const WithoutDefaultDevice guard;
   auto result = draw_layer(
       {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
       conv, rng_offset);
@@ -72,6 +97,7 @@ OptionalTensor kl(const std::vector<LayerTuple>& layers) {
   for (const auto& [W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma, trace] : layers) {
     posteriors.push_back({{W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma}, trace});
   }
+  const WithoutDefaultDevice guard;
   return kl_of_layers(posteriors);
 }
 
@@ -124,6 +150,10 @@ std::string way(
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  // Kept for good: the module is never unloaded.
+  device_context = pybind11::object(pybind11::module_::import("torch.utils._device").attr("DeviceContext"))
+                       .release()
+                       .ptr();
   pybind11::class_<ForwardTrace>(m, "ForwardTrace", "What a forward leaves its layer; keeps nothing alive.");
   m.def(
       "draw", torch::wrap_pybind_function_no_gil(draw),

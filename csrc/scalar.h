@@ -48,8 +48,15 @@ BBB_INLINE float select(bool mask, float a, float b) {
 BBB_INLINE float at_least(float x, float least) {
   return x < least ? least : x;
 }
+// Within 2 units in the last place; of a denormal number too.
 BBB_INLINE float square_root(float x) {
+#ifdef __CUDA_ARCH__
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
   return sqrtf(x);
+#endif
 }
 // Of a number that is 0 or normal; within 2 units in the last place.
 BBB_INLINE float square_root_normal(float x) {

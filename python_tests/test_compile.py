@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import conv_case, flat, linear_case, rng
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config

@@ -378,7 +378,8 @@ class TestElbo:
         log_p, target = torch.randn(4, 5, 3).log_softmax(2), torch.randint(3, (4, 5))
 
         def loss(x: Tensor, y: Tensor, beta: float = 0.5) -> Tensor:
-            return ELBO(10, reduction=reduction, from_logits=from_logits)(x, y, torch.tensor(2.0), beta)
+            kl = torch.tensor(2.0, device=x.device)
+            return ELBO(10, reduction=reduction, from_logits=from_logits)(x, y, kl, beta)
 
         each = torch.stack([loss(x, y) for x, y in zip(log_p, target, strict=True)])
         torch.testing.assert_close(torch.func.vmap(loss)(log_p, target), each)

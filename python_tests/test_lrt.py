@@ -546,7 +546,7 @@ def test_autocast_leaves_the_variance_its_type(backend: str, kind: str, asked: t
     leaves = [t.requires_grad_() for t in (x, W, torch.full_like(W, -2.0))]
     results = []
     for enabled in (True, False):
-        with torch.autocast("cpu", torch.float16, enabled=enabled):
+        with torch.autocast(DEVICE.type, torch.float16, enabled=enabled):
             given = leaves[0] if enabled else leaves[0].half()
             y = op(given, *leaves[1:], None, None, rng(), variance_dtype=asked)
             assert y.dtype == torch.float16 and y.isfinite().all()

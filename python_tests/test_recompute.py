@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import unrelated
+from helpers import DEVICE, unrelated
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 
@@ -236,7 +236,11 @@ def test_a_forward_in_backward_is_no_recomputation(model: nn.Sequential) -> None
         else:
             with context:
                 y.sum().backward()
-    assert torch.equal(seen[0], expected)
+    # On a GPU, hooks run in autograd's thread, in which no context was entered.
+    if DEVICE.type == "cpu":
+        assert torch.equal(seen[0], expected)
+    else:
+        assert unrelated(seen[0], expected)
     assert unrelated(seen[1], free) and unrelated(seen[1], expected)
 
 

@@ -25,8 +25,9 @@ __global__ void __launch_bounds__(kThreads)
   using A = Wide<P>;
   constexpr int N = kVector<P>;
   struct Operands {
-    A mu[N], rho[N];
+    Pack<P, N> mu, rho;
   };
+  BlockSum block_sum;
   for_each_chunk(table, [&](const auto& e, int64_t chunk, int64_t begin, int count) {
     KlSum<A> kl;
     for_each_vector<N, Operands>(
@@ -35,13 +36,13 @@ __global__ void __launch_bounds__(kThreads)
           read<whole.value>(e.mu + begin + at, left, o.mu);
           read<whole.value>(e.rho + begin + at, left, o.rho);
         },
-        [&](auto whole, unsigned, int left, const Operands& o) {
+        [&](auto, unsigned, int left, const Operands& o) {
+          typename KlSum<A>::Sigma s[N];
 #pragma unroll
-          for (int j = 0; j < N; ++j) {
-            if (whole.value || j < left) kl.add(o.mu[j], o.rho[j], softplus(o.rho[j]), e.prior);
-          }
+          for (int j = 0; j < N; ++j) s[j] = softplus(o.rho.wide(j));
+          kl.add(o.mu, o.rho, s, e.prior, left);
         });
-    const double sum = block_sum(kl.total());
+    const double sum = block_sum(thread_kl<N>(kl, e.mu + begin, e.rho + begin, count, e.prior));
     if (threadIdx.x == 0) partial[chunk] = sum;
   });
 }

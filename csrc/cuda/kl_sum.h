@@ -8,7 +8,8 @@
 
 namespace bbb_fast::cuda {
 
-// What the mathematics of a type calls a prior, and a weight's share of the KL, twice and plus 1.
+// What the mathematics of a type calls a prior, and a thread's share of a chunk's KL, twice and plus 1 a
+// weight. add takes a vector of weights, of which the first `left` count.
 template <class A>
 struct KlSum;
 
@@ -18,23 +19,32 @@ struct KlSum<float> {
   using Sigma = scalar::Sigma<float>;
 
   float terms = 0.0f;
-  // ln(q) of a thread's weights costs one logarithm: 16 mantissas below 2 stay in range.
-  float product = 1.0f;
+  // ln(q) of all of a thread's weights costs one logarithm: of a product of mantissas, one for four weights.
+  float mantissas = 1.0f;
   int exponents = 0;
+  bool in_range = true;
 
-  BBB_DEVICE void add(float mu, float rho, const Sigma& s, const Prior& prior) {
-    float q;
-    terms += scalar::kl_squares(mu, s, prior, q);
-    if (q < 0x1p-126f) {
-      // Denormal, or 0: there sigma is e^rho.
-      terms -= 2.0f * (rho + logf(prior.inv_sigma));
-      q = 1.0f;
+  template <class P, int N>
+  BBB_DEVICE void add(
+      const Pack<P, N>& mu, const Pack<P, N>&, const Sigma (&s)[N], const Prior& prior, int left) {
+#pragma unroll
+    for (int quad = 0; quad < N; quad += 4) {
+      float product = 1.0f;
+#pragma unroll
+      for (int j = quad; j < quad + 4; ++j) {
+        float q;
+        const float squares = scalar::kl_squares(mu.wide(j), s[j], prior, q);
+        terms += j < left ? squares : 0.0f;
+        product *= j < left ? q : 1.0f;
+      }
+      // Neither denormal nor infinite nor NaN.
+      in_range &= product >= 0x1p-126f && product <= 0x1.fffffep127f;
+      mantissas *= scalar::mantissa(product);
+      exponents += scalar::exponent(product);
     }
-    product *= scalar::mantissa(q);
-    exponents += scalar::exponent(q);
   }
   BBB_DEVICE double total() const {
-    const float logs = scalar::natural_log(product) + static_cast<float>(exponents) * scalar::kLn2;
+    const float logs = scalar::natural_log(mantissas) + static_cast<float>(exponents) * scalar::kLn2;
     return static_cast<double>(terms - 2.0f * logs);
   }
 };
@@ -46,11 +56,44 @@ struct KlSum<double> {
 
   double sum = 0.0;
 
-  BBB_DEVICE void add(double mu, double rho, const Sigma& s, const Prior& prior) {
-    sum += f64::kl_terms(mu, rho, s, prior);
+  template <int N>
+  BBB_DEVICE void add(
+      const Pack<double, N>& mu,
+      const Pack<double, N>& rho,
+      const Sigma (&s)[N],
+      const Prior& prior,
+      int left) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (j < left) sum += f64::kl_terms(mu.x[j], rho.x[j], s[j], prior);
+    }
   }
-  BBB_DEVICE double total() const { return sum; }
 };
+
+// What this thread's vectors of a chunk add up to; mu and rho begin with the chunk. Weights whose product of
+// q left float's range (sigma / sigma_p below 2^-31, or not finite) are formed in double once more.
+template <int N, class P>
+BBB_DEVICE double thread_kl(
+    const KlSum<float>& kl, const P* mu, const P* rho, int count, const scalar::Prior& prior) {
+  if (kl.in_range) return kl.total();
+  double sum = 0.0;
+  const f64::Prior exact{prior.mu, 1.0 / prior.inv_sigma};
+#pragma unroll 1
+  for (int first = threadIdx.x * N; first < count; first += kThreads * N) {
+#pragma unroll 1
+    for (int i = first; i < first + N && i < count; ++i) {
+      const double r = static_cast<double>(static_cast<float>(rho[i]));
+      sum += f64::kl_terms(static_cast<float>(mu[i]), r, f64::softplus(r), exact);
+    }
+  }
+  return sum;
+}
+
+template <int N>
+BBB_DEVICE double thread_kl(
+    const KlSum<double>& kl, const double*, const double*, int, const f64::Prior&) {
+  return kl.sum;
+}
 
 template <class A>
 typename KlSum<A>::Prior prior_for(double mu, double sigma) {
@@ -61,21 +104,27 @@ typename KlSum<A>::Prior prior_for(double mu, double sigma) {
   }
 }
 
-// The sum of every thread's x, in a fixed order; thread 0 gets it.
-BBB_DEVICE double block_sum(double x) {
-  BBB_SHARED(double, sums, kThreads / kWarp);
+// The sum of every thread's x, in a fixed order; thread 0 gets it. One barrier a call: the next call writes
+// to the other half, and the one after that comes behind the next call's barrier.
+struct BlockSum {
+  int half = 0;
+
+  BBB_DEVICE double operator()(double x) {
+    constexpr int kWarps = kThreads / kWarp;
+    BBB_SHARED(double, sums, 2 * kWarps);
+    double* const mine = sums + half;
+    half = kWarps - half;
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_down_sync(0xFFFFFFFFu, x, offset);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  double total = 0.0;
-  if (threadIdx.x == 0) {
-    for (int warp = 0; warp < kThreads / kWarp; ++warp) total += sums[warp];
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_down_sync(0xFFFFFFFFu, x, offset);
+    if (threadIdx.x % kWarp == 0) mine[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    double total = 0.0;
+    if (threadIdx.x == 0) {
+      for (int warp = 0; warp < kWarps; ++warp) total += mine[warp];
+    }
+    return total;
   }
-  // The next call writes sums again.
-  __syncthreads();
-  return total;
-}
+};
 
 // The second stage, on one block: KL = (all partial sums + constant) / 2.
 template <class A>
@@ -83,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
     finish_kl(const double* partial, int64_t chunks, double constant, A* kl) {
   double x = 0.0;
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads) x += partial[i];
-  x = block_sum(x);
+  x = BlockSum()(x);
   if (threadIdx.x == 0) *kl = static_cast<A>(0.5 * (x + constant));
 }
 

@@ -1,6 +1,7 @@
 // Ops that form each element of a tensor from the same element of others, and from its noise.
 #pragma once
 
+#include <tuple>
 #include <utility>
 
 #include "vectors.h"
@@ -15,13 +16,18 @@ struct MapEntry {
 };
 
 // A Function has a constant kNoise, and a template call(element of each input..., noise if kNoise).
-template <class Function, class A, int N, int kInputs, size_t... k>
-BBB_DEVICE A call(const A (&x)[kInputs][N], A z, int j, std::index_sequence<k...>) {
+template <class Function, class A, class Operands, size_t... k>
+BBB_DEVICE A call(const Operands& o, A z, int j, std::index_sequence<k...>) {
   if constexpr (Function::kNoise) {
-    return Function::call(x[k][j]..., z);
+    return Function::call(static_cast<A>(std::get<k>(o).wide(j))..., z);
   } else {
-    return Function::call(x[k][j]...);
+    return Function::call(static_cast<A>(std::get<k>(o).wide(j))...);
   }
+}
+
+template <bool kWhole, class Operands, size_t... k, class... In>
+BBB_DEVICE void read_each(Operands& o, int left, std::index_sequence<k...>, const In*... in) {
+  (read<kWhole>(in, left, std::get<k>(o)), ...);
 }
 
 template <class Function, class Out, class... In>
@@ -29,24 +35,21 @@ __global__ void __launch_bounds__(kThreads)
     map_kernel(const __grid_constant__ Table<MapEntry<Out>, 1> table, const int64_t* rng, const In*... in) {
   using A = Wide<Out>;
   constexpr int N = kVector<Out, In...>;
-  struct Operands {
-    A x[std::max<int>(1, sizeof...(In))][N];
-  };
+  using Operands = std::tuple<Pack<In, N>...>;
   Noise noise;
   if constexpr (Function::kNoise) noise = Noise(rng, 0);
   for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     for_each_vector<N, Operands>(
         e.aligned, count,
         [&](auto whole, unsigned at, int left, Operands& o) {
-          [[maybe_unused]] int k = 0;
-          (read<whole.value>(in + begin + at, left, o.x[k++]), ...);
+          read_each<whole.value>(o, left, std::index_sequence_for<In...>{}, in + begin + at...);
         },
         [&](auto whole, unsigned at, int left, const Operands& o) {
           A z[N];
           if constexpr (Function::kNoise) noise.fill(begin, at, z);
 #pragma unroll
           for (int j = 0; j < N; ++j) {
-            z[j] = call<Function>(o.x, z[j], j, std::index_sequence_for<In...>{});
+            z[j] = call<Function, A>(o, z[j], j, std::index_sequence_for<In...>{});
           }
           write<whole.value>(e.out + begin + at, left, z);
         });

@@ -36,10 +36,11 @@ __global__ void __launch_bounds__(kThreads) posterior_kernel(
   using A = Wide<P>;
   constexpr int N = kVector<P, W>;
   struct Operands {
-    A mu[N], rho[N];
+    Pack<P, N> mu, rho;
   };
+  [[maybe_unused]] BlockSum block_sum;
   for_each_chunk(table, [&](const auto& e, int64_t chunk, int64_t begin, int count) {
-    Noise noise;
+    [[maybe_unused]] Noise noise;
     if constexpr (Function::kNoise) noise = Noise(args.rng, e.tensor);
     [[maybe_unused]] KlSum<A> kl;
     for_each_vector<N, Operands>(
@@ -50,19 +51,18 @@ __global__ void __launch_bounds__(kThreads) posterior_kernel(
         },
         [&](auto whole, unsigned at, int left, const Operands& o) {
           A z[N];
+          typename KlSum<A>::Sigma s[N];
           if constexpr (Function::kNoise) noise.fill(begin, at, z);
 #pragma unroll
           for (int j = 0; j < N; ++j) {
-            const auto s = softplus(o.rho[j]);
-            z[j] = Function::call(o.mu[j], s, z[j]);
-            if constexpr (kWithKl) {
-              if (whole.value || j < left) kl.add(o.mu[j], o.rho[j], s, args.prior);
-            }
+            s[j] = softplus(o.rho.wide(j));
+            z[j] = Function::call(o.mu.wide(j), s[j], z[j]);
           }
           write<whole.value>(e.out + begin + at, left, z);
+          if constexpr (kWithKl) kl.add(o.mu, o.rho, s, args.prior, left);
         });
     if constexpr (kWithKl) {
-      const double sum = block_sum(kl.total());
+      const double sum = block_sum(thread_kl<N>(kl, e.mu + begin, e.rho + begin, count, args.prior));
       if (threadIdx.x == 0) args.partial[chunk] = sum;
     }
   });

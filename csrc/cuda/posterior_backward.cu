@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <tuple>
+
 #include "../checks.h"
 #include "../passes.h"
 #include "dispatch.h"
@@ -27,22 +29,26 @@ struct BackwardEntry {
 
 // Through the weight, dw/dmu = 1 and dw/drho = eps sigmoid(rho) (Blundell et al. 2015, section 3.2); through
 // the mean and the variance (kMoments), d sigma^2/drho = 2 sigma sigmoid(rho); plus the KL's.
-// The compiler left alone takes 95 registers, for 2 blocks at once; these bounds cost no spill.
+// The compiler left alone takes 95 registers, for 2 blocks at once; these bounds cost no spill, as long as a
+// thread takes no more than 4 elements of 16 bits either.
+constexpr int kBackwardVector = 4;
 template <class P, bool kMoments>
-constexpr int kBackwardBlocks = (sizeof(P) == sizeof(float) ? 4 : 3) - (kMoments ? 1 : 0);
+constexpr int kBackwardBlocks = (sizeof(P) == sizeof(double) ? 3 : 4) - (kMoments ? 1 : 0);
 
 template <class P, class W, bool kMoments>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kMoments>) backward_kernel(
     const __grid_constant__ Table<BackwardEntry<P, W>> table, const int64_t* rng, const Wide<P>* grad_kl) {
   using A = Wide<P>;
-  constexpr int N = kVector<P, W>;
+  constexpr int N = kBackwardVector;
   struct Operands {
-    A mu[N], rho[N], grad_w[N], grad_variance[kMoments ? N : 1];
+    Pack<P, N> mu, rho;
+    Pack<W, N> grad_w;
+    std::conditional_t<kMoments, Pack<W, N>, std::tuple<>> grad_variance;
   };
   const A g_kl = grad_kl == nullptr ? A{} : *grad_kl;
   for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     const bool weight = e.grad_w != nullptr;
-    Noise noise;
+    [[maybe_unused]] Noise noise;
     if constexpr (!kMoments) {
       if (weight) noise = Noise(rng, e.tensor);
     }
@@ -57,25 +63,27 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kMoments>) backwa
           }
         },
         [&](auto whole, unsigned at, int left, const Operands& o) {
-          A g_mu[N], g_rho[N], z[N];
+          A g_mu[N], g_rho[N];
+          [[maybe_unused]] A z[N];
           if constexpr (!kMoments) {
             if (weight) noise.fill(begin, at, z);
           }
 #pragma unroll
           for (int j = 0; j < N; ++j) {
-            const auto s = softplus(o.rho[j]);
+            const A rho = o.rho.wide(j);
+            const auto s = softplus(rho);
             A derivative, ratio;
-            softplus_derivative(o.rho[j], s, derivative, ratio);
+            softplus_derivative(rho, s, derivative, ratio);
             g_mu[j] = g_rho[j] = A{};
             if (grad_kl != nullptr) {
-              kl_derivative(o.mu[j], s, derivative, ratio, e.prior, g_kl, g_mu[j], g_rho[j]);
+              kl_derivative(o.mu.wide(j), s, derivative, ratio, e.prior, g_kl, g_mu[j], g_rho[j]);
             }
             if (weight) {
-              g_mu[j] += o.grad_w[j];
+              g_mu[j] += o.grad_w.wide(j);
               if constexpr (kMoments) {
-                g_rho[j] += o.grad_variance[j] * (s.value * derivative) * A{2};
+                g_rho[j] += o.grad_variance.wide(j) * (s.value * derivative) * A{2};
               } else {
-                g_rho[j] += o.grad_w[j] * z[j] * derivative;
+                g_rho[j] += o.grad_w.wide(j) * z[j] * derivative;
               }
             }
           }
@@ -135,7 +143,7 @@ at::Tensor posterior_backward_out(
     using P = typename decltype(first)::type;
     using W = typename decltype(second)::type;
     using A = Wide<P>;
-    constexpr int N = kVector<P, W>;
+    constexpr int N = kBackwardVector;
     const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<W>() : nullptr; };
     std::vector<BackwardEntry<P, W>> entries;
     for (size_t k = 0; k < m.size(); ++k) {

@@ -36,6 +36,8 @@ constexpr int kVector = std::max<int>(4, 16 / std::max({sizeof(T)...}));
 template <class T, int N>
 struct alignas(std::min<size_t>(16, sizeof(T) * N)) Pack {
   T x[N];
+
+  BBB_INLINE Wide<T> wide(int j) const { return static_cast<Wide<T>>(x[j]); }
 };
 
 // Whether vectors of N elements can start at this address.
@@ -67,17 +69,16 @@ BBB_DEVICE void store(Pack<T, N>* to, const Pack<T, N>& pack) {
 #endif
 }
 
-// Reads N elements, or `left` of them padded with zeros. kWhole promises N aligned ones.
+// Reads N elements, or `left` of them padded with zeros. kWhole promises N aligned ones. They are widened
+// where they are used: until then a vector of bfloat16 takes half the registers.
 template <bool kWhole, int N, class T>
-BBB_DEVICE void read(const T* data, int left, Wide<T> (&x)[N]) {
+BBB_DEVICE void read(const T* data, int left, Pack<T, N>& pack) {
   if constexpr (kWhole) {
     BBB_EXPECT(is_aligned<N>(data));
-    const auto pack = *reinterpret_cast<const Pack<T, N>*>(data);
-#pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = static_cast<Wide<T>>(pack.x[j]);
+    pack = *reinterpret_cast<const Pack<T, N>*>(data);
   } else {
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = j < left ? static_cast<Wide<T>>(data[j]) : Wide<T>{};
+    for (int j = 0; j < N; ++j) pack.x[j] = j < left ? data[j] : static_cast<T>(0.0f);
   }
 }
 
@@ -183,11 +184,12 @@ BBB_DEVICE void for_each_chunk(const Table<Entry, kCapacity>& table, const Body&
 // This thread's vectors of a chunk of `count` elements: load(whole, at, left, operands), then use(...) with
 // the same arguments. at is the vector's first element, counted in the chunk, left how many the chunk has
 // from there, whole is std::true_type where vectors are whole and aligned. Loads of a second vector are
-// under way before the first is used, where registers allow.
+// under way before the first is used, where registers allow: on an H200, whose memory is 700 ns away, one
+// vector a thread does not keep it busy while the other threads compute.
 template <int N, class Operands, class Load, class Use>
 BBB_DEVICE void for_each_vector(bool aligned, int count, const Load& load, const Use& use) {
   constexpr int kStep = kThreads * N;
-  constexpr int kUnderWay = sizeof(Operands) < 64 ? 8 / N : 1;
+  constexpr int kUnderWay = sizeof(Operands) <= (N == 4 ? 48 : 32) ? 2 : 1;
   const unsigned first = threadIdx.x * N;
   if (aligned && count == kChunk) {
 #pragma unroll 1
