@@ -48,6 +48,10 @@ COMPILE_ARGS = [
     "-Wno-maybe-uninitialized",
 ]
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
+# A compiler made to link its C++ library statically would leave a second copy of it beside torch's: a number
+# in an error message is then written by one copy in the other's locale, which crashes. Named first, the
+# shared library serves.
+LINK_ARGS = [*OPENMP, "-lstdc++"] if platform.system() == "Linux" else OPENMP
 
 
 def files(*patterns: str) -> list[str]:
@@ -216,7 +220,7 @@ def extension() -> object:
     """The extension bbb_fast._C, with CUDA kernels or without."""
     sources = files("csrc/*.cpp", "csrc/cpu/*.cpp")
     compile_args = {"cxx": COMPILE_ARGS + OPENMP}
-    options = {"depends": files("csrc/**/*.h"), "extra_link_args": OPENMP}
+    options = {"depends": files("csrc/**/*.h"), "extra_link_args": LINK_ARGS}
     if why_no_cuda() is not None:
         from torch.utils.cpp_extension import CppExtension
 

@@ -471,6 +471,24 @@ def sanitizer() -> str | None:
     return None
 
 
+def why_not_native(device: str) -> str | None:
+    """Why the kernels would not run, asked of a process of its own; None if they would."""
+    program = (
+        "import torch, bbb_fast; from bbb_fast import _backend; from bbb_fast.functional import normal\n"
+        f"assert _backend.use_native(torch.device({device!r})), _backend.why_not_native()\n"
+        f"rng = torch.tensor([1, 2], device={device!r})\n"
+        "assert normal((5,), rng).isfinite().all()\n"
+        "try: normal((5,), rng[:1])\n"
+        "except ValueError as error: assert '[1]' in str(error), error\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+
+
 def build_stage(facts: dict[str, Any], limit: float, work: Path) -> Stage:
     environment = {"MAX_JOBS": str(os.cpu_count() or 1)}
     if "capability" in facts:
@@ -625,6 +643,9 @@ def main() -> int:
         build = build_stage(facts, limit("build"), work)
         run_side_by_side([build])
         stages["build"] = build.record()
+    if reason := why_not_native(args.device):
+        # What the reference path takes is not what anyone came here for.
+        raise SystemExit(f"gpu_report: the kernels do not run here: {reason}; see {work / 'build.log'}")
 
     tool = sanitizer() if args.device == "cuda" else None
     tests, missing = test_stage(args.device, args.smoke, limit("tests"), work)

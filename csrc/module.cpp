@@ -29,8 +29,8 @@ namespace {
 using namespace bbb_fast;
 using Drawn = std::optional<std::pair<at::Tensor, std::optional<ForwardTrace>>>;
 
-// torch.utils._device.DeviceContext: the mode that torch.set_default_device and `with torch.device(...)` leave
-// on. It concerns functions that are given no device, so layers and KLs need not wait for it.
+// torch.utils._device.DeviceContext: the mode that torch.set_default_device and `with torch.device(...)`
+// leave on. It concerns functions that are given no device, so layers and KLs need not wait for it.
 PyObject* device_context = nullptr;
 
 class WithoutDefaultDevice {

@@ -90,8 +90,7 @@ BBB_DEVICE double thread_kl(
 }
 
 template <int N>
-BBB_DEVICE double thread_kl(
-    const KlSum<double>& kl, const double*, const double*, int, const f64::Prior&) {
+BBB_DEVICE double thread_kl(const KlSum<double>& kl, const double*, const double*, int, const f64::Prior&) {
   return kl.sum;
 }
 
