@@ -3,11 +3,12 @@
 A route is chosen by the CPU, the shape and the measurements, and by nothing else, so that a machine always
 takes the same one; none changes a result by more than rounding. There are two choices:
 
-- the way of a convolution in float32 (csrc/routes.h): the library's own, the library's in channels_last, a
-  direct kernel, or products by pixels;
+- the way of a layer's products in float32 (csrc/routes.h): the library's own; for a convolution, the
+  library's over channels_last, a direct kernel, or products by pixels; for a linear layer, oneDNN's instead
+  of MKL's;
 - for ``variance_dtype="auto"`` of local reparameterization, whether the variance product runs in bfloat16.
 
-The rules were measured on two kinds of CPU (benchmarks/results). ``bbb-fast tune`` measures more shapes on
+The rules were measured on three kinds of CPU (benchmarks/results). ``bbb-fast tune`` measures more shapes on
 the machine at hand and keeps what it finds in :func:`cache_file`, which is read when bbb_fast is imported;
 ``BBB_FAST_ROUTES=rules`` leaves it unread. Training writes the routes into its checkpoints and takes them
 from there again when it resumes.
@@ -28,9 +29,19 @@ import torch
 
 from . import _backend
 
-__all__ = ["WAYS", "Routes", "cache_file", "conv_key", "current", "load", "use", "variance_dtype"]
+__all__ = [
+    "WAYS",
+    "Routes",
+    "cache_file",
+    "conv_key",
+    "current",
+    "linear_key",
+    "load",
+    "use",
+    "variance_dtype",
+]
 
-WAYS = ("library", "channels_last", "direct", "by_pixels")
+WAYS = ("library", "channels_last", "direct", "by_pixels", "onednn")
 Key = tuple[int, ...]
 VarianceDtype = torch.dtype | Literal["auto"] | None
 
@@ -45,8 +56,8 @@ class Routes:
     """Rules by name, and the measured choices that go before them.
 
     Attributes:
-        rules: "intel-avx512" or "other", the kind of CPU they were measured on.
-        ways: by :func:`conv_key`, one of :data:`WAYS`.
+        rules: "intel-avx512", "amd-zen5" or "other", the kind of CPU they were measured on.
+        ways: by :func:`conv_key` or :func:`linear_key`, one of :data:`WAYS`.
         narrow: by :func:`narrow_key`, whether "auto" means bfloat16.
     """
 
@@ -115,6 +126,11 @@ def conv_key(
     return (len(input) - 2, batch, input[1], weight[0], groups, *sizes)
 
 
+def linear_key(input: Sequence[int], weight: Sequence[int]) -> Key:
+    """What the way of a linear layer is kept under: input [..., in], its rows by their power of 2."""
+    return (0, max(math.prod(input[:-1]) - 1, 0).bit_length(), weight[1], weight[0])
+
+
 def narrow_key(weight: Sequence[int]) -> Key:
     """What the choice of ``variance_dtype="auto"`` is kept under: the weight's shape, so not the batch."""
     return tuple(weight)
@@ -148,7 +164,7 @@ _multiplies_bfloat16 = _backend._C is not None and _backend._C.multiplies_bfloat
 
 
 def cache_file() -> Path:
-    """Where this machine's measurements are kept: one file for each kind of CPU and release of torch.
+    """Where this machine's measurements are kept: one file for each model of CPU and release of torch.
 
     In ``$BBB_FAST_CACHE``, else ``$XDG_CACHE_HOME/bbb_fast``, else ``~/.cache/bbb_fast``.
     """
@@ -165,9 +181,10 @@ def _cpu_name() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
-    name = re.sub(r"[^a-z0-9]+", "-", model.group(1).lower()).strip("-") if model else "cpu"
-    return name
+    # The number too: virtual machines may call every model of a maker by one name.
+    found = (re.search(rf"^{what}\s*:\s*(.*)$", text, re.M) for what in ("model name", "cpu family", "model"))
+    words = [match.group(1).lower() for match in found if match]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words)).strip("-") or "cpu"
 
 
 def load() -> Routes | None:

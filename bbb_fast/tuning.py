@@ -118,15 +118,18 @@ def _choices(
     layer, weight = place.layer, tuple(place.layer.W_mu.shape)
     if layer.W_mu.dtype != torch.float32 or layer.W_mu.device.type != "cpu" or 0 in place.input:
         return
+    routes.use(rules)
     if isinstance(layer, ConvBase):
         shape, padding = _padded(layer, place.input)
         geometry = (weight, layer.stride, padding, layer.dilation, layer.groups)
         key = routes.conv_key(shape, *geometry)
+        candidates, rule = _backend._C.conv_ways(shape, *geometry)
+    else:
+        key = routes.linear_key(place.input, weight)
+        candidates, rule = _backend._C.linear_ways(place.input, weight)
+    if len(candidates) > 1:
         if ("way", key) not in seen:
             seen.add(("way", key))
-            candidates = _backend._C.ways_of(shape, *geometry)
-            routes.use(rules)
-            rule = _backend._C.way_of(shape, *geometry)
 
             def take(way: str) -> None:
                 routes.use(Routes(rules.rules, {key: way}))

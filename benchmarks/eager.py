@@ -94,7 +94,8 @@ def conv2d(i: int, o: int, k: int, padding: int, estimator: str, stride: int = 1
 
 
 class EagerModel(nn.Module):
-    """One of bbb_fast's architectures (a class of ``bbb_fast.models``) with the layers above."""
+    """One of bbb_fast's architectures (a class of ``bbb_fast.models``) with the layers above, and with what
+    stands between them as PyTorch-BayesianCNN has it: the activation, then torch.nn's pooling."""
 
     def __init__(self, architecture: type, outputs: int, inputs: int, estimator: str) -> None:
         super().__init__()
@@ -103,6 +104,12 @@ class EagerModel(nn.Module):
             return conv2d(i, o, k, padding, estimator, stride)
 
         architecture._build(self, outputs, inputs, conv, lambda i, o: linear(i, o, estimator), nn.Softplus)
+        modules = list(self._modules.items())
+        for k in [k for k, (_, module) in enumerate(modules) if isinstance(module, nn.MaxPool2d)]:
+            name, pool = modules[k]
+            modules[k : k + 2] = modules[k + 1], (name, nn.MaxPool2d(pool.kernel_size, pool.stride))
+        self._modules.clear()
+        self._modules.update(modules)
 
     def output(self, x: Tensor) -> Tensor:
         for module in self.children():

@@ -127,24 +127,16 @@ ConvProblem conv_problem(
       all(dilation)};
 }
 
-std::vector<std::string> ways(
-    const Numbers& input,
-    const Numbers& weight,
-    const Numbers& stride,
-    const Numbers& padding,
-    const Numbers& dilation,
-    int64_t groups) {
-  return ways_of(conv_problem(input, weight, stride, padding, dilation, groups));
+LinearProblem linear_problem(const Numbers& input, const Numbers& weight) {
+  int64_t rows = 1;
+  for (size_t d = 0; d + 1 < input.size(); ++d) rows *= input[d];
+  return {rows, weight.at(1), weight.at(0)};
 }
 
-std::string way(
-    const Numbers& input,
-    const Numbers& weight,
-    const Numbers& stride,
-    const Numbers& padding,
-    const Numbers& dilation,
-    int64_t groups) {
-  return way_name(choose_way(conv_problem(input, weight, stride, padding, dilation, groups)));
+// A problem as the ways of it, and the one it takes.
+template <class Problem>
+std::pair<std::vector<std::string>, std::string> ways(const Problem& problem) {
+  return {ways_of(problem), way_name(choose_way(problem))};
 }
 
 }  // namespace
@@ -187,8 +179,16 @@ PYBIND11_MODULE(_C, m) {
         set_routes({std::move(rules), std::move(measured)});
       });
   m.def("rules_of_this_cpu", &rules_of_this_cpu);
-  m.def("ways_of", &ways, "The ways that a convolution over contiguous float32 images may take.");
-  m.def("way_of", &way, "The one it takes.");
+  m.def(
+      "conv_ways",
+      [](const Numbers& input, const Numbers& weight, const Numbers& stride, const Numbers& padding,
+         const Numbers& dilation,
+         int64_t groups) { return ways(conv_problem(input, weight, stride, padding, dilation, groups)); },
+      "The ways that a convolution over contiguous float32 images may take, and the one it takes.");
+  m.def(
+      "linear_ways",
+      [](const Numbers& input, const Numbers& weight) { return ways(linear_problem(input, weight)); },
+      "Likewise of a linear layer's products.");
   m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether this CPU has instructions for it.");
   m.def(
       "set_isa", &bbb_fast::set_isa, pybind11::arg("name"),

@@ -15,6 +15,7 @@
 #include "cpu/conv_by_pixels.h"
 #include "cpu/direct_conv.h"
 #include "cpu/huge_pages.h"
+#include "cpu/matrix_product.h"
 
 namespace bbb_fast {
 namespace {
@@ -59,9 +60,17 @@ std::vector<int64_t> Linear::output_sizes(const at::Tensor& input, const at::Ten
   return sizes;
 }
 
+Way Linear::way(const at::Tensor& input, const at::Tensor& weight) const {
+  const bool choice = input.device().is_cpu() && input.scalar_type() == at::kFloat &&
+                      weight.scalar_type() == at::kFloat && input.numel() > 0;
+  if (!choice) return Way::library;
+  return choose_way(LinearProblem{input.numel() / input.size(-1), input.size(-1), weight.size(0)});
+}
+
 at::Tensor Linear::forward(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const {
-  return at::linear(input, weight, bias);
+  if (way(input, weight) == Way::library) return at::linear(input, weight, bias);
+  return onednn_product(as_matrix(input), weight.t(), bias).view(output_sizes(input, weight));
 }
 
 ProductGradients Linear::backward(
@@ -70,12 +79,16 @@ ProductGradients Linear::backward(
     const at::Tensor& weight,
     const std::array<bool, 3>& wanted) const {
   const at::Tensor g = as_matrix(grad);
+  const bool by_library = way(input, weight) == Way::library;
+  const auto product = [&](const at::Tensor& a, const at::Tensor& b) {
+    return by_library ? at::mm(a, b) : onednn_product(a, b);
+  };
   at::Tensor g_x, g_w, g_b;
   if (wanted[0]) {
-    g_x = at::mm(g, weight);
+    g_x = product(g, weight);
     if (input.dim() != 2) g_x = g_x.view(input.sizes());
   }
-  if (wanted[1]) g_w = at::mm(g.t(), as_matrix(input));
+  if (wanted[1]) g_w = product(g.t(), as_matrix(input));
   if (wanted[2]) g_b = bias_gradient(g);
   return {std::move(g_x), std::move(g_w), std::move(g_b)};
 }
@@ -165,11 +178,11 @@ ConvProblem Convolution::problem(const at::Tensor& input, const at::Tensor& weig
       numbers(dilation_)};
 }
 
-ConvWay Convolution::way(const at::Tensor& input, const at::Tensor& weight) const {
+Way Convolution::way(const at::Tensor& input, const at::Tensor& weight) const {
   const auto type = input.scalar_type();
   const bool choice = input.device().is_cpu() && weight.scalar_type() == type &&
                       (type == at::kFloat || type == at::kBFloat16);
-  return choice ? choose_way(problem(input, weight)) : ConvWay::library;
+  return choice ? choose_way(problem(input, weight)) : Way::library;
 }
 
 at::Tensor shaped_like(const at::Tensor& weight, at::ScalarType dtype) {
@@ -189,17 +202,17 @@ at::Tensor in_format(const at::Tensor& t, at::MemoryFormat format) {
 
 at::Tensor Convolution::arranged(
     const at::Tensor& t, const at::Tensor& input, const at::Tensor& weight) const {
-  const ConvWay taken = way(input, weight);
-  const bool last = taken == ConvWay::channels_last || taken == ConvWay::by_pixels;
+  const Way taken = way(input, weight);
+  const bool last = taken == Way::channels_last || taken == Way::by_pixels;
   return last ? in_format(t, at::MemoryFormat::ChannelsLast) : t;
 }
 
 at::Tensor Convolution::forward(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) const {
   switch (way(input, weight)) {
-    case ConvWay::direct:
+    case Way::direct:
       return direct_conv(direct_conv_shape(problem(input, weight)), input, weight, bias);
-    case ConvWay::by_pixels:
+    case Way::by_pixels:
       return conv_by_pixels(problem(input, weight), input, weight, bias);
     default:
       return at::convolution_symint(
@@ -222,7 +235,7 @@ ProductGradients Convolution::backward(
   ProductGradients grads;
   auto& [g_x, g_W, g_bias] = grads;
   switch (way(input, weight)) {
-    case ConvWay::direct: {
+    case Way::direct: {
       // Measured: the library gains on the direct kernels sooner for the weight's gradient.
       const bool all = input.size(1) <= 4;
       if (W_wanted && !all) std::tie(std::ignore, g_W, g_bias) = library({false, true, bias_wanted});
@@ -232,7 +245,7 @@ ProductGradients Convolution::backward(
       if (all) g_W = std::move(direct.second);
       break;
     }
-    case ConvWay::by_pixels:
+    case Way::by_pixels:
       std::tie(g_x, g_W) =
           conv_by_pixels_backward(problem(input, weight), grad, input, weight, {x_wanted, W_wanted});
       break;

@@ -37,6 +37,9 @@ class Linear {
       const at::Tensor& input,
       const at::Tensor& weight,
       const std::array<bool, 3>& wanted) const;
+
+ private:
+  Way way(const at::Tensor& input, const at::Tensor& weight) const;
 };
 
 // What a product is given as its weight where it forms no gradient of the input: shape and type alone matter.
@@ -80,7 +83,7 @@ class Convolution {
 
  private:
   ConvProblem problem(const at::Tensor& input, const at::Tensor& weight) const;
-  ConvWay way(const at::Tensor& input, const at::Tensor& weight) const;
+  Way way(const at::Tensor& input, const at::Tensor& weight) const;
 
   c10::SymIntArrayRef stride_, padding_, dilation_;
   bool transposed_;

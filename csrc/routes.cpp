@@ -1,11 +1,18 @@
 #include "routes.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
+
+#include "cpu/matrix_product.h"
 
 namespace bbb_fast {
 namespace {
@@ -13,11 +20,12 @@ namespace {
 // More products than this squared are not worth trying.
 constexpr int64_t kFewPixels = 16;
 
-constexpr const char* kRuleSets[] = {"intel-avx512", "other"};
+constexpr const char *kIntel = "intel-avx512", *kZen5 = "amd-zen5", *kOther = "other";
+constexpr const char* kRuleSets[] = {kIntel, kZen5, kOther};
 
 struct Table {
   std::string rules;
-  std::map<std::vector<int64_t>, ConvWay> measured;
+  std::map<std::vector<int64_t>, Way> measured;
 };
 
 // Replaced as a whole, so that a call sees one table from beginning to end. Returns the one before.
@@ -55,96 +63,150 @@ bool faster_by_pixels(const ConvProblem& p) {
          p.out_size(0) * p.out_size(1) <= 4 && p.kernel[0] * p.kernel[1] > 1;
 }
 
-ConvWay by_rule(const ConvProblem& p, const std::string& rules) {
-  const bool intel = rules == kRuleSets[0];
-  if (p.allows(ConvWay::direct) && faster_directly(p, intel)) return ConvWay::direct;
-  if (p.allows(ConvWay::by_pixels) && faster_by_pixels(p)) return ConvWay::by_pixels;
-  if (intel && p.allows(ConvWay::channels_last) && faster_in_channels_last(p)) {
-    return ConvWay::channels_last;
+Way by_rule(const ConvProblem& p, const std::string& rules) {
+  const bool intel = rules == kIntel;
+  if (p.allows(Way::direct) && faster_directly(p, intel)) return Way::direct;
+  if (p.allows(Way::by_pixels) && faster_by_pixels(p)) return Way::by_pixels;
+  if (intel && p.allows(Way::channels_last) && faster_in_channels_last(p)) {
+    return Way::channels_last;
   }
-  return ConvWay::library;
+  return Way::library;
 }
 
-ConvWay parse_way(const std::string& name) {
-  for (ConvWay way : kConvWays) {
+// torch multiplies float32 matrices by MKL, which takes a Zen 5 for a CPU with half its vectors: oneDNN
+// is 2.2 times as fast there, but each call of it costs 10 microseconds. A Zen 4 and an Ice Lake gain
+// nothing.
+Way by_rule(const LinearProblem& p, const std::string& rules) {
+  const bool worth_it = p.rows >= 4 && p.in >= 4 && p.out >= 4 && p.rows * p.in * p.out >= int64_t{1} << 21;
+  return rules == kZen5 && worth_it && p.allows(Way::onednn) ? Way::onednn : Way::library;
+}
+
+// "a, b, c"
+template <class Names, class Name>
+std::string listed(const Names& names, const Name& name) {
+  std::string text;
+  for (const auto& each : names) text += (text.empty() ? "" : ", ") + std::string(name(each));
+  return text;
+}
+
+Way parse_way(const std::string& name) {
+  for (Way way : kWays) {
     if (name == way_name(way)) return way;
   }
-  throw std::invalid_argument(
-      "unknown way '" + name + "'; allowed: library, channels_last, direct, by_pixels");
+  throw std::invalid_argument("unknown way '" + name + "'; allowed: " + listed(kWays, way_name));
+}
+
+int64_t power_of_2(int64_t n) {
+  int64_t power = 0;
+  while (int64_t{1} << power < n) ++power;
+  return power;
+}
+
+template <class Problem>
+std::optional<Way> measured_way(const Table& table, const Problem& problem) {
+  if (table.measured.empty()) return std::nullopt;
+  const auto found = table.measured.find(problem.key());
+  return found == table.measured.end() ? std::nullopt : std::optional(found->second);
+}
+
+template <class Problem>
+std::vector<std::string> allowed_ways(const Problem& problem) {
+  std::vector<std::string> names;
+  for (Way way : kWays) {
+    if (problem.allows(way)) names.emplace_back(way_name(way));
+  }
+  return names;
 }
 
 }  // namespace
 
-const char* way_name(ConvWay way) {
+const char* way_name(Way way) {
   switch (way) {
-    case ConvWay::channels_last:
+    case Way::channels_last:
       return "channels_last";
-    case ConvWay::direct:
+    case Way::direct:
       return "direct";
-    case ConvWay::by_pixels:
+    case Way::by_pixels:
       return "by_pixels";
+    case Way::onednn:
+      return "onednn";
     default:
       return "library";
   }
 }
 
 std::vector<int64_t> ConvProblem::key() const {
-  int64_t power = 0;
-  while (int64_t{1} << power < batch) ++power;
-  std::vector<int64_t> numbers{static_cast<int64_t>(size.size()), power, in, out, groups};
+  std::vector<int64_t> numbers{static_cast<int64_t>(size.size()), power_of_2(batch), in, out, groups};
   for (const auto* list : {&size, &kernel, &stride, &padding, &dilation}) {
     numbers.insert(numbers.end(), list->begin(), list->end());
   }
   return numbers;
 }
 
-bool ConvProblem::allows(ConvWay way) const {
+bool ConvProblem::allows(Way way) const {
   const auto empty = [](const auto& numbers) {
     return std::any_of(numbers.begin(), numbers.end(), [](int64_t n) { return n == 0; });
   };
   const bool plain = !transposed && groups == 1 && batch * in * out > 0 && !empty(size) && !empty(kernel);
   switch (way) {
-    case ConvWay::channels_last:
+    case Way::channels_last:
       return plain && !narrow && size.size() == 2 && contiguous;
-    case ConvWay::direct:
+    case Way::direct:
       // The gradient of the input wants a border of kernel - 1 - padding.
       return plain && !narrow && size.size() <= 2 && contiguous && ones(stride) && ones(dilation) &&
              std::equal(padding.begin(), padding.end(), kernel.begin(), std::less<int64_t>());
-    case ConvWay::by_pixels:
+    case Way::by_pixels:
       return plain && size.size() == 2 && ones(dilation) && size[0] * size[1] <= kFewPixels &&
              out_size(0) * out_size(1) <= kFewPixels;
     default:
-      return true;
+      return way == Way::library;
   }
 }
 
-ConvWay choose_way(const ConvProblem& problem) {
+std::vector<int64_t> LinearProblem::key() const {
+  return {0, power_of_2(rows), in, out};
+}
+
+bool LinearProblem::allows(Way way) const {
+  return way == Way::library || (way == Way::onednn && rows * in * out > 0 && with_onednn());
+}
+
+Way choose_way(const ConvProblem& problem) {
   const auto current = table();
-  if (!current->measured.empty()) {
-    const auto found = current->measured.find(problem.key());
-    if (found != current->measured.end()) {
-      if (problem.allows(found->second)) return found->second;
-      // Rearranged already.
-      if (found->second == ConvWay::channels_last && !problem.contiguous) return ConvWay::library;
-    }
+  if (const auto way = measured_way(*current, problem)) {
+    if (problem.allows(*way)) return *way;
+    // Rearranged already.
+    if (*way == Way::channels_last && !problem.contiguous) return Way::library;
   }
   return by_rule(problem, current->rules);
 }
 
+Way choose_way(const LinearProblem& problem) {
+  const auto current = table();
+  const auto way = measured_way(*current, problem);
+  return way && problem.allows(*way) ? *way : by_rule(problem, current->rules);
+}
+
 std::vector<std::string> ways_of(const ConvProblem& problem) {
-  std::vector<std::string> names;
-  for (ConvWay way : kConvWays) {
-    if (problem.allows(way)) names.emplace_back(way_name(way));
-  }
-  return names;
+  return allowed_ways(problem);
+}
+std::vector<std::string> ways_of(const LinearProblem& problem) {
+  return allowed_ways(problem);
 }
 
 const char* rules_of_this_cpu() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
-  if (__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512f")) return kRuleSets[0];
+  if (!__builtin_cpu_supports("avx512f")) return kOther;
+  if (__builtin_cpu_is("intel")) return kIntel;
+  // By its number: compilers learn the names of CPUs later. 26 is Zen 5, and what follows it will hardly be
+  // less.
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid(1, &a, &b, &c, &d);
+  const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
+  if (__builtin_cpu_is("amd") && family >= 26) return kZen5;
 #endif
-  return kRuleSets[1];
+  return kOther;
 }
 
 Routes current_routes() {
@@ -156,7 +218,9 @@ Routes current_routes() {
 
 void set_routes(const Routes& routes) {
   if (std::find(std::begin(kRuleSets), std::end(kRuleSets), routes.rules) == std::end(kRuleSets)) {
-    throw std::invalid_argument("unknown rules '" + routes.rules + "'; allowed: intel-avx512, other");
+    throw std::invalid_argument(
+        "unknown rules '" + routes.rules +
+        "'; allowed: " + listed(kRuleSets, [](const char* name) { return name; }));
   }
   Table next{routes.rules, {}};
   for (const auto& [key, way] : routes.measured) next.measured[key] = parse_way(way);

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICE
 from torch import Tensor, nn
 
 from bbb_fast import kl_loss, models
 from bbb_fast.layers import BBB, BBB_LRT
 from bbb_fast.layers.base import BayesianLayer
 from bbb_fast.models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeConvThreeFC
+from bbb_fast.models.build import ACTIVATIONS
+from bbb_fast.models.pooling import MaxPool2d
 
 PAIRS = [(BBBLeNet, LeNet), (BBBAlexNet, AlexNet), (BBB3Conv3FC, ThreeConvThreeFC)]
 BAYESIAN = [bayesian for bayesian, _ in PAIRS]
@@ -315,3 +318,69 @@ def test_kl(backend: str, model_type: type[nn.Module], layer_type: str) -> None:
     summed = sum(m.kl_loss().item() for m in model.modules() if isinstance(m, BayesianLayer))
     assert summed == pytest.approx(exact, rel=1e-6)
     assert model(torch.randn(1, 3, 32, 32))[1].item() == pytest.approx(exact, rel=1e-6)
+
+
+GEOMETRIES: list[dict[str, Any]] = [
+    {"kernel_size": 2},
+    {"kernel_size": 3, "stride": 2},
+    {"kernel_size": (3, 2), "stride": (1, 3), "padding": (1, 0), "dilation": (2, 1)},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
+]
+
+
+class TestPooling:
+    """What stands between the models' layers is PyTorch's pooling to the last bit, by whatever way."""
+
+    @staticmethod
+    def image(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Many equal numbers, a NaN and infinities among them."""
+        x = torch.randint(-4, 4, (4, 17, 25, 26)).to(dtype)
+        x[0, 3, 5, 7], x[1, :, 8, 9], x[2, 0] = float("nan"), float("inf"), float("-inf")
+        return x
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+    def test_equals_torch(self, geometry: dict, dtype: torch.dtype) -> None:
+        ours, theirs = MaxPool2d(**geometry), nn.MaxPool2d(**geometry)
+        x = self.image(dtype)
+        results = []
+        for pool in (ours, theirs):
+            leaf = x.clone().requires_grad_()
+            y = pool(leaf)
+            grad = torch.arange(float(y.numel())).view_as(y).to(dtype)
+            results.append((y, torch.autograd.grad(y, leaf, grad)[0]))
+            assert y.is_contiguous()
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+    def test_takes_the_faster_way(self) -> None:
+        pool = MaxPool2d(3, 2)
+        large = torch.randn(8, 16, 20, 20, requires_grad=True)
+        assert ("_RearrangedBackward" in str(pool(large).grad_fn)) == (DEVICE.type == "cpu")
+        for x in (large[:1], large.to(memory_format=torch.channels_last), large.double(), large[0]):
+            assert "Rearranged" not in str(pool(x).grad_fn)
+
+    def test_transforms(self) -> None:
+        pool, same = MaxPool2d(3, 2), nn.MaxPool2d(3, 2)
+        x = torch.randn(3, 2, 16, 20, 20)
+        assert torch.equal(torch.func.vmap(pool)(x), torch.func.vmap(same)(x))
+        of = lambda f: lambda t: f(t).square().sum()  # noqa: E731
+        each = [torch.func.vmap(torch.func.grad(of(f)))(x) for f in (pool, same)]
+        assert torch.equal(*each)
+        flat = x.flatten(0, 1)
+        tangents = [torch.func.jvp(f, (flat,), (flat,))[1] for f in (pool, same)]
+        assert torch.equal(*tangents)
+        compiled = torch.compile(pool, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(flat), same(flat))
+        leaf = flat.clone().requires_grad_()
+        twice = []
+        for f in (pool, same):
+            (g,) = torch.autograd.grad(of(f)(leaf), leaf, create_graph=True)
+            twice.append(torch.autograd.grad(g.square().sum(), leaf)[0])
+        assert torch.equal(*twice)
+
+    @pytest.mark.parametrize("activation", ["softplus", "relu"])
+    def test_before_the_activation_is_behind_it(self, activation: str) -> None:
+        """The models' order gives what the other one gives."""
+        act, pool, x = ACTIVATIONS[activation](), nn.MaxPool2d(3, 2), torch.randn(4, 8, 15, 15) * 10
+        torch.testing.assert_close(act(pool(x)), pool(act(x)), rtol=1e-6, atol=1e-7)

@@ -70,17 +70,57 @@ def test_every_way_gives_the_same_numbers(shape: tuple, estimator: str) -> None:
     grad = torch.randn(layer(x).shape)
     key = key_of(shape, layer)
     problem = ((batch, i, *size), tuple(layer.W_mu.shape), layer.stride, layer.padding, (1, 1), 1)
-    ways = _backend._C.ways_of(*problem)
+    ways, _ = _backend._C.conv_ways(*problem)
     assert {"library", "channels_last"} <= set(ways)
     results = {}
     for way in ways:
         routes.use(Routes("other", {key: way}))
-        assert _backend._C.way_of(*problem) == way
+        assert _backend._C.conv_ways(*problem)[1] == way
         results[way] = step(layer, x, grad)
     for way in ways[1:]:
         for a, b in zip(results[way], results["library"], strict=True):
             assert a.stride() == b.stride()
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * float(b.detach().abs().max() + 1e-3))
+
+
+# Rows, in, out; and the input as it lies: rows apart, rows behind each other, one row for all.
+VIEWS = {
+    "plain": lambda *shape: torch.randn(shape),
+    "slice": lambda n, i: torch.randn(n, 2 * i)[:, i:],
+    "every other": lambda n, i: torch.randn(n, 2 * i)[:, ::2],
+    "transposed": lambda n, i: torch.randn(i, n).t(),
+    "expanded": lambda n, i: torch.randn(i).expand(n, i),
+    "more dimensions": lambda n, i: torch.randn(2, n, 1, i),
+    "one row": lambda n, i: torch.randn(i),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("estimator", ["bbb", "lrt"])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(("rows", "i", "o"), [(5, 3, 4), (1, 1, 1), (33, 17, 40), (7, 64, 1), (0, 3, 2)])
+def test_onednn_gives_the_same_numbers(
+    rows: int, i: int, o: int, view: str, estimator: str, bias: bool
+) -> None:
+    layer = {"bbb": BBB, "lrt": BBB_LRT}[estimator].BBBLinear(i, o, bias=bias)
+    x = VIEWS[view](rows, i)
+    grad = torch.randn(*x.shape[:-1], o)
+    if "onednn" not in _backend._C.linear_ways((3, 4), (5, 4))[0]:
+        pytest.skip("this build of torch has no oneDNN")
+    ways, _ = _backend._C.linear_ways(x.shape, layer.W_mu.shape)
+    assert ("onednn" in ways) == (x.numel() > 0)
+    results = {}
+    for way in ways:
+        routes.use(Routes("other", {routes.linear_key(x.shape, layer.W_mu.shape): way}))
+        assert _backend._C.linear_ways(x.shape, layer.W_mu.shape)[1] == way
+        torch.manual_seed(5)
+        leaf = x.detach().requires_grad_()
+        y = layer(leaf)
+        results[way] = [y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad)]
+    for a, b in zip(results[ways[-1]], results["library"], strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
 @needs_native
@@ -116,19 +156,27 @@ def test_a_way_that_a_problem_does_not_allow_is_not_taken() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("rules", ["intel-avx512", "other"])
+@pytest.mark.parametrize("rules", ["intel-avx512", "amd-zen5", "other"])
 def test_the_rules(rules: str) -> None:
-    """channels_last is for the CPUs it was measured faster on; the other two for all."""
+    """channels_last and oneDNN are for the CPUs they were measured faster on; the other two for all."""
     routes.use(Routes(rules))
 
     def way(i: int, o: int, k: int, size: int, batch: int) -> str:
         pad = k // 2
-        return _backend._C.way_of((batch, i, size, size), (o, i, k, k), (1, 1), (pad, pad), (1, 1), 1)
+        problem = ((batch, i, size, size), (o, i, k, k), (1, 1), (pad, pad), (1, 1), 1)
+        return _backend._C.conv_ways(*problem)[1]
 
     assert way(1, 6, 5, 32, 128) == "direct"
     assert way(192, 384, 3, 2, 128) == "by_pixels"
     assert way(192, 384, 3, 2, 8) == "library"
     assert way(64, 64, 3, 32, 128) == ("channels_last" if rules == "intel-avx512" else "library")
+    for input, weight, large in (
+        ((2, 64, 1000), (400, 1000), True),
+        ((64, 100), (10, 100), False),
+        ((2, 2000), (2000, 2000), False),
+    ):
+        ways, taken = _backend._C.linear_ways(input, weight)
+        assert taken == ("onednn" if large and rules == "amd-zen5" and "onednn" in ways else "library")
 
 
 def test_keys() -> None:
@@ -137,6 +185,8 @@ def test_keys() -> None:
     assert key(65) == key(128) != key(64)
     assert key(1)[1] == 0
     assert key(0)[1] == 0
+    assert routes.linear_key((4, 17, 3), (5, 3)) == (0, 7, 3, 5)
+    assert routes.linear_key((3,), (5, 3)) == routes.linear_key((0, 3), (5, 3)) == (0, 0, 3, 5)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +200,7 @@ def test_a_wrong_table_is_refused(bad: object) -> None:
 @needs_native
 def test_unknown_rules_are_refused_and_change_nothing() -> None:
     before = routes.current()
-    with pytest.raises(ValueError, match="unknown rules 'zen'; allowed: intel-avx512, other"):
+    with pytest.raises(ValueError, match="unknown rules 'zen'; allowed: intel-avx512, amd-zen5, other"):
         routes.use(Routes("zen"))
     assert routes.current() is before
 
@@ -221,10 +271,12 @@ class TestTune:
         assert [place.input_gradient for place in places] == [False, True, True, True, True]
         table, measured = tuning.tune([*places, *places], seconds=0.0)
         assert routes.current() is before
-        assert len(table.ways) == 2
+        # Of the three linear layers where torch has oneDNN.
+        linear = 3 if "onednn" in _backend._C.linear_ways((3, 4), (5, 4))[0] else 0
+        assert len(table.ways) == 2 + linear
         narrow = 5 if _backend._C.multiplies_bfloat16() else 0
         assert len(table.narrow) == narrow
-        assert len(measured) == 2 + narrow
+        assert len(measured) == 2 + linear + narrow
         for m in measured:
             assert m.choice in m.seconds
             # No choice but the rule's without a clear gain.
@@ -246,7 +298,7 @@ class TestTune:
         # Padded by the layer itself: the convolution sees 10 x 10 and no padding.
         problem = ((5, 3, 10, 10), (4, 3, 3, 3), (1, 1), (0, 0), (1, 1), 1)
         routes.use(table)
-        assert _backend._C.way_of(*problem) == "channels_last"
+        assert _backend._C.conv_ways(*problem)[1] == "channels_last"
 
     def test_says_so_on_the_reference_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_backend, "_C", None)

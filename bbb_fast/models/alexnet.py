@@ -8,6 +8,7 @@ from torch import nn
 
 from ..layers.misc import FlattenLayer
 from .build import Architecture, BayesianModel, PointModel
+from .pooling import MaxPool2d
 
 
 class _AlexNet(Architecture):
@@ -20,18 +21,18 @@ class _AlexNet(Architecture):
         act: Callable[[], nn.Module],
     ) -> None:
         self.conv1 = conv(inputs, 64, 11, stride=4, padding=5)
+        self.pool1 = MaxPool2d(2)
         self.act1 = act()
-        self.pool1 = nn.MaxPool2d(2)
         self.conv2 = conv(64, 192, 5, padding=2)
+        self.pool2 = MaxPool2d(2)
         self.act2 = act()
-        self.pool2 = nn.MaxPool2d(2)
         self.conv3 = conv(192, 384, 3, padding=1)
         self.act3 = act()
         self.conv4 = conv(384, 256, 3, padding=1)
         self.act4 = act()
         self.conv5 = conv(256, 128, 3, padding=1)
+        self.pool3 = MaxPool2d(2)
         self.act5 = act()
-        self.pool3 = nn.MaxPool2d(2)
         self.flatten = FlattenLayer(128)
         self.classifier = linear(128, outputs)
 

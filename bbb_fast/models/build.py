@@ -23,7 +23,11 @@ def choose(kind: str, value: str, allowed: Mapping[str, Any]) -> Any:
 
 
 class Architecture:
-    """A model's layers, written once in ``_build`` for both families."""
+    """A model's layers, written once in ``_build`` for both families.
+
+    Activations rise everywhere, so the largest number's is the largest: they come behind the pooling, where
+    fewer numbers are left.
+    """
 
     def _build(
         self,

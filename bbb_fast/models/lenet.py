@@ -8,6 +8,7 @@ from torch import nn
 
 from ..layers.misc import FlattenLayer
 from .build import Architecture, BayesianModel, PointModel
+from .pooling import MaxPool2d
 
 
 class _LeNet(Architecture):
@@ -20,11 +21,11 @@ class _LeNet(Architecture):
         act: Callable[[], nn.Module],
     ) -> None:
         self.conv1 = conv(inputs, 6, 5)
+        self.pool1 = MaxPool2d(2)
         self.act1 = act()
-        self.pool1 = nn.MaxPool2d(2)
         self.conv2 = conv(6, 16, 5)
+        self.pool2 = MaxPool2d(2)
         self.act2 = act()
-        self.pool2 = nn.MaxPool2d(2)
         self.flatten = FlattenLayer(5 * 5 * 16)
         self.fc1 = linear(5 * 5 * 16, 120)
         self.act3 = act()

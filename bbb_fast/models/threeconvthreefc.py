@@ -8,6 +8,7 @@ from torch import nn
 
 from ..layers.misc import FlattenLayer
 from .build import Architecture, BayesianModel, PointModel
+from .pooling import MaxPool2d
 
 
 class _ThreeConvThreeFC(Architecture):
@@ -20,14 +21,14 @@ class _ThreeConvThreeFC(Architecture):
         act: Callable[[], nn.Module],
     ) -> None:
         self.conv1 = conv(inputs, 32, 5, padding=2)
+        self.pool1 = MaxPool2d(3, stride=2)
         self.act1 = act()
-        self.pool1 = nn.MaxPool2d(3, stride=2)
         self.conv2 = conv(32, 64, 5, padding=2)
+        self.pool2 = MaxPool2d(3, stride=2)
         self.act2 = act()
-        self.pool2 = nn.MaxPool2d(3, stride=2)
         self.conv3 = conv(64, 128, 5, padding=1)
+        self.pool3 = MaxPool2d(3, stride=2)
         self.act3 = act()
-        self.pool3 = nn.MaxPool2d(3, stride=2)
         self.flatten = FlattenLayer(2 * 2 * 128)
         self.fc1 = linear(2 * 2 * 128, 1000)
         self.act4 = act()

@@ -1,11 +1,12 @@
 #include "conv_by_pixels.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+
+#include "matrix_product.h"
 
 namespace bbb_fast {
 namespace {
@@ -91,7 +92,7 @@ at::Tensor conv_by_pixels(
   at::Tensor y = at::zeros({p.batch, p.out_size(0), p.out_size(1), p.out}, input.options());
   if (bias && bias->defined()) y.copy_(*bias);
   for_each_meeting(p, [&](const Meeting& m) {
-    pixels(y, m.out_row, m.out_column).addmm_(pixels(x, m.row, m.column, m.taps), taps(w, m).t());
+    add_product_(pixels(y, m.out_row, m.out_column), pixels(x, m.row, m.column, m.taps), taps(w, m).t());
   });
   return y.permute({0, 3, 1, 2});
 }
@@ -108,7 +109,7 @@ std::pair<at::Tensor, at::Tensor> conv_by_pixels_backward(
     const at::Tensor w = rows_in_front(p, weight);
     g_x = at::zeros({p.batch, p.size[0], p.size[1], p.in}, input.options());
     for_each_meeting(p, [&](const Meeting& m) {
-      pixels(g_x, m.row, m.column, m.taps).addmm_(pixels(g, m.out_row, m.out_column), taps(w, m));
+      add_product_(pixels(g_x, m.row, m.column, m.taps), pixels(g, m.out_row, m.out_column), taps(w, m));
     });
     g_x = g_x.permute({0, 3, 1, 2});
   }
@@ -116,7 +117,7 @@ std::pair<at::Tensor, at::Tensor> conv_by_pixels_backward(
     const at::Tensor x = channels_behind(input);
     g_w = at::zeros({p.kernel[0], p.out, p.kernel[1], p.in}, input.options());
     for_each_meeting(p, [&](const Meeting& m) {
-      taps(g_w, m).addmm_(pixels(g, m.out_row, m.out_column).t(), pixels(x, m.row, m.column, m.taps));
+      add_product_(taps(g_w, m), pixels(g, m.out_row, m.out_column).t(), pixels(x, m.row, m.column, m.taps));
     });
     g_w = rows_behind(p, g_w);
   }

@@ -12,7 +12,7 @@
 
 namespace bbb_fast {
 
-// Of a convolution that allows ConvWay::by_pixels; fastest over channels_last. The output is channels_last.
+// Of a convolution that allows Way::by_pixels; fastest over channels_last. The output is channels_last.
 at::Tensor conv_by_pixels(
     const ConvProblem& problem,
     const at::Tensor& input,

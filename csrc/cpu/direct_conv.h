@@ -22,7 +22,7 @@ struct ConvShape {
   int64_t out_width() const { return width + 2 * padding_w - kernel_w + 1; }
 };
 
-// Of a convolution that allows ConvWay::direct.
+// Of a convolution that allows Way::direct.
 ConvShape direct_conv_shape(const ConvProblem& problem);
 
 at::Tensor direct_conv(

@@ -1,0 +1,52 @@
+#include "matrix_product.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "../routes.h"
+
+namespace bbb_fast {
+namespace {
+
+// torch's op for compiled graphs, x W^T + b with nothing fused behind it.
+using Linear = at::Tensor(
+    const at::Tensor&,
+    const at::Tensor&,
+    const std::optional<at::Tensor>&,
+    std::string_view,
+    c10::List<std::optional<at::Scalar>>,
+    std::optional<std::string_view>);
+
+const std::optional<c10::OperatorHandle>& linear_op() {
+  static const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  return op;
+}
+
+// oneDNN takes either order of a matrix as it lies, but nothing else.
+at::Tensor dense(const at::Tensor& t) {
+  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
+  const bool columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
+  return rows || columns ? t : t.contiguous();
+}
+
+}  // namespace
+
+bool with_onednn() {
+  return linear_op().has_value();
+}
+
+at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
+  static const auto op = linear_op()->typed<Linear>();
+  return op.call(
+      a.contiguous(), dense(b.t()), bias, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
+}
+
+void add_product_(at::Tensor to, const at::Tensor& a, const at::Tensor& b) {
+  const LinearProblem problem{a.size(0), a.size(1), b.size(1)};
+  if (to.scalar_type() == at::kFloat && choose_way(problem) == Way::onednn) {
+    to.add_(onednn_product(a, b));
+  } else {
+    to.addmm_(a, b);
+  }
+}
+
+}  // namespace bbb_fast
