@@ -204,7 +204,12 @@ def _cpu() -> str:
 _FEATURES = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512f": "avx512", "avx2": "avx2"}
 
 
-def machine_slug(model: str, flags: Iterable[str]) -> str:
+# Generations that the model's name need not tell apart, by AMD's number of the family. A Zen 4, of family 25,
+# goes by its name and instructions alone.
+_FAMILIES = {"26": "zen5"}
+
+
+def machine_slug(model: str, flags: Iterable[str], family: str = "") -> str:
     """A short name for result files: the CPU's model in plain words and its best vector instructions.
 
     "Intel(R) Xeon(R) Processor @ 2.80GHz" with AVX-512 gives "intel-xeon-2.80ghz-avx512".
@@ -213,12 +218,15 @@ def machine_slug(model: str, flags: Iterable[str]) -> str:
     words = re.sub(r"\b(\d+-core|processor|cpu|core)\b", " ", words)
     flags = set(flags)
     best = next((short for flag, short in _FEATURES.items() if flag in flags), "")
-    return "-".join([*re.findall(r"[a-z0-9]+(?:\.[a-z0-9]+)*", words), *([best] if best else [])])
+    generation = _FAMILIES.get(family, "") if "amd" in words else ""
+    named = re.findall(r"[a-z0-9]+(?:\.[a-z0-9]+)*", words)
+    return "-".join([*named, *(part for part in (generation, best) if part)])
 
 
 def this_machine() -> str:
     """:func:`machine_slug` of the CPU at hand."""
-    return machine_slug(_cpu(), _cpuinfo().get("flags", "").split())
+    fields = _cpuinfo()
+    return machine_slug(_cpu(), fields.get("flags", "").split(), fields.get("cpu family", ""))
 
 
 def bf16_instructions() -> bool:

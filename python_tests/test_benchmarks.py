@@ -102,6 +102,13 @@ def test_machine_slug(model: str, flags: str, slug: str) -> None:
     assert harness.machine_slug(model, flags.split()) == slug
 
 
+def test_machine_slug_tells_generations_of_one_name() -> None:
+    flags = ("avx512f", "avx512_bf16")
+    assert harness.machine_slug("AMD EPYC", flags, "25") == "amd-epyc-avx512bf16"
+    assert harness.machine_slug("AMD EPYC", flags, "26") == "amd-epyc-zen5-avx512bf16"
+    assert harness.machine_slug("Intel Xeon", flags, "26") == "intel-xeon-avx512bf16"
+
+
 def test_a_suffix_is_added_to_a_name_with_dots() -> None:
     assert harness.with_suffix(Path("a/b-2.80ghz"), ".json") == Path("a/b-2.80ghz.json")
 

@@ -21,11 +21,9 @@ const std::optional<c10::OperatorHandle>& linear_op() {
   return op;
 }
 
-// oneDNN takes either order of a matrix as it lies, but nothing else.
+// oneDNN takes either order of a matrix as it lies. With a gap between its rows, it goes number by number.
 at::Tensor dense(const at::Tensor& t) {
-  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
-  const bool columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
-  return rows || columns ? t : t.contiguous();
+  return t.is_contiguous() || t.t().is_contiguous() ? t : t.contiguous();
 }
 
 }  // namespace
