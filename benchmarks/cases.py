@@ -401,7 +401,7 @@ class ModelCase:
 
 
 # How many times faster than eager LRT a training step of LRT must be, by the rules (bbb_fast.routes) that
-# hold on a kind of CPU.
+# hold on a kind of CPU: "other" for every kind that has none of its own.
 MODEL_TARGETS = {
     "intel-avx512": {
         "LeNet": {"lrt": 1.9, "lrt_auto": 1.9},

@@ -386,7 +386,8 @@ def _model_speedup(rules: str, model: str, name: str, row: Mapping[str, Any], bf
     if "eager_over_ours" not in row:
         return ""
     judged = bf16 or name not in ("lrt_bf16", "lrt_auto")
-    target = MODEL_TARGETS[rules][model].get(name) if judged else None
+    of_this_cpu = MODEL_TARGETS.get(rules, MODEL_TARGETS["other"])
+    target = of_this_cpu[model].get(name) if judged else None
     return _with_interval(row["eager_over_ours"], target, False) + ("" if judged else " (not meaningful)")
 
 

@@ -17,8 +17,8 @@
 namespace bbb_fast {
 namespace {
 
-// More products than this squared are not worth trying.
-constexpr int64_t kFewPixels = 16;
+// More pairs of pixels than these are not worth trying: the weight is written once for each.
+constexpr int64_t kFewPairs = 16;
 
 constexpr const char *kIntel = "intel-avx512", *kZen5 = "amd-zen5", *kOther = "other";
 constexpr const char* kRuleSets[] = {kIntel, kZen5, kOther};
@@ -155,8 +155,8 @@ bool ConvProblem::allows(Way way) const {
       return plain && !narrow && size.size() <= 2 && contiguous && ones(stride) && ones(dilation) &&
              std::equal(padding.begin(), padding.end(), kernel.begin(), std::less<int64_t>());
     case Way::by_pixels:
-      return plain && size.size() == 2 && ones(dilation) && size[0] * size[1] <= kFewPixels &&
-             out_size(0) * out_size(1) <= kFewPixels;
+      return plain && size.size() == 2 && ones(dilation) &&
+             size[0] * size[1] * out_size(0) * out_size(1) <= kFewPairs;
     default:
       return way == Way::library;
   }

@@ -16,7 +16,7 @@ enum class Way : int8_t {
   library,        // as it is
   channels_last,  // the library, over images rearranged for it
   direct,         // direct_conv.h
-  by_pixels,      // a product over the batch for each pair of pixels that meet; conv_by_pixels.h
+  by_pixels,      // as a linear layer from all pixels to all; conv_by_pixels.h
   onednn,         // a linear layer's products: matrix_product.h
 };
 constexpr Way kWays[] = {Way::library, Way::channels_last, Way::direct, Way::by_pixels, Way::onednn};

@@ -1,5 +1,5 @@
-// Convolutions over a few pixels, where most taps of the kernel meet the padding: a matrix product
-// over the batch for each output pixel and row of the kernel that meets the image there.
+// Convolutions over a few pixels, where most taps of the kernel meet the padding: as the linear layer from all
+// pixels to all, whose weight repeats the convolution's for each pair of pixels that meet.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -2,8 +2,6 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
-#include "../routes.h"
-
 namespace bbb_fast {
 namespace {
 
@@ -36,15 +34,6 @@ at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::o
   static const auto op = linear_op()->typed<Linear>();
   return op.call(
       a.contiguous(), dense(b.t()), bias, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
-}
-
-void add_product_(at::Tensor to, const at::Tensor& a, const at::Tensor& b) {
-  const LinearProblem problem{a.size(0), a.size(1), b.size(1)};
-  if (to.scalar_type() == at::kFloat && choose_way(problem) == Way::onednn) {
-    to.add_(onednn_product(a, b));
-  } else {
-    to.addmm_(a, b);
-  }
 }
 
 }  // namespace bbb_fast

@@ -15,7 +15,4 @@ bool with_onednn();
 at::Tensor onednn_product(
     const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias = std::nullopt);
 
-// to += a b by the way that is chosen for this product; in float32 or bfloat16.
-void add_product_(at::Tensor to, const at::Tensor& a, const at::Tensor& b);
-
 }  // namespace bbb_fast
