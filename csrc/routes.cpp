@@ -142,6 +142,11 @@ std::vector<int64_t> ConvProblem::key() const {
   return numbers;
 }
 
+// Whether, in one dimension, every output pixel sees every input pixel.
+static bool all_meet(const ConvProblem& p, size_t d) {
+  return (p.out_size(d) - 1) * p.stride[d] <= p.padding[d] && p.size[d] - 1 + p.padding[d] < p.kernel[d];
+}
+
 bool ConvProblem::allows(Way way) const {
   const auto empty = [](const auto& numbers) {
     return std::any_of(numbers.begin(), numbers.end(), [](int64_t n) { return n == 0; });
@@ -155,7 +160,7 @@ bool ConvProblem::allows(Way way) const {
       return plain && !narrow && size.size() <= 2 && contiguous && ones(stride) && ones(dilation) &&
              std::equal(padding.begin(), padding.end(), kernel.begin(), std::less<int64_t>());
     case Way::by_pixels:
-      return plain && size.size() == 2 && ones(dilation) &&
+      return plain && size.size() == 2 && ones(dilation) && all_meet(*this, 0) && all_meet(*this, 1) &&
              size[0] * size[1] * out_size(0) * out_size(1) <= kFewPairs;
     default:
       return way == Way::library;

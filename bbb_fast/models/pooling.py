@@ -37,8 +37,10 @@ class _Rearranged(torch.autograd.Function):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """``torch.nn.MaxPool2d``, with the same numbers and gradients, in 0.2 to 0.4 of its time over contiguous
-    images on a CPU (benchmarks/results/pooling-*.json)."""
+    """``torch.nn.MaxPool2d``, with the same numbers and gradients.
+
+    Over contiguous images on a CPU it takes less than half of the time (docs/performance.md).
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self._is_faster_rearranged(input):

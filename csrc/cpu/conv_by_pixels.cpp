@@ -14,8 +14,7 @@
 namespace bbb_fast {
 namespace {
 
-// The tap of the kernel through which an output pixel sees an input pixel, or -1: [output pixel][input
-// pixel].
+// The tap of the kernel through which an output pixel sees an input pixel: [output pixel][input pixel].
 std::vector<int64_t> taps_between(const ConvProblem& p) {
   std::vector<int64_t> taps;
   for (int64_t oh = 0; oh < p.out_size(0); ++oh) {
@@ -23,8 +22,7 @@ std::vector<int64_t> taps_between(const ConvProblem& p) {
       for (int64_t h = 0; h < p.size[0]; ++h) {
         for (int64_t w = 0; w < p.size[1]; ++w) {
           const int64_t kh = h - oh * p.stride[0] + p.padding[0], kw = w - ow * p.stride[1] + p.padding[1];
-          const bool seen = 0 <= kh && kh < p.kernel[0] && 0 <= kw && kw < p.kernel[1];
-          taps.push_back(seen ? kh * p.kernel[1] + kw : -1);
+          taps.push_back(kh * p.kernel[1] + kw);
         }
       }
     }
@@ -55,11 +53,7 @@ void expand(const ConvProblem& p, const at::Tensor& weight, at::Tensor& dense) {
     }
     for (size_t pair = 0; pair < taps.size(); ++pair) {
       T* const to = target + ((pair / pixels * p.out + o) * pixels + pair % pixels) * p.in;
-      if (taps[pair] < 0) {
-        std::fill_n(to, p.in, T(0.0f));
-      } else {
-        std::copy_n(room.data() + taps[pair] * p.in, p.in, to);
-      }
+      std::copy_n(room.data() + taps[pair] * p.in, p.in, to);
     }
   });
 }
@@ -74,7 +68,6 @@ void fold(const ConvProblem& p, const at::Tensor& dense, at::Tensor& weight) {
   for_each_channel<float>(p, [&](int64_t o, std::vector<float>& room) {
     std::fill(room.begin(), room.end(), 0.0f);
     for (size_t pair = 0; pair < taps.size(); ++pair) {
-      if (taps[pair] < 0) continue;
       const T* const from = source + ((pair / pixels * p.out + o) * pixels + pair % pixels) * p.in;
       float* const to = room.data() + taps[pair] * p.in;
       for (int64_t i = 0; i < p.in; ++i) to[i] += static_cast<float>(from[i]);

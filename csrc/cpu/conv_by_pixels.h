@@ -1,5 +1,5 @@
-// Convolutions over a few pixels, where most taps of the kernel meet the padding: as the linear layer from all
-// pixels to all, whose weight repeats the convolution's for each pair of pixels that meet.
+// Convolutions over a few pixels, all of which every output pixel sees, while most taps of the kernel meet
+// the padding: as the linear layer from all pixels to all, whose weight repeats the convolution's.
 #pragma once
 
 #include <ATen/core/Tensor.h>

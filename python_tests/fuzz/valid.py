@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bbb_fast
-from bbb_fast import _backend, fixed_noise, functional, kl_loss, layers
+from bbb_fast import _backend, fixed_noise, functional, kl_loss, layers, routes
 from bbb_fast._noise import posterior_means
 from bbb_fast.layers import FlattenLayer, ModuleWrapper
+from bbb_fast.routes import Routes
 
 from .arguments import (
     BF16,
@@ -26,6 +27,7 @@ from .arguments import (
     F64,
     Types,
     convolution_shapes,
+    each,
     extremes,
     gradients,
     input_of,
@@ -43,6 +45,7 @@ from .outcome import Outcome, Status, one_line, shown
 
 Tensors = dict[str, Any]
 ISAS = ("base", "avx2", "avx512")
+RULES = ("intel-avx512", "amd-zen5", "other")
 
 
 def instruction_sets() -> list[str]:
@@ -65,6 +68,7 @@ class Problem:
     records: bool = True  # gradients
     joint: bool = False  # several outputs of one op, all of which require a gradient if one does
     depth: int = 1  # layers, each of which passes on the errors of those before it
+    routes: Routes | None = None  # taken by the native implementation; by default those in use
 
 
 # ------------------------------------------------------------------------------------ the ops by themselves
@@ -145,6 +149,28 @@ def _under_autocast(dtype: torch.dtype | None) -> Iterator[None]:
         yield
 
 
+def routes_of(
+    c: Choices, shape: tuple[int, ...], weight: tuple[int, ...], geometry: dict[str, Any]
+) -> Routes:
+    """The rules of some CPU, or one of the ways that a product has, whatever the rules say."""
+    own = routes.rules_of_this_cpu()
+    rules = c.pick("rules", own, *(name for name in RULES if name != own), often=0.5)
+    spatial = len(weight) - 2
+    if spatial == 0:
+        key = routes.linear_key(shape, weight)
+        ways, _ = _backend._C.linear_ways(shape, weight)
+    else:
+        padding = geometry["padding"]
+        if isinstance(padding, str) or geometry.get("padding_mode", "zeros") != "zeros":
+            return Routes(rules)
+        batched = shape if len(shape) == spatial + 2 else (1, *shape)
+        numbers = [each(geometry[name], spatial) for name in ("stride", "padding", "dilation")]
+        key = routes.conv_key(batched, weight, *numbers, geometry["groups"])
+        ways, _ = _backend._C.conv_ways(batched, weight, *numbers, geometry["groups"])
+    way = c.pick("way", "by rule", *ways, often=0.5)
+    return Routes(rules, {} if way == "by rule" else {key: way})
+
+
 def product(name: str) -> Callable[[Choices], Problem]:
     """lrt_linear, bbb_conv2d and so on."""
     estimator, kind = name.split("_")
@@ -159,6 +185,7 @@ def product(name: str) -> Callable[[Choices], Problem]:
             shape, weight, geometry, rows = convolution_shapes(c, int(kind[4]), types)
         operands, priors = product_operands(c, shape, weight, types), priors_of(c)
         rng, with_kl = rng_of(c), c.chance("with_kl", 0.5)
+        taken = routes_of(c, shape, weight, geometry)
 
         def run(t: Tensors, exact: bool) -> Tensors:
             parameters = t["W_mu"], t["W_rho"], t.get("bias_mu"), t.get("bias_rho")
@@ -167,7 +194,7 @@ def product(name: str) -> Callable[[Choices], Problem]:
                 result = op(t["input"], *parameters, rng, **options, with_kl=with_kl)
             return {"output": result[0], "kl": result[1]} if with_kl else {"output": result}
 
-        return Problem(operands, run, types.all(), max(rows, math.prod(weight), 1))
+        return Problem(operands, run, types.all(), max(rows, math.prod(weight), 1), routes=taken)
 
     return problem
 
@@ -281,8 +308,8 @@ def layer(family: str, kind: str) -> Callable[[Choices], Problem]:
             _set_parameters(module, t)
             return use.run(module, t["input"], exact)
 
-        terms = max(rows, math.prod(weight), 1)
-        return Problem(operands, run, types.all(), terms, records=use.records)
+        terms, taken = max(rows, math.prod(weight), 1), routes_of(c, shape, weight, geometry)
+        return Problem(operands, run, types.all(), terms, records=use.records, routes=taken)
 
     return problem
 
@@ -483,13 +510,16 @@ def _differentiate(
 
 
 @contextlib.contextmanager
-def _setting(backend: str, isa: str, threads: int) -> Iterator[None]:
+def _setting(backend: str, isa: str, threads: int, taken: Routes | None = None) -> Iterator[None]:
+    before = routes.current()
+    routes.use(taken or before)
     bbb_fast.set_backend(backend)
     _backend._C.set_isa(isa)
     torch.set_num_threads(threads)
     try:
         yield
     finally:
+        routes.use(before)
         bbb_fast.set_backend("auto")
         _backend._C.set_isa("auto")
         torch.set_num_threads(1)
@@ -614,7 +644,7 @@ class Draft:
         self.threads = c.pick("threads", 1, 2, 4, often=0.4)
 
     def _attempt(self, backend: str, threads: int) -> Tensors | Exception:
-        with _setting(backend, self.isa, threads):
+        with _setting(backend, self.isa, threads, self.problem.routes):
             try:
                 return _results(self.problem, self.choices, self.how)
             except Exception as error:
