@@ -82,15 +82,19 @@ def _layers(runs: Runs) -> str:
 
 
 def _sampling(results: Runs) -> str:
+    """How many times as fast ours are, each machine's beside its own rivals."""
     rows = []
     for runs in zip(*(result["runs"] for result in results), strict=True):
         for tables in zip(*(run["sampling"] for run in runs), strict=True):
-            cells = []
-            for name in SAMPLERS:
-                us = _worst((_step_us(table["contenders"].get(name)) for table in tables), _is_ours(name))
-                cells.append("-" if us is None else f"{us / 1e3:.3g} ms")
-            rows.append([f"{tables[0]['count']:,} weights, {plural(runs[0]['threads'])}", *cells])
-    return markdown_table(["", "ours, AVX-512", "ours, AVX2", "eager", "compiled"], rows)
+            times = [{n: _step_us(table["contenders"].get(n)) for n in SAMPLERS} for table in tables]
+            cells = [f"{tables[0]['count']:,} weights, {plural(runs[0]['threads'])}"]
+            for ours in ("ours_avx512", "ours_avx2"):
+                for rival in ("eager", "compiled"):
+                    gains = (t[rival] / t[ours] for t in times if t[rival] and t[ours])
+                    cells.append(_number(_worst(gains, True, small_is_good=False), ".1f"))
+            rows.append(cells)
+    names = [f"{rival} over {isa}" for isa in ("AVX-512", "AVX2") for rival in ("eager", "compiled")]
+    return markdown_table(["", *names], rows)
 
 
 def _small(runs: Runs) -> str:
@@ -98,19 +102,17 @@ def _small(runs: Runs) -> str:
         contenders = [table["contenders"] for table in tables]
         if "bbb_output" not in contenders[0]:
             continue
-        plain = [_step_us(c["nn"]) for c in contenders]
-        rows = []
-        for name in ("bbb_output", "lrt_output", *COLUMNS):
-            over = [
-                None if (us := _step_us(c.get(name))) is None else us - base
-                for c, base in zip(contenders, plain, strict=True)
+        rows = [
+            [
+                CONTENDERS[name].label,
+                _number(_worst((_ratio(c.get(name)) for c in contenders), _is_ours(name))),
             ]
-            rows.append([CONTENDERS[name].label, _number(_worst(over, _is_ours(name)), ".0f")])
+            for name in ("bbb_output", "lrt_output", *COLUMNS)
+        ]
         return (
-            f"A small layer ({tables[0]['case']}), where starting the work is most of the time: microseconds "
-            f"over torch.nn's {' or '.join(f'{us:.0f}' for us in plain)}. With the output alone, backward "
-            "starts from one result, as torch.nn's does; with the KL, from two.\n\n"
-            + markdown_table(["", "over torch.nn, us"], rows)
+            f"A small layer ({tables[0]['case']}), where starting the work is most of the time. With the "
+            "output alone, backward starts from one result, as torch.nn's does; with the KL, from two.\n\n"
+            + markdown_table(["", "over torch.nn"], rows)
         )
     raise SystemExit("no small layer in the results")
 
@@ -152,16 +154,16 @@ def _predict(results: Runs) -> str:
     )
 
 
-def _where(result: Mapping[str, Any]) -> str:
+def _where(machine: str, result: Mapping[str, Any]) -> str:
     where = result["provenance"]
-    bf16 = "bfloat16 instructions" if where["bf16_instructions"] else "no bfloat16 instructions"
-    return f"{where['cpu']} ({bf16}; torch {where['torch']}, commit {where['commit']})"
+    bf16 = "with" if where["bf16_instructions"] else "without"
+    return f"{machine} ({bf16} bfloat16 instructions; torch {where['torch']}, commit {where['commit']})"
 
 
 def numbers(machines: Sequence[str]) -> str:
     """What stands between the markers."""
     layers = [load("layers", machine) for machine in machines]
-    each = " and ".join(_where(result) for result in layers)
+    each = ", ".join(map(_where, machines, layers))
     parts = [
         f"Measured on {each}: AVX-512 kernels, float32, medians, all interleaved in one process on a shared "
         "machine. Where machines differ, the worse number stands here: the larger of ours, the smaller of a "
@@ -171,7 +173,8 @@ def numbers(machines: Sequence[str]) -> str:
         parts += [f"**{plural(runs[0]['threads']).capitalize()}**:", _layers(runs)]
     parts += [
         *(f"![Step over torch.nn](benchmarks/results/layers-{machine}.png)" for machine in machines),
-        "Sampling and KL in one pass, against the formulas in eager mode and under `torch.compile`:",
+        "Sampling and KL in one pass: the time of the formulas in eager mode and under `torch.compile` over "
+        "ours:",
         _sampling(layers),
         _small([result["runs"][0] for result in layers]),
         _models([load("models", machine) for machine in machines]),
