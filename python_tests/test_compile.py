@@ -608,7 +608,8 @@ def test_recomputation_by_the_partitioner(layers: object, budget: float) -> None
 def test_checkpoint_within_the_graph(layers: object) -> None:
     """Free: the gradient is that of the function that was drawn, whose noise does not depend on mu."""
     torch._dynamo.reset()
-    model, x = blocks(layers), torch.randn(16, 8)
+    # In float64, for the quotient of differences below.
+    model, x = blocks(layers).double(), torch.randn(16, 8, dtype=torch.float64)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return checkpoint(model, x, use_reentrant=False)
@@ -626,4 +627,4 @@ def test_checkpoint_within_the_graph(layers: object) -> None:
     loss(0.0).backward()
     slope = model[0][0].bias_mu.grad.sum()
     rise = (loss(1e-3) - loss(-2e-3)) / 2e-3
-    torch.testing.assert_close(rise.detach(), slope, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(rise.detach(), slope, rtol=0.005, atol=0.005)
