@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import NATIVE
 from torch import nn
 
-from bbb_fast import _backend, routes, tuning
+from bbb_fast import _backend, functional, routes, tuning
 from bbb_fast.layers import BBB, BBB_LRT
 from bbb_fast.models import BBBLeNet
 from bbb_fast.routes import Routes
@@ -121,6 +122,23 @@ def test_onednn_gives_the_same_numbers(
     for a, b in zip(results[ways[-1]], results["library"], strict=True):
         assert a.stride() == b.stride()
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("op", ["bbb_linear", "lrt_linear"])
+def test_onednn_takes_parameters_as_they_lie(op: str) -> None:
+    """Strided and expanded weights and biases."""
+    if "onednn" not in _backend._C.linear_ways((3, 4), (5, 4))[0]:
+        pytest.skip("this build of torch has no oneDNN")
+    x = torch.randn(6, 7)
+    weights = [torch.randn(9, 14)[:, ::2], torch.randn(7, 9).t(), torch.randn(9, 1).expand(9, 7)]
+    biases = [torch.randn(18)[::2], torch.randn(1).expand(9), torch.randn(9, 4)[:, 2]]
+    for W, b in product(weights, biases):
+        results = []
+        for way in ("library", "onednn"):
+            routes.use(Routes("other", {routes.linear_key(x.shape, W.shape): way}))
+            results.append(getattr(functional, op)(x, W, W - 2, b, b - 2, torch.tensor([3, 4])))
+        torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
 @needs_native

@@ -32,8 +32,11 @@ bool with_onednn() {
 
 at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
   static const auto op = linear_op()->typed<Linear>();
+  std::optional<at::Tensor> c;
+  // Read without regard to its stride.
+  if (bias && bias->defined()) c = bias->contiguous();
   return op.call(
-      a.contiguous(), dense(b.t()), bias, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
+      a.contiguous(), dense(b.t()), c, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
 }
 
 }  // namespace bbb_fast
