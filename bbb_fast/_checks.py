@@ -28,6 +28,21 @@ def integer(value: Any) -> int | None:
         return None
 
 
+def factory(name: str, device: Any, dtype: Any) -> None:
+    """The two options of whatever makes parameters; None is PyTorch's default."""
+    if dtype is None:
+        dtype = torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name}: dtype must be torch.float32, float64, bfloat16 or float16, got "
+            f"{dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__}"
+        )
+    if device is not None and not isinstance(device, (str, torch.device)) and integer(device) is None:
+        raise TypeError(
+            f"{name}: device must be a torch.device, a string or a number, got {type(device).__name__}"
+        )
+
+
 def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 

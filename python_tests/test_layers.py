@@ -288,6 +288,28 @@ class TestConstruction:
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("dtype", torch.int32, "dtype must be torch.float32, float64, bfloat16 or float16, got torch.int32"),
+        ("dtype", torch.complex64, "got torch.complex64"),
+        ("dtype", torch.float8_e4m3fn, "got torch.float8_e4m3fn"),
+        ("dtype", "float32", "got str"),
+        ("dtype", {}, "got dict"),
+        ("device", torch.float32, "device must be a torch.device, a string or a number, got dtype"),
+        ("device", complex, "got type"),
+        ("device", True, "got bool"),
+    ],
+)
+def test_what_no_parameter_can_be(
+    estimator: ModuleType, kind: str, option: str, value: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message) as caught:
+        make(estimator, kind, **{option: value})
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("BBB")
+
+
 class TestPriors:
     def test_defaults(self, estimator: ModuleType) -> None:
         for priors in (None, {}, {"prior_mu": 0}):

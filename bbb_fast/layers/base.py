@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import _backend, functional, routes
-from .._checks import FLOAT_DTYPES, integer
+from .._checks import FLOAT_DTYPES, factory, integer
 from .._noise import FREE, RandomModule, draw_rng, rank_offset
 from ..reference import conv_memory_format, in_format
 from ..routes import VarianceDtype
@@ -156,6 +156,7 @@ class BayesianLayer(RandomModule):
                 f"{type(self).__name__}: variance_dtype must be float32, float64, bfloat16, float16 or "
                 f"'auto', got {variance_dtype}"
             )
+        factory(type(self).__name__, device, dtype)
         self.recompute_weight = recompute_weight
         self.variance_dtype = variance_dtype
         self.prior_mu: float = resolved["prior_mu"]
