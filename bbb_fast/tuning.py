@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend, functional, routes
-from .checkpoint import atomic_write
+from ._files import atomic_write
 from .layers.base import BayesianLayer, ConvBase
 from .routes import Routes
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 import bbb_fast
-from bbb_fast import checkpoint, data, training, uncertainty
-from bbb_fast.data import ImageSet
+from bbb_fast.experiments import checkpoint, data, training, uncertainty
+from bbb_fast.experiments.data import ImageSet
 
 MARKER = "made-by-demo.txt"
 SAMPLES = 50

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import bbb_fast
-from bbb_fast import checkpoint, routes, training
+from bbb_fast import routes
 from bbb_fast.cli import main, train
+from bbb_fast.experiments import checkpoint, training
 
 pytestmark = pytest.mark.cpu_only("the command line names its device itself")
 
@@ -166,7 +167,7 @@ class TestTrain:
         monkeypatch.setattr(train, "fit", lambda *args, **_: calls.append(args))
         main(["train"])
         config, training, valid, *_ = calls[0]
-        assert config == bbb_fast.training.TrainConfig()
+        assert config == bbb_fast.experiments.training.TrainConfig()
         assert (len(training), len(valid)) == (1294, 143)  # a tenth of 1437 is held out
 
 

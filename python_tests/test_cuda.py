@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import bbb_fast
-from bbb_fast import data, fixed_noise, functional, kl_loss, predict, reference
+from bbb_fast import fixed_noise, functional, kl_loss, predict, reference
+from bbb_fast.experiments import data
+from bbb_fast.experiments.training import TrainConfig, fit
 from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, ModuleWrapper
-from bbb_fast.training import TrainConfig, fit
 
 pytestmark = pytest.mark.cuda_only
 

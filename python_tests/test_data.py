@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from bbb_fast import data
-from bbb_fast.data import DataError, ImageSet
+from bbb_fast.experiments import data
+from bbb_fast.experiments.data import DataError, ImageSet
 
 pytestmark = pytest.mark.cpu_only("images are prepared on the CPU")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from bbb_fast import folder
-from bbb_fast.folder import OwnedFolder
+from bbb_fast.experiments import folder
+from bbb_fast.experiments.folder import OwnedFolder
 
 pytestmark = pytest.mark.cpu_only("files, whatever the device")
 
@@ -27,7 +27,7 @@ def own(path: Path, purpose: str = "training") -> OwnedFolder:
 def hold(path: Path) -> subprocess.Popen[str]:
     """Another process that owns the folder until it is killed."""
     code = (
-        "import sys, time; from pathlib import Path; from bbb_fast.folder import OwnedFolder\n"
+        "import sys, time; from pathlib import Path; from bbb_fast.experiments.folder import OwnedFolder\n"
         "with OwnedFolder(Path(sys.argv[1]), 'training', ()): print('ready', flush=True); time.sleep(100)"
     )
     root = Path(folder.__file__).parents[1]

@@ -17,11 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bbb_fast import checkpoint, data, kl_loss, routes, training
-from bbb_fast.data import ImageSet
+from bbb_fast import kl_loss, routes
+from bbb_fast.experiments import checkpoint, data, training
+from bbb_fast.experiments.data import ImageSet
+from bbb_fast.experiments.plots import training_curves
+from bbb_fast.experiments.training import TrainConfig, TrainingError, fit
 from bbb_fast.layers import misc
-from bbb_fast.plots import training_curves
-from bbb_fast.training import TrainConfig, TrainingError, fit
 
 pytestmark = pytest.mark.cpu_only("a run names its device itself; test_cuda.py has one on the GPU")
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from bbb_fast import checkpoint, cli, metrics, predict, uncertainty
-from bbb_fast.checkpoint import LoadedModel
-from bbb_fast.data import DataError, ImageSet, normalize
-from bbb_fast.folder import OwnedFolder
-from bbb_fast.training import TrainConfig
-from bbb_fast.uncertainty import DERIVED, SCORES, Judged
+from bbb_fast import cli, metrics, predict
+from bbb_fast.experiments import checkpoint, uncertainty
+from bbb_fast.experiments.checkpoint import LoadedModel
+from bbb_fast.experiments.data import DataError, ImageSet, normalize
+from bbb_fast.experiments.folder import OwnedFolder
+from bbb_fast.experiments.training import TrainConfig
+from bbb_fast.experiments.uncertainty import DERIVED, SCORES, Judged
 
 pytestmark = pytest.mark.cpu_only("the command names its device itself")
 
@@ -89,7 +90,7 @@ def strict_json(path: Path) -> dict:
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the figure, which takes seconds, to the test that looks at it."""
     pytest.importorskip("matplotlib")
-    from bbb_fast import uncertainty_plots
+    from bbb_fast.experiments import uncertainty_plots
 
     monkeypatch.setattr(uncertainty_plots, "uncertainty_figure", lambda result: b"drawn")
 
@@ -308,7 +309,7 @@ def test_errors_are_one_line(
 def test_without_matplotlib(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "bbb_fast.uncertainty_plots", raising=False)
+    monkeypatch.delitem(sys.modules, "bbb_fast.experiments.uncertainty_plots", raising=False)
     for name in ("matplotlib", "matplotlib.axes", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     assert cli.main(command(make(tmp_path, "lrt"))) == 0
@@ -350,7 +351,7 @@ def test_indices_lead_back_to_the_images(tmp_path: Path) -> None:
 
 def test_roc_curve_has_the_area_of_auroc() -> None:
     pytest.importorskip("matplotlib")
-    from bbb_fast.uncertainty_plots import _roc_points
+    from bbb_fast.experiments.uncertainty_plots import _roc_points
 
     generator = torch.Generator().manual_seed(0)
     # Whole numbers, so that there are ties.

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from .._options import OptionError
 from .._version import __version__
+from ..experiments.options import OptionError
 from . import info, train, tune, uncertainty
 
 __all__ = ["main"]

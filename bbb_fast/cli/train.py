@@ -8,10 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .. import data
-from ..checkpoint import MODEL_LAYER_TYPES, MODELS, VARIANCE_DTYPES
+from ..experiments import data
+from ..experiments.checkpoint import MODEL_LAYER_TYPES, MODELS, VARIANCE_DTYPES
+from ..experiments.training import LAST, LR_SCHEDULES, TrainConfig, fit
 from ..models.build import ACTIVATIONS
-from ..training import LAST, LR_SCHEDULES, TrainConfig, fit
 from . import options
 
 __all__ = ["add_parser", "run"]

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, routes, tuning
-from .._options import OptionError
+from .. import routes, tuning
+from ..experiments import checkpoint
+from ..experiments.options import OptionError
 from ..tuning import Measured
 
 __all__ = ["add_parser", "run"]

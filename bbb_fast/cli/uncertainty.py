@@ -6,11 +6,11 @@ import argparse
 
 import torch
 
-from .. import checkpoint, uncertainty
-from .._options import MAX_SEED, MAX_THREADS, check_int
-from ..data import DATASETS
-from ..training import parse_device
-from ..uncertainty import DERIVED, SCORES, Comparison
+from ..experiments import checkpoint, uncertainty
+from ..experiments.data import DATASETS
+from ..experiments.options import MAX_SEED, MAX_THREADS, check_int
+from ..experiments.training import parse_device
+from ..experiments.uncertainty import DERIVED, SCORES, Comparison
 from . import options
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._noise import posterior_means
-from ..losses import kl_loss
 from .base import BayesianLayer
+from .kl import kl_loss
 
 __all__ = ["FlattenLayer", "ModuleWrapper"]
 

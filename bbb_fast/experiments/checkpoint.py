@@ -16,11 +16,9 @@ import math
 import os
 import pickle
 import re
-import secrets
 import stat
 import zipfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers.base import DEFAULT_PRIORS
-from .models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeConvThreeFC
-from .models.build import LAYER_TYPES, choose
-from .routes import VarianceDtype
+from .._files import atomic_write
+from ..layers.base import DEFAULT_PRIORS
+from ..models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeConvThreeFC
+from ..models.build import LAYER_TYPES, choose
+from ..routes import VarianceDtype
 
 __all__ = [
     "MODELS", "MODEL_LAYER_TYPES", "VARIANCE_DTYPES", "CheckpointError", "LoadedModel",
-    "atomic_write", "build_model", "load", "load_model", "pack", "remove_leftovers", "restore_model",
+    "build_model", "load", "load_model", "pack", "restore_model",
     "same_run", "save",
 ]  # fmt: skip
 
@@ -102,45 +101,6 @@ class LoadedModel:
     dataset: str
     epoch: int
     run: str | None = None
-
-
-def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Writes a file in one step: whoever reads ``path`` sees the old content or all of the new.
-
-    Raises OSError that names ``path``; then what was there is unchanged and nothing is left beside it. (A
-    process that is killed may leave a file for :func:`remove_leftovers`.)
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                # Else a power cut could leave the new name with none of the new content.
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        gone = not path.parent.is_dir()
-        rest = f"there is no folder {path.parent}" if gone else "what was there before is unchanged"
-        why = f"cannot be written ({error.strerror or error}); {rest}"
-        raise OSError(error.errno, why, str(path)) from error
-
-
-def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Removes what :func:`atomic_write` left of these files where its process was killed.
-
-    Only for a folder that nobody else writes to. What cannot be removed stays.
-    """
-    unfinished = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[0-9a-f]{{8}}\.tmp")
-    with suppress(OSError):
-        for name in filter(unfinished.fullmatch, os.listdir(folder)):
-            with suppress(OSError):
-                (folder / name).unlink()
 
 
 def pack(state: Mapping[str, Any]) -> memoryview:

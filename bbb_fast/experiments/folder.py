@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from .checkpoint import atomic_write, remove_leftovers
+from .._files import atomic_write, remove_leftovers
 
 try:
     import fcntl

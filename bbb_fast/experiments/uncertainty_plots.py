@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
-from .uncertainty import SCORES, Comparison, Judged
+from .judged import SCORES, Comparison, Judged
 
 __all__ = ["uncertainty_figure"]
 

@@ -26,17 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, plots, routes
-from ._backend import backend, build_info
-from ._options import MAX_COUNT, MAX_SEED, MAX_THREADS, OptionError, check_int
+from .. import routes
+from .._backend import backend, build_info
+from ..inference import predict
+from ..layers.base import DEFAULT_PRIORS, resolve_priors
+from ..losses import SCHEDULES, kl_weight
+from ..metrics import classification_report
+from ..models.build import ACTIVATIONS, choose
+from ..routes import Routes
+from . import checkpoint, plots
 from .data import ImageSet, batches, channel_stats, normalize
 from .folder import OwnedFolder
-from .inference import predict
-from .layers.base import DEFAULT_PRIORS, resolve_priors
-from .losses import SCHEDULES, kl_weight
-from .metrics import classification_report
-from .models.build import ACTIVATIONS, choose
-from .routes import Routes
+from .options import MAX_COUNT, MAX_SEED, MAX_THREADS, OptionError, check_int
 
 __all__ = ["LR_SCHEDULES", "TrainConfig", "TrainingError", "fit", "parse_device", "predict_probs"]
 

@@ -1,0 +1,1 @@
+"""What the command line runs: data, training, checkpoints, judging, figures. Nothing else imports it."""
