@@ -16,6 +16,7 @@ from typing import Any
 from .._version import __version__
 from ..experiments.options import OptionError
 from . import info, train, tune, uncertainty
+from .memory import keep_freed_memory
 
 __all__ = ["main"]
 
@@ -132,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Where standard output cannot be written, the work goes on and its files are written; a line on stderr
     says so. A command that only prints (``info``, ``--help``) then returns 1.
     """
+    if argv is None:  # a process of our own
+        keep_freed_memory()
     with _streams() as output:
         try:
             args = _parser().parse_args(argv)
