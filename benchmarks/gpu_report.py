@@ -480,6 +480,7 @@ def why_not_native(device: str) -> str | None:
         "assert normal((5,), rng).isfinite().all()\n"
         "try: normal((5,), rng[:1])\n"
         "except ValueError as error: assert '[1]' in str(error), error\n"
+        "else: raise AssertionError('a wrong rng was taken')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -51,10 +51,10 @@ bool whole(const at::Tensor& W) {
   return W.dim() >= 2 && (W.numel() == 0 || W.storage().nbytes() > 0);
 }
 
-// Whether someone must see the ops being called.
+// Whether someone must see the ops being called. (Modes of Python functions: module.cpp.)
 bool watched() {
   return in_transform() || at::tracer::impl::is_dispatch_enabled() ||
-         at::impl::torch_function_mode_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set();
+         c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 // torch.randint(0, 2^63 - 1, (2,)) of the device's generator, plus offset. On the CPU past the dispatcher,

@@ -33,23 +33,16 @@ using Drawn = std::optional<std::pair<at::Tensor, std::optional<ForwardTrace>>>;
 // leave on. It concerns functions that are given no device, so layers and KLs need not wait for it.
 PyObject* device_context = nullptr;
 
-class WithoutDefaultDevice {
- public:
-  WithoutDefaultDevice() : before_(TLS::get_disabled_state()) {
-    for (int64_t i = 0; i < TLS::stack_len(); ++i) {
-      PyObject* const mode = TLS::get_stack_at(i)->ptr(getPyInterpreter());
-      if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != device_context) return;
-    }
-    TLS::set_disabled_state(at::impl::TorchFunctionDisabledState::ALL_DISABLED);
+// Whether a Python mode must see the ops being called.
+bool watched_by_a_mode() {
+  using Modes = at::impl::PythonTorchFunctionTLS;
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  for (int64_t i = 0; i < Modes::stack_len(); ++i) {
+    PyObject* const mode = Modes::get_stack_at(i)->ptr(getPyInterpreter());
+    if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != device_context) return true;
   }
-  ~WithoutDefaultDevice() { TLS::set_disabled_state(before_); }
-  WithoutDefaultDevice(const WithoutDefaultDevice&) = delete;
-  WithoutDefaultDevice& operator=(const WithoutDefaultDevice&) = delete;
-
- private:
-  using TLS = at::impl::PythonTorchFunctionTLS;
-  at::impl::TorchFunctionDisabledState before_;
-};
+  return false;
+}
 
 // Arguments in the order of the layers' ops; geometry is (stride, padding, dilation, groups) of a
 // convolution.
@@ -68,12 +61,12 @@ Drawn draw(
     double prior_sigma,
     bool recompute_weight,
     std::optional<at::ScalarType> variance_dtype) {
+  if (watched_by_a_mode()) return std::nullopt;
   std::optional<ConvGeometry> conv;
   if (geometry) {
     auto& [stride, padding, dilation, groups] = *geometry;
     conv = ConvGeometry{std::move(stride), std::move(padding), std::move(dilation), groups};
   }
-  const WithoutDefaultDevice guard;
   auto result = draw_layer(
       {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
       conv, rng_offset);
@@ -92,12 +85,12 @@ using LayerTuple = std::tuple<
     std::optional<ForwardTrace>>;
 
 OptionalTensor kl(const std::vector<LayerTuple>& layers) {
+  if (watched_by_a_mode()) return std::nullopt;
   std::vector<LayerPosterior> posteriors;
   posteriors.reserve(layers.size());
   for (const auto& [W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma, trace] : layers) {
     posteriors.push_back({{W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma}, trace});
   }
-  const WithoutDefaultDevice guard;
   return kl_of_layers(posteriors);
 }
 

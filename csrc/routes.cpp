@@ -43,6 +43,11 @@ bool ones(const Numbers& numbers) {
   return std::all_of(numbers.begin(), numbers.end(), [](int64_t n) { return n == 1; });
 }
 
+// Whether, in one dimension, every output pixel sees every input pixel.
+bool all_meet(const ConvProblem& p, size_t d) {
+  return (p.out_size(d) - 1) * p.stride[d] <= p.padding[d] && p.size[d] - 1 + p.padding[d] < p.kernel[d];
+}
+
 // Measured on an Ice Lake Xeon (benchmarks/results/formats-*.json): the library takes up to twice as long
 // over contiguous images of many pixels and channels, more than it takes to rearrange them. On a Zen 4, it
 // takes as long.
@@ -73,8 +78,8 @@ Way by_rule(const ConvProblem& p, const std::string& rules) {
   return Way::library;
 }
 
-// torch multiplies float32 matrices by MKL, which uses half of a Zen 5's vectors: oneDNN is 2.2 times as fast
-// there, but each call of it costs 10 microseconds. On a Zen 4 and on an Ice Lake MKL reaches the peak.
+// Measured on a Zen 5 alone: torch multiplies float32 matrices by MKL, and oneDNN is 2.2 times as fast there,
+// but each call of it costs 10 microseconds.
 Way by_rule(const LinearProblem& p, const std::string& rules) {
   const bool worth_it = p.rows >= 4 && p.in >= 4 && p.out >= 4 && p.rows * p.in * p.out >= int64_t{1} << 21;
   return rules == kZen5 && worth_it && p.allows(Way::onednn) ? Way::onednn : Way::library;
@@ -142,11 +147,6 @@ std::vector<int64_t> ConvProblem::key() const {
   return numbers;
 }
 
-// Whether, in one dimension, every output pixel sees every input pixel.
-static bool all_meet(const ConvProblem& p, size_t d) {
-  return (p.out_size(d) - 1) * p.stride[d] <= p.padding[d] && p.size[d] - 1 + p.padding[d] < p.kernel[d];
-}
-
 bool ConvProblem::allows(Way way) const {
   const auto empty = [](const auto& numbers) {
     return std::any_of(numbers.begin(), numbers.end(), [](int64_t n) { return n == 0; });
@@ -203,8 +203,7 @@ const char* rules_of_this_cpu() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx512f")) return kOther;
   if (__builtin_cpu_is("intel")) return kIntel;
-  // By its number: compilers learn the names of CPUs later. 26 is Zen 5, and what follows it will hardly be
-  // less.
+  // By its number: compilers learn the names of CPUs later. 26 is Zen 5; what follows is taken for one.
   unsigned a = 0, b = 0, c = 0, d = 0;
   __get_cpuid(1, &a, &b, &c, &d);
   const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);

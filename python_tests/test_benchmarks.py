@@ -22,6 +22,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402
+import gpu_report  # noqa: E402
 import harness  # noqa: E402
 import layers  # noqa: E402
 import memory  # noqa: E402
@@ -82,6 +83,38 @@ def result(bbb: float = 1.5, lrt: float = 2.5, spread: float = 0.01, threads: in
         "contenders": {"nn": "", "bbb": "", "lrt": ""},
         "runs": [{"threads": threads, "sampling": [], "layers": [table]}],
     }
+
+
+# ---------------------------------------------------------------- the report of a GPU
+
+OF_ONE_PROCESS = """
+python_tests/test_a.py::test_x[1-2] PASSED                       [ 25%]
+python_tests/test_a.py::test_y FAILED                            [ 50%]
+python_tests/test_a.py::test_z SKIPPED (needs two GPUs)          [ 75%]
+FAILED python_tests/test_a.py::test_y - AssertionError: no
+"""
+OF_SEVERAL = """
+python_tests/test_a.py::test_x[1-2]
+[gw3] [ 25%] PASSED python_tests/test_a.py::test_x[1-2]
+[gw11] [100%] FAILED python_tests/test_a.py::test_y
+[gw0] [ 75%] SKIPPED python_tests/test_a.py::test_z
+"""
+
+
+@pytest.mark.parametrize("text", [OF_ONE_PROCESS, OF_SEVERAL])
+def test_what_tests_said_is_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "log").write_text(text + "= 1 failed, 1 passed, 1 skipped in 3.21s =\n")
+    stage = gpu_report.Stage("tests", [], 1.0, tmp_path / "log", status="failed")
+    record = gpu_report.test_record(stage, [])
+    assert record["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert record["failures"] == ["python_tests/test_a.py::test_y"]
+    assert record["summary"] == "1 failed, 1 passed, 1 skipped in 3.21s"
+
+
+def test_a_report_needs_kernels() -> None:
+    found = gpu_report.why_not_native("cpu")
+    assert found is None if _backend.native_available() else "AssertionError" in found
+    assert gpu_report.why_not_native("meta")
 
 
 # ---------------------------------------------------------------- harness

@@ -486,3 +486,16 @@ def test_freed_memory_is_kept() -> None:
     kept, few = faults()
     assert kept == "True" and few < 1000
     assert faults(MALLOC_TOP_PAD_="65536")[0] == "False"
+
+
+def test_the_process_is_set_up_where_it_is_our_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `bbb-fast` and `python -m bbb_fast`, not for a program that calls main itself."""
+    from bbb_fast import cli
+
+    calls: list[None] = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: calls.append(None))
+    monkeypatch.setattr(sys, "argv", ["bbb-fast", "info"])
+    assert main(["info"]) == 0 and not calls
+    assert main() == 0 and len(calls) == 1

@@ -1265,9 +1265,38 @@ class TestAtOnce:
                 seen.append(str(func))
                 return func(*args, **(kwargs or {}))
 
-        with Mode():
-            make(estimator, "Linear")(example("Linear"))
-        assert any("bbb_fast" in name for name in seen)
+        for default_device in (False, True):
+            seen.clear()
+            with Mode(), torch.device(DEVICE) if default_device else contextlib.nullcontext():
+                make(estimator, "Linear")(example("Linear"))
+            assert any("bbb_fast" in name for name in seen)
+
+    @pytest.mark.parametrize("default_device", [False, True])
+    def test_hooks_of_saved_tensors_run_as_elsewhere(
+        self, native: None, estimator: ModuleType, default_device: bool
+    ) -> None:
+        """The one call that a forward is switches nothing off for the Python code that runs within it."""
+        seen = []
+
+        class Watching(torch.Tensor):
+            @classmethod
+            def __torch_function__(
+                cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+            ) -> Any:
+                seen.append(func)
+                return super().__torch_function__(func, types, args, kwargs)
+
+        def pack(t: Tensor) -> Tensor:
+            torch.add(torch.zeros(2).as_subclass(Watching), 1)
+            return t
+
+        layer, x = make(estimator, "Linear"), example("Linear")
+        with (
+            torch.device(DEVICE) if default_device else contextlib.nullcontext(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        ):
+            layer(x)
+        assert torch.add in seen
 
     def test_a_default_device_is_no_detour(self, native: None, estimator: ModuleType) -> None:
         """torch.set_default_device and torch.device as a context are torch function modes too."""

@@ -360,6 +360,15 @@ class TestPooling:
         for x in (large[:1], large.to(memory_format=torch.channels_last), large.double(), large[0]):
             assert "Rearranged" not in str(pool(x).grad_fn)
 
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+    def test_without_a_gradient(self, geometry: dict[str, Any]) -> None:
+        x, pool, same = self.image(), MaxPool2d(**geometry), nn.MaxPool2d(**geometry)
+        for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+            with context:
+                y = pool(x)
+                torch.testing.assert_close(y, same(x), rtol=0, atol=0, equal_nan=True)
+                assert y.is_contiguous() and not y.requires_grad
+
     def test_transforms(self) -> None:
         pool, same = MaxPool2d(3, 2), nn.MaxPool2d(3, 2)
         x = torch.randn(3, 2, 16, 20, 20)

@@ -31,7 +31,12 @@ SHAPES = [
     (2, 3, (2, 2), 2, (1, 1), (1, 1), 3),
     (5, 4, (4, 4), 3, 2, (4, 3), 2),
     (32, 40, (3, 3), 1, 1, (8, 7), 2),
+    # Every output pixel sees every input pixel, by another tap: height and width apart, and by strides.
+    (9, 7, (4, 3), 1, (2, 1), (2, 1), 5),
+    (5, 6, (3, 4), (1, 2), (1, 2), (2, 2), 3),
+    (4, 3, (2, 5), 1, (0, 2), (2, 2), 2),
 ]
+BY_PIXELS = {SHAPES[1], SHAPES[5], *SHAPES[8:]}
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +78,7 @@ def test_every_way_gives_the_same_numbers(shape: tuple, estimator: str) -> None:
     problem = ((batch, i, *size), tuple(layer.W_mu.shape), layer.stride, layer.padding, (1, 1), 1)
     ways, _ = _backend._C.conv_ways(*problem)
     assert {"library", "channels_last"} <= set(ways)
+    assert ("by_pixels" in ways) == (shape in BY_PIXELS)
     results = {}
     for way in ways:
         routes.use(Routes("other", {key: way}))

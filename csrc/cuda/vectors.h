@@ -184,8 +184,8 @@ BBB_DEVICE void for_each_chunk(const Table<Entry, kCapacity>& table, const Body&
 // This thread's vectors of a chunk of `count` elements: load(whole, at, left, operands), then use(...) with
 // the same arguments. at is the vector's first element, counted in the chunk, left how many the chunk has
 // from there, whole is std::true_type where vectors are whole and aligned. Loads of a second vector are
-// under way before the first is used, where registers allow: on an H200, whose memory is 700 ns away, one
-// vector a thread does not keep it busy while the other threads compute.
+// under way before the first is used, where registers allow: while some threads compute, the others' loads
+// shall keep the memory busy.
 template <int N, class Operands, class Load, class Use>
 BBB_DEVICE void for_each_vector(bool aligned, int count, const Load& load, const Use& use) {
   constexpr int kStep = kThreads * N;
