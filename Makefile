@@ -11,6 +11,7 @@
 #                  spills, run the CPU tests through that build; sets up build/cuda-check (5 GB a release)
 # make gpu-report  on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizers, benchmarks
 # make lint        ruff and clang-format, checking only;  make format  changes the files
+# make stubs       write bbb_fast/functional.pyi and reference.pyi anew, after a change of a function's arguments
 # make bench       the benchmark of the layers, against torch.nn, torch.compile and other libraries, which it
 #                  installs; ten minutes or so (BENCH_ARGS=--quick: that it runs; --compare OLD.json)
 # make clean       remove what was built
@@ -29,10 +30,10 @@ NO_EXT := $(filter-out 0 false no off,$(BBB_FAST_NO_EXT))
 INSTALLED := $(VENV)/.$(if $(NO_EXT),reference,native)
 OTHER := $(VENV)/.$(if $(NO_EXT),native,reference)
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
-OP_TESTS := $(addprefix python_tests/test_,noise.py sample_weights.py kl_divergence.py bbb.py lrt.py \
-  layers.py memory.py losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
+OP_TESTS := $(addprefix python_tests/test_,noise.py sample_weights.py kl_divergence.py bbb.py lrt.py flipout.py \
+  conv_transpose.py layers.py memory.py losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
 
-.PHONY: demo test test-slow fuzz test-cpp test-blocks portability cuda-check gpu-report lint format bench setup clean
+.PHONY: demo test test-slow fuzz test-cpp test-blocks portability cuda-check gpu-report lint format stubs bench setup clean
 
 demo: setup
 	$(PY) benchmarks/demo.py
@@ -110,6 +111,9 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	touch $@
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+stubs: setup $(VENV)/.lint
+	$(PY) .ci/stubs.py
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

@@ -205,7 +205,19 @@ def conv(
     for d in range(spatial):
         reach = dilation[d] * (W_mu.shape[2 + d] - 1) + 1
         padded = input.shape[2 + d] + 2 * padding[d]
-        if not transposed and padded < reach:
+        if transposed:
+            size = (input.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d]
+            if output_padding[d] >= max(stride[d], dilation[d]):
+                raise ValueError(
+                    f"{op}: output_padding must be smaller than stride or dilation, got "
+                    f"{list(output_padding)}"
+                )
+            if input.shape[2 + d] < 1 or size < 1:
+                raise ValueError(
+                    f"{op}: the output would have {size} elements in dimension {2 + d}, for input "
+                    f"{_shape(input)}"
+                )
+        elif padded < reach:
             raise ValueError(
                 f"{op}: the kernel reaches over {reach} elements, more than the padded input's "
                 f"{padded}, in dimension {2 + d} of input {_shape(input)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _checks
-from .reference import accumulate_dtype, conv_memory_format, variance_dtype_for
+from ._layer_functions import ESTIMATORS
+from .reference import accumulate_dtype, channels_last, conv_memory_format, variance_dtype_for
 
 OptionalTensor = Tensor | None
 
@@ -34,6 +34,7 @@ def _sample_weights(
     prior_sigma: float,
     with_kl: bool,
     dtype: torch.dtype | None,
+    centered: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
     weights = [_contiguous_like(m, dtype) for m in mu]
     return weights, mu[0].new_empty((), dtype=accumulate_dtype(*mu))
@@ -59,7 +60,7 @@ def _posterior_backward(
 
 def _posterior_backward_out(
     grad_w: list[OptionalTensor],
-    grad_variance: list[OptionalTensor],
+    grad_spread: list[OptionalTensor],
     grad_kl: OptionalTensor,
     mu: list[Tensor],
     rho: list[Tensor],
@@ -102,45 +103,50 @@ def _lrt_sample_backward(grad: Tensor, v: Tensor, rng: Tensor) -> Tensor:
     return torch.empty_like(v)
 
 
-def _layer_kl(W_mu: Tensor) -> Tensor:
-    return W_mu.new_empty((), dtype=accumulate_dtype(W_mu))
+def _flip_signs(input: Tensor, rng: Tensor, stream: int, channel_dim: int) -> Tensor:
+    last = channels_last(input) if channel_dim == 1 else None
+    return torch.empty_like(input, memory_format=last or torch.contiguous_format)
 
 
-def _linear_output(op: str, input: Tensor, W_mu: Tensor) -> Tensor:
-    _checks.linear(op, input, W_mu)
-    return input.new_empty((*input.shape[:-1], W_mu.shape[0]))
+def _add_flipped(base: Tensor, input: Tensor, rng: Tensor, stream: int, channel_dim: int) -> None:
+    return None
 
 
-def _bbb_linear(
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: OptionalTensor,
-    bias_rho: OptionalTensor,
-    rng: Tensor,
-    prior_mu: float,
-    prior_sigma: float,
-    with_kl: bool,
-    recompute_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _linear_output("bbb_linear", input, W_mu)
-    return y, _contiguous_like(W_mu, input.dtype), _layer_kl(W_mu)
+# ---------------------------------------------------------------- the layers: an estimator over a product
 
 
-def _lrt_linear(
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: OptionalTensor,
-    bias_rho: OptionalTensor,
-    rng: Tensor,
-    prior_mu: float,
-    prior_sigma: float,
-    with_kl: bool,
-    variance_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _linear_output("lrt_linear", input, W_mu)
-    return y, _contiguous_like(y, variance_dtype_for(input, variance_dtype)), _layer_kl(W_mu)
+class _Linear:
+    """The shapes of a linear product."""
+
+    @staticmethod
+    def output(op: str, dtype: torch.dtype, input: Tensor, W_mu: Tensor) -> Tensor:
+        _checks.linear(op, input, W_mu)
+        return input.new_empty((*input.shape[:-1], W_mu.shape[0]), dtype=dtype)
+
+    @staticmethod
+    def grad_input(input: Tensor, W_mu: Tensor) -> Tensor:
+        return _contiguous_like(input)
+
+
+class _Convolution:
+    """Those of a convolution."""
+
+    @staticmethod
+    def output(op: str, dtype: torch.dtype, input: Tensor, W_mu: Tensor, *geometry: Any) -> Tensor:
+        _checks.conv(op, input, W_mu, *geometry)
+        stride, padding, dilation, transposed, output_padding, groups = geometry
+        shape = [input.shape[0], W_mu.shape[1] * groups if transposed else W_mu.shape[0]]
+        for d, length in enumerate(input.shape[2:]):
+            reach = dilation[d] * (W_mu.shape[2 + d] - 1) + 1
+            if transposed:
+                shape.append((length - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d])
+            else:
+                shape.append((length + 2 * padding[d] - reach) // stride[d] + 1)
+        return _in_format(shape, dtype, input, W_mu)
+
+    @staticmethod
+    def grad_input(input: Tensor, W_mu: Tensor) -> Tensor:
+        return _in_format(input.shape, input.dtype, input, W_mu)
 
 
 def _in_format(shape: Sequence[int], dtype: torch.dtype, input: Tensor, W_mu: Tensor) -> Tensor:
@@ -149,121 +155,53 @@ def _in_format(shape: Sequence[int], dtype: torch.dtype, input: Tensor, W_mu: Te
     return torch.empty(shape, dtype=dtype, device=input.device, memory_format=memory_format)
 
 
-def _conv_shape(
-    op: str,
-    input: Tensor,
-    W_mu: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> list[int]:
-    _checks.conv(op, input, W_mu, stride, padding, dilation, transposed, output_padding, groups)
-    shape = [input.shape[0], W_mu.shape[1] * groups if transposed else W_mu.shape[0]]
-    for d, length in enumerate(input.shape[2:]):
-        reach = dilation[d] * (W_mu.shape[2 + d] - 1) + 1
-        if transposed:
-            shape.append((length - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d])
+_PRODUCTS = {"linear": _Linear, "conv": _Convolution}
+
+
+def _forward(estimator: str, product: str) -> Callable[..., Any]:
+    op, shapes = f"{estimator}_{product}", _PRODUCTS[product]
+
+    def fake(
+        input: Tensor,
+        W_mu: Tensor,
+        W_rho: Tensor,
+        bias_mu: OptionalTensor,
+        bias_rho: OptionalTensor,
+        rng: Tensor,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *geometry, _, _, _, option = rest
+        y = shapes.output(op, input.dtype, input, W_mu, *geometry)
+        if estimator == "lrt":
+            kept = shapes.output(op, variance_dtype_for(input, option), input, W_mu, *geometry)
         else:
-            shape.append((length + 2 * padding[d] - reach) // stride[d] + 1)
-    return shape
+            kept = _contiguous_like(W_mu, input.dtype)
+        return y, kept, W_mu.new_empty((), dtype=accumulate_dtype(W_mu))
+
+    return fake
 
 
-def _bbb_conv(
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: OptionalTensor,
-    bias_rho: OptionalTensor,
-    rng: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    prior_mu: float,
-    prior_sigma: float,
-    with_kl: bool,
-    recompute_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    y = _in_format(_conv_shape("bbb_conv", input, W_mu, *geometry), input.dtype, input, W_mu)
-    return y, _contiguous_like(W_mu, input.dtype), _layer_kl(W_mu)
+def _backward(product: str) -> Callable[..., Any]:
+    shapes = _PRODUCTS[product]
 
+    def fake(
+        grad: Tensor,
+        grad_kl: OptionalTensor,
+        input: Tensor,
+        W_mu: Tensor,
+        W_rho: Tensor,
+        bias_mu: OptionalTensor,
+        bias_rho: OptionalTensor,
+        kept: OptionalTensor,
+        rng: Tensor,
+        *rest: Any,
+    ) -> list[Tensor]:
+        # Of parameters contiguous, whatever these are.
+        of_parameters = [None if t is None else _contiguous_like(t) for t in (W_mu, W_rho, bias_mu, bias_rho)]
+        grads = [shapes.grad_input(input, W_mu), *of_parameters]
+        return [g for g, wanted in zip(grads, rest[-1], strict=True) if wanted and g is not None]
 
-def _lrt_conv(
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: OptionalTensor,
-    bias_rho: OptionalTensor,
-    rng: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    prior_mu: float,
-    prior_sigma: float,
-    with_kl: bool,
-    variance_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    shape = _conv_shape("lrt_conv", input, W_mu, *geometry)
-    y = _in_format(shape, input.dtype, input, W_mu)
-    v = _in_format(shape, variance_dtype_for(input, variance_dtype), input, W_mu)
-    return y, v, _layer_kl(W_mu)
-
-
-def _gradients(output_mask: Sequence[bool], grad_input: Tensor, *parameters: OptionalTensor) -> list[Tensor]:
-    """Those of parameters are contiguous, whatever a parameter is."""
-    grads = [grad_input, *(t if t is None else _contiguous_like(t) for t in parameters)]
-    return [g for g, wanted in zip(grads, output_mask, strict=True) if wanted and g is not None]
-
-
-def _linear_backward(
-    grad: Tensor,
-    grad_kl: OptionalTensor,
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: OptionalTensor,
-    bias_rho: OptionalTensor,
-    kept: OptionalTensor,
-    rng: Tensor,
-    prior_mu: float,
-    prior_sigma: float,
-    output_mask: list[bool],
-) -> list[Tensor]:
-    return _gradients(output_mask, _contiguous_like(input), W_mu, W_rho, bias_mu, bias_rho)
-
-
-def _conv_backward(
-    grad: Tensor,
-    grad_kl: OptionalTensor,
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: OptionalTensor,
-    bias_rho: OptionalTensor,
-    kept: OptionalTensor,
-    rng: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    prior_mu: float,
-    prior_sigma: float,
-    output_mask: list[bool],
-) -> list[Tensor]:
-    grad_input = _in_format(input.shape, input.dtype, input, W_mu)
-    return _gradients(output_mask, grad_input, W_mu, W_rho, bias_mu, bias_rho)
+    return fake
 
 
 FAKES: dict[str, Callable[..., Any]] = {
@@ -277,15 +215,13 @@ FAKES: dict[str, Callable[..., Any]] = {
     "square_backward_": _square_backward,
     "lrt_sample_": _lrt_sample,
     "lrt_sample_backward": _lrt_sample_backward,
-    "bbb_linear": _bbb_linear,
-    "bbb_linear_backward": _linear_backward,
-    "bbb_conv": _bbb_conv,
-    "bbb_conv_backward": _conv_backward,
-    "lrt_linear": _lrt_linear,
-    "lrt_linear_backward": _linear_backward,
-    "lrt_conv": _lrt_conv,
-    "lrt_conv_backward": _conv_backward,
+    "flip_signs": _flip_signs,
+    "add_flipped_": _add_flipped,
 }
+for _estimator in ESTIMATORS:
+    for _product in _PRODUCTS:
+        FAKES[f"{_estimator}_{_product}"] = _forward(_estimator, _product)
+        FAKES[f"{_estimator}_{_product}_backward"] = _backward(_product)
 
 
 def _slice(value: Any, dim: Any, i: int) -> Any:
@@ -351,7 +287,7 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     The dispatcher sends a call with any meta tensor here, whatever the others are: without the check a
     mixed-up call would return tensors without numbers.
     """
-    parameters = list(inspect.signature(fake).parameters)
+    parameters = [a.name for a in getattr(torch.ops.bbb_fast, name).default._schema.arguments]
 
     @functools.wraps(fake)
     def checked(*args: Any, **options: Any) -> Any:

@@ -7,12 +7,15 @@ both sides form the same noise from the same ``rng`` (docs/noise.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._layer_functions import Call, family
 
 _MASK = 0xFFFFFFFF
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: multipliers and Weyl keys of
@@ -79,11 +82,10 @@ def _normal_blocks(block: Tensor, rng: Tensor) -> Tensor:
     return torch.stack((z0, z1, z2, z3), dim=-1)
 
 
-def normal(size: Sequence[int], rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """See :func:`bbb_fast.functional.normal`."""
-    count = 1
-    for length in size:
-        count *= length
+    size = tuple(size) if isinstance(size, Iterable) else (size,)
+    count = math.prod(size)
     blocks = (count + 3) // 4
     edges = [0, blocks]
     if not torch.compiler.is_compiling():
@@ -127,6 +129,25 @@ def square(input: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * x).to(dtype)
 
 
+def _draws(
+    mu: Sequence[Tensor],
+    rho: Sequence[Tensor],
+    rng: Tensor,
+    dtype: torch.dtype | None,
+    centered: bool = False,
+) -> list[Tensor]:
+    """mu + sigma * eps of each tensor, or sigma * eps, eps of stream ``rng[1] + k``."""
+    step = torch.tensor([0, 1], device=rng.device)
+    draws = []
+    for k, (m, r) in enumerate(zip(mu, rho, strict=True)):
+        acc = accumulate_dtype(m, r)
+        draw = softplus(r.to(acc)) * normal(m.shape, rng + k * step, dtype=acc)
+        if not centered:
+            draw = m.to(acc) + draw
+        draws.append(draw.to(dtype or m.dtype).contiguous())
+    return draws
+
+
 def sample_weights(
     mu: Sequence[Tensor],
     rho: Sequence[Tensor],
@@ -137,13 +158,7 @@ def sample_weights(
     dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """See :func:`bbb_fast.functional.sample_weights`."""
-    step = torch.tensor([0, 1], device=rng.device)
-    weights = []
-    for k, (m, r) in enumerate(zip(mu, rho, strict=True)):
-        acc = accumulate_dtype(m, r)
-        eps = normal(m.shape, rng + k * step, dtype=acc)
-        weight = m.to(acc) + softplus(r.to(acc)) * eps
-        weights.append(weight.to(dtype or m.dtype).contiguous())
+    weights = _draws(mu, rho, rng, dtype)
     if with_kl:
         kl = kl_divergence(mu, rho, [prior_mu] * len(mu), [prior_sigma] * len(mu))
     else:
@@ -151,13 +166,42 @@ def sample_weights(
     return weights, kl
 
 
+def sample_weight(
+    mu: Tensor,
+    rho: Tensor,
+    rng: Tensor,
+    prior_mu: float = 0.0,
+    prior_sigma: float = 0.1,
+    with_kl: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`bbb_fast.functional.sample_weight`."""
+    weights, kl = sample_weights([mu], [rho], rng, prior_mu, prior_sigma, with_kl, dtype)
+    return (weights[0], kl) if with_kl else weights[0]
+
+
+def as_lists(
+    mu: Tensor | Sequence[Tensor],
+    rho: Tensor | Sequence[Tensor],
+    prior_mu: float | Sequence[float],
+    prior_sigma: float | Sequence[float],
+) -> tuple[list[Tensor], list[Tensor], list[float], list[float]]:
+    """The arguments of ``kl_divergence`` with a list for each, of one tensor too."""
+    mus = [mu] if isinstance(mu, Tensor) else list(mu)
+    rhos = [rho] if isinstance(rho, Tensor) else list(rho)
+    prior_mus = list(prior_mu) if isinstance(prior_mu, Sequence) else [float(prior_mu)] * len(mus)
+    prior_sigmas = list(prior_sigma) if isinstance(prior_sigma, Sequence) else [float(prior_sigma)] * len(mus)
+    return mus, rhos, prior_mus, prior_sigmas
+
+
 def kl_divergence(
-    mu: Sequence[Tensor],
-    rho: Sequence[Tensor],
-    prior_mu: Sequence[float],
-    prior_sigma: Sequence[float],
+    mu: Tensor | Sequence[Tensor],
+    rho: Tensor | Sequence[Tensor],
+    prior_mu: float | Sequence[float] = 0.0,
+    prior_sigma: float | Sequence[float] = 0.1,
 ) -> Tensor:
     """See :func:`bbb_fast.functional.kl_divergence`. Every term is formed in float64."""
+    mu, rho, prior_mu, prior_sigma = as_lists(mu, rho, prior_mu, prior_sigma)
     total = torch.zeros((), dtype=torch.float64, device=mu[0].device)
     for m, r, m_p, s_p in zip(mu, rho, prior_mu, prior_sigma, strict=True):
         m, r, m_p, s_p = m.double(), r.double(), float(m_p), float(s_p)
@@ -192,131 +236,123 @@ def variance_dtype_for(input: Tensor, variance_dtype: torch.dtype | None) -> tor
     return torch.float32 if input.dtype == torch.float16 else input.dtype
 
 
-def _parameters_as(dtype: torch.dtype, mu: Tensor | None) -> Tensor | None:
-    return None if mu is None else mu.to(dtype)
+def signs(shape: Sequence[int], rng: Tensor, stream: int, channel_dim: int) -> Tensor:
+    """Random signs, float32: one for each row and channel of a tensor of this shape, to broadcast.
+
+    The channels are the last dimension (``channel_dim`` -1; all others are rows) or dimension 1 (0 are the
+    rows). Number q = row * channels + channel is bit q % 32 of word q / 32 % 4 of Philox block q / 128 of
+    ``rng``'s stream plus ``stream``; a set bit is a minus.
+    """
+    own = tuple(shape) if channel_dim == -1 else (*shape[:2], *(1 for _ in shape[2:]))
+    count = math.prod(own)
+    block = torch.arange((count + 127) // 128, device=rng.device)
+    seed, number = rng[0], rng[1] + stream
+    words = philox4x32(
+        (block & _MASK, block >> 32, number & _MASK, (number >> 32) & _MASK),
+        (seed & _MASK, (seed >> 32) & _MASK),
+    )
+    bits = torch.stack(words, dim=-1).unsqueeze(-1) >> torch.arange(32, device=rng.device) & 1
+    return (1 - 2 * bits).reshape(-1)[:count].reshape(own).to(torch.float32)
 
 
-def _layer_kl(
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: Tensor | None,
-    bias_rho: Tensor | None,
-    prior_mu: float,
-    prior_sigma: float,
-) -> Tensor:
-    mu = [W_mu] if bias_mu is None else [W_mu, bias_mu]
-    rho = [W_rho] if bias_rho is None else [W_rho, bias_rho]
-    return kl_divergence(mu, rho, [prior_mu] * len(mu), [prior_sigma] * len(mu))
+# ---------------------------------------------------------------- the layers: an estimator over a product
+
+# (input, weight, bias) -> output
+Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+# W_mu, W_rho, bias_mu, bias_rho
+Parameters = Sequence["Tensor | None"]
 
 
-def _drawn(
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: Tensor | None,
-    bias_rho: Tensor | None,
-    rng: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """A draw of a layer's weight and bias, in the type of its input."""
-    mu = [W_mu] if bias_mu is None else [W_mu, bias_mu]
-    rho = [W_rho] if bias_rho is None else [W_rho, bias_rho]
-    weights, _ = sample_weights(mu, rho, rng, dtype=input.dtype)
-    return weights[0], weights[1] if len(weights) > 1 else None
+def _as(dtype: torch.dtype, t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(dtype)
 
 
-def bbb_linear(
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: Tensor | None,
-    bias_rho: Tensor | None,
-    rng: Tensor,
-    *,
-    prior_mu: float = 0.0,
-    prior_sigma: float = 0.1,
-    with_kl: bool = False,
-    recompute_weight: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See :func:`bbb_fast.functional.bbb_linear`. ``recompute_weight`` changes nothing here."""
-    y = F.linear(input, *_drawn(input, W_mu, W_rho, bias_mu, bias_rho, rng))
-    return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
+def _posterior(parameters: Parameters) -> tuple[list[Tensor], list[Tensor]]:
+    """The mus and the rhos of a layer: of the weight and, if there is one, of the bias."""
+    W_mu, W_rho, bias_mu, bias_rho = parameters
+    return ([W_mu], [W_rho]) if bias_mu is None else ([W_mu, bias_mu], [W_rho, bias_rho])
 
 
-def bbb_conv(
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: Tensor | None,
-    bias_rho: Tensor | None,
-    rng: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    *,
-    prior_mu: float = 0.0,
-    prior_sigma: float = 0.1,
-    with_kl: bool = False,
-    recompute_weight: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Convolution of any dimension with drawn weights; backs ``bbb_conv1d/2d/3d``."""
-    geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    y = torch.convolution(input, *_drawn(input, W_mu, W_rho, bias_mu, bias_rho, rng), *geometry)
-    y = in_format(y, conv_memory_format(input, W_mu))
-    return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
+def _bbb(product: Product, x: Tensor, parameters: Parameters, rng: Tensor, call: Call) -> Tensor:
+    # call.option, recompute_weight, changes nothing here.
+    W, *bias = _draws(*_posterior(parameters), rng, x.dtype)
+    return in_format(product(x, W, bias[0] if bias else None), _output_format(call))
 
 
-def lrt_linear(
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: Tensor | None,
-    bias_rho: Tensor | None,
-    rng: Tensor,
-    *,
-    prior_mu: float = 0.0,
-    prior_sigma: float = 0.1,
-    with_kl: bool = False,
-    variance_dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See :func:`bbb_fast.functional.lrt_linear`."""
-    vdtype = variance_dtype_for(input, variance_dtype)
-    m = F.linear(input, W_mu.to(input.dtype), _parameters_as(input.dtype, bias_mu))
+def _lrt(product: Product, x: Tensor, parameters: Parameters, rng: Tensor, call: Call) -> Tensor:
+    W_mu, W_rho, bias_mu, bias_rho = parameters
+    # "auto" asks how fast the kernels are.
+    vdtype = variance_dtype_for(x, None if call.option == "auto" else call.option)
+    m = product(x, W_mu.to(x.dtype), _as(x.dtype, bias_mu))
     b_var = None if bias_rho is None else variance(bias_rho, vdtype)
-    v = F.linear(square(input, vdtype), variance(W_rho, vdtype), b_var)
-    y = lrt_sample(m, v, rng, torch.contiguous_format)
-    return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
+    v = product(square(x, vdtype), variance(W_rho, vdtype), b_var)
+    return lrt_sample(m, v, rng, _output_format(call))
 
 
-def lrt_conv(
-    input: Tensor,
-    W_mu: Tensor,
-    W_rho: Tensor,
-    bias_mu: Tensor | None,
-    bias_rho: Tensor | None,
-    rng: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    *,
-    prior_mu: float = 0.0,
-    prior_sigma: float = 0.1,
-    with_kl: bool = False,
-    variance_dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Convolution of any dimension under local reparameterization; backs ``lrt_conv1d/2d/3d``."""
-    vdtype = variance_dtype_for(input, variance_dtype)
-    geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    m = torch.convolution(input, W_mu.to(input.dtype), _parameters_as(input.dtype, bias_mu), *geometry)
-    b_var = None if bias_rho is None else variance(bias_rho, vdtype)
-    v = torch.convolution(square(input, vdtype), variance(W_rho, vdtype), b_var, *geometry)
-    y = lrt_sample(m, v, rng, conv_memory_format(input, W_mu))
-    return (y, _layer_kl(W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma)) if with_kl else y
+def _flipout(product: Product, x: Tensor, parameters: Parameters, rng: Tensor, call: Call) -> Tensor:
+    W_mu, _, bias_mu, _ = parameters
+    channel_dim = -1 if call.geometry is None else 1
+    W, *bias = _draws(*_posterior(parameters), rng, x.dtype, centered=True)
+    y = product(x, W_mu.to(x.dtype), _as(x.dtype, bias_mu))
+    flipped = x * signs(x.shape, rng, 2, channel_dim).to(x.dtype)
+    deviation = product(flipped, W, bias[0] if bias else None)
+    acc = accumulate_dtype(x)
+    total = y.to(acc) + deviation.to(acc) * signs(y.shape, rng, 3, channel_dim).to(acc)
+    return in_format(total.to(x.dtype), _output_format(call))
+
+
+_ESTIMATORS = {"bbb": _bbb, "lrt": _lrt, "flipout": _flipout}
+
+
+def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    """A call of a layer's function; its arguments have been checked."""
+    input, *parameters, rng = call.operands
+    if call.geometry is None:
+        product = F.linear
+    else:
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return torch.convolution(x, weight, bias, *call.geometry)
+
+    output = _ESTIMATORS[call.estimator](product, input, parameters, rng, call)
+    if not call.with_kl:
+        return output, None
+    return output, kl_divergence(*_posterior(parameters), call.prior_mu, call.prior_sigma)
+
+
+(
+    bbb_linear,
+    bbb_conv1d,
+    bbb_conv2d,
+    bbb_conv3d,
+    bbb_conv_transpose1d,
+    bbb_conv_transpose2d,
+    bbb_conv_transpose3d,
+) = family("bbb", run, __name__)
+(
+    lrt_linear,
+    lrt_conv1d,
+    lrt_conv2d,
+    lrt_conv3d,
+    lrt_conv_transpose1d,
+    lrt_conv_transpose2d,
+    lrt_conv_transpose3d,
+) = family("lrt", run, __name__)
+(
+    flipout_linear,
+    flipout_conv1d,
+    flipout_conv2d,
+    flipout_conv3d,
+    flipout_conv_transpose1d,
+    flipout_conv_transpose2d,
+    flipout_conv_transpose3d,
+) = family("flipout", run, __name__)
+
+
+def _output_format(call: Call) -> torch.memory_format:
+    if call.geometry is None:
+        return torch.contiguous_format
+    return conv_memory_format(call.operands[0], call.operands[1])
 
 
 def _is_channels_last(t: Tensor, memory_format: torch.memory_format) -> bool:
@@ -332,18 +368,19 @@ def _is_channels_last(t: Tensor, memory_format: torch.memory_format) -> bool:
         return True
 
 
+def channels_last(t: Tensor) -> torch.memory_format | None:
+    """The channels_last format of ``t``'s dimensions, if it is stored so and not contiguous as well."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    return last if last is not None and not t.is_contiguous() and _is_channels_last(t, last) else None
+
+
 def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """The memory format of a convolution's output, which numbers its noise.
 
     channels_last if the input or the weight is stored so and not at the same time contiguous (a single
     channel or a single pixel is both), else contiguous. The same rule stands in csrc/products.cpp.
     """
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
-    if channels_last is not None:
-        for t in (input, weight):
-            if not t.is_contiguous() and _is_channels_last(t, channels_last):
-                return channels_last
-    return torch.contiguous_format
+    return channels_last(input) or channels_last(weight) or torch.contiguous_format
 
 
 def in_format(t: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _backend, functional, routes
+from . import _backend, routes
 from ._files import atomic_write
-from .layers.base import BayesianLayer, ConvBase
+from ._layer_functions import explicit_padding
+from .layers.base import BayesianLayer
+from .layers.shapes import Conv, Linear
 from .routes import Routes
 
 __all__ = ["Measured", "Place", "measure", "places", "save", "tune"]
@@ -119,12 +121,13 @@ def _choices(
     if layer.W_mu.dtype != torch.float32 or layer.W_mu.device.type != "cpu" or 0 in place.input:
         return
     routes.use(rules)
-    if isinstance(layer, ConvBase):
+    candidates: list[str] = []
+    if isinstance(layer, Conv):
         shape, padding = _padded(layer, place.input)
         geometry = (weight, layer.stride, padding, layer.dilation, layer.groups)
         key = routes.conv_key(shape, *geometry)
         candidates, rule = _backend._C.conv_ways(shape, *geometry)
-    else:
+    elif isinstance(layer, Linear):
         key = routes.linear_key(place.input, weight)
         candidates, rule = _backend._C.linear_ways(place.input, weight)
     if len(candidates) > 1:
@@ -156,13 +159,13 @@ def _choices(
     yield measured
 
 
-def _padded(layer: ConvBase, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _padded(layer: Conv, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape of the input that the convolution itself gets, batched, and the padding left to it."""
     x = torch.empty(shape, device="meta")
     x = x.unsqueeze(0) if x.dim() == layer.spatial + 1 else x
     x, padding = layer._pad(x)
     name = type(layer).__name__
-    x, numbers = functional._explicit_padding(name, x, layer.W_mu, layer.stride, padding, layer.dilation)
+    x, numbers = explicit_padding(name, x, layer.W_mu, layer.stride, padding, layer.dilation)
     return tuple(x.shape), numbers
 
 

@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "estimators.h"
+
 namespace bbb_fast {
 namespace {
 
@@ -94,10 +96,12 @@ void loop(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bbb_fast, Batched, m) {
-  for (const char* name :
-       {"posterior_backward", "bbb_linear_backward", "bbb_conv_backward", "lrt_linear_backward",
-        "lrt_conv_backward"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&loop>());
+  m.impl("posterior_backward", torch::CppFunction::makeFromBoxedFunction<&loop>());
+  for (const auto& estimator : kEstimators) {
+    for (const char* product : kProducts) {
+      const std::string name = std::string(estimator.name) + product + "_backward";
+      m.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&loop>());
+    }
   }
 }
 

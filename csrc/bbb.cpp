@@ -8,7 +8,7 @@ namespace {
 
 struct WeightSpace {
   static constexpr const char* kName = "bbb";
-  static constexpr bool kMoments = false;
+  static constexpr Operands kOperands = Operands::weight;
   using Option = bool;  // recompute_weight
   static bool keeps(bool recompute_weight) { return !recompute_weight; }
 

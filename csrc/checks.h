@@ -126,7 +126,7 @@ inline void check_priors(
 inline void check_posterior_backward(
     const char* op,
     at::TensorList grad_w,
-    at::TensorList grad_variance,
+    at::TensorList grad_spread,
     const std::optional<at::Tensor>& grad_kl,
     at::TensorList mu,
     at::TensorList rho,
@@ -148,9 +148,9 @@ inline void check_posterior_backward(
   const auto check_count = [&](const char* name, size_t count) {
     TORCH_CHECK_VALUE(count == mu.size(), op, ": got ", count, " ", name, " for ", mu.size(), " tensors");
   };
-  const bool moments = !grad_variance.empty();
+  const bool spread = !grad_spread.empty();
   check_count("grad_w", grad_w.size());
-  if (moments) check_count("grad_variance", grad_variance.size());
+  if (spread) check_count("grad_spread", grad_spread.size());
   check_count("grad_mu", grad_mu.size());
   check_count("grad_rho", grad_rho.size());
   bool any = false;
@@ -160,11 +160,11 @@ inline void check_posterior_backward(
       check_gradient("grad_w", k, g);
       any = true;
     }
-    if (moments) {
+    if (spread) {
       TORCH_CHECK_VALUE(
-          g.defined() == grad_variance[k].defined(), op, ": give both grad_w and grad_variance of tensor ", k,
+          g.defined() == grad_spread[k].defined(), op, ": give both grad_w and grad_spread of tensor ", k,
           ", or neither");
-      if (g.defined()) check_gradient("grad_variance", k, grad_variance[k]);
+      if (g.defined()) check_gradient("grad_spread", k, grad_spread[k]);
     }
     for (const at::Tensor& out : {grad_mu[k], grad_rho[k]}) {
       check_gradient("result", k, out);
@@ -184,7 +184,7 @@ inline void check_posterior_backward(
     check_device(op, "grad_kl", *grad_kl, mu[0].device());
   }
   TORCH_CHECK_VALUE(
-      !any || moments || (rng && rng->defined()), op,
+      !any || spread || (rng && rng->defined()), op,
       ": gradients of weights need the rng they were drawn with");
   if (rng && rng->defined()) check_rng(op, *rng, mu[0].device());
 }

@@ -87,9 +87,20 @@ std::vector<c10::SymInt> symbolic(const std::vector<int64_t>& numbers) {
   return {numbers.begin(), numbers.end()};
 }
 
+// An estimator's ops, found once.
+template <class Option>
+struct LayerOps {
+  c10::TypedOperatorHandle<OverLinear<LayerForward, Option>> linear;
+  c10::TypedOperatorHandle<OverConvolution<LayerForward, Option>> conv;
+
+  explicit LayerOps(const std::string& estimator)
+      : linear(find_op<OverLinear<LayerForward, Option>>(estimator + "_linear")),
+        conv(find_op<OverConvolution<LayerForward, Option>>(estimator + "_conv")) {}
+};
+
 template <class Option>
 LayerOutputs call_op(
-    const std::string& estimator,
+    const LayerOps<Option>& ops,
     const at::Tensor& input,
     const PosteriorAndPrior& p,
     const at::Tensor& rng,
@@ -97,17 +108,29 @@ LayerOutputs call_op(
     Option option) {
   constexpr bool with_kl = false;
   if (!geometry) {
-    static const auto op = find_op<OverLinear<LayerForward, Option>>(estimator + "_linear");
-    return op.call(
+    return ops.linear.call(
         input, p.W_mu, p.W_rho, p.bias_mu, p.bias_rho, rng, p.prior_mu, p.prior_sigma, with_kl, option);
   }
-  static const auto op = find_op<OverConvolution<LayerForward, Option>>(estimator + "_conv");
   const auto stride = symbolic(geometry->stride), padding = symbolic(geometry->padding),
-             dilation = symbolic(geometry->dilation);
-  const std::vector<c10::SymInt> no_output_padding(stride.size(), 0);
-  return op.call(
-      input, p.W_mu, p.W_rho, p.bias_mu, p.bias_rho, rng, stride, padding, dilation, false, no_output_padding,
-      geometry->groups, p.prior_mu, p.prior_sigma, with_kl, option);
+             dilation = symbolic(geometry->dilation), output_padding = symbolic(geometry->output_padding);
+  return ops.conv.call(
+      input, p.W_mu, p.W_rho, p.bias_mu, p.bias_rho, rng, stride, padding, dilation, geometry->transposed,
+      output_padding, geometry->groups, p.prior_mu, p.prior_sigma, with_kl, option);
+}
+
+LayerOutputs call(
+    const EstimatorOption& estimator,
+    const at::Tensor& input,
+    const PosteriorAndPrior& posterior,
+    const at::Tensor& rng,
+    const std::optional<ConvGeometry>& geometry) {
+  static const LayerOps<std::optional<at::ScalarType>> lrt("lrt");
+  static const LayerOps<bool> bbb("bbb"), flipout("flipout");
+  if (estimator.name == "lrt") return call_op(lrt, input, posterior, rng, geometry, estimator.variance_dtype);
+  TORCH_CHECK_VALUE(
+      estimator.name == "bbb" || estimator.name == "flipout", "unknown estimator '", estimator.name, "'");
+  return call_op(
+      estimator.name == "bbb" ? bbb : flipout, input, posterior, rng, geometry, estimator.recompute_weight);
 }
 
 }  // namespace
@@ -124,9 +147,7 @@ std::optional<LayerOutput> draw_layer(
   const at::Tensor x = autocast(input);
   const at::Tensor rng = draw_rng(x.device(), rng_offset);
   LayerOutput result;
-  result.output = std::get<0>(
-      estimator.lrt ? call_op("lrt", x, posterior, rng, geometry, estimator.variance_dtype)
-                    : call_op("bbb", x, posterior, rng, geometry, estimator.recompute_weight));
+  result.output = std::get<0>(call(estimator, x, posterior, rng, geometry));
   if (const auto* node = dynamic_cast<const LayerNode*>(result.output.grad_fn().get())) {
     result.trace.emplace(ForwardTrace{node->meeting});
   }

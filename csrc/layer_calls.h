@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "kl_node.h"
@@ -29,12 +30,14 @@ struct ForwardTrace {
 // The geometry of a convolution, as torch.nn.functional takes it; none for a linear layer.
 struct ConvGeometry {
   std::vector<int64_t> stride, padding, dilation;
+  bool transposed;
+  std::vector<int64_t> output_padding;
   int64_t groups;
 };
 
-// Bayes by Backprop, or local reparameterization with the type of its variance product.
+// One of estimators.h, with the options of them all.
 struct EstimatorOption {
-  bool lrt;
+  std::string name;
   bool recompute_weight;
   std::optional<at::ScalarType> variance_dtype;
 };

@@ -54,10 +54,11 @@ PosteriorGradients posterior_gradients(
     const Layer& layer,
     const OperandGradients& grads,
     const OptionalTensor& grad_kl,
-    bool moments,
+    Operands formed_of,
     std::optional<at::ScalarType> again) {
   const std::vector<at::Tensor> mu = layer.mu(), rho = layer.rho();
-  std::vector<at::Tensor> grad_w, grad_variance, grad_mu, grad_rho;
+  std::vector<at::Tensor> grad_w, grad_spread, grad_mu, grad_rho;
+  const bool spread = formed_of != Operands::weight;
   const auto reused = [](const at::Tensor& grad, const at::Tensor& like) {
     if (grad.defined() && grad.scalar_type() == like.scalar_type() && grad.is_contiguous()) {
       return in_format(grad, at::MemoryFormat::Contiguous);
@@ -69,11 +70,12 @@ PosteriorGradients posterior_gradients(
   for (size_t k = 0; k < mu.size(); ++k) {
     grad_w.push_back(k == 0 ? grads.W : grads.bias);
     grad_mu.push_back(reused(grad_w[k], mu[k]));
-    if (moments) grad_variance.push_back(k == 0 ? grads.W_variance : grads.bias_variance);
-    grad_rho.push_back(reused(moments ? grad_variance[k] : at::Tensor(), mu[k]));
+    if (spread) grad_spread.push_back(k == 0 ? grads.W_spread : grads.bias_spread);
+    grad_rho.push_back(reused(spread ? grad_spread[k] : at::Tensor(), mu[k]));
   }
   at::Tensor formed = posterior_backward_out(
-      grad_w, grad_variance, grad_kl.value_or(at::Tensor()), mu, rho, layer.rng, layer.prior_mus(),
+      grad_w, grad_spread, grad_kl.value_or(at::Tensor()), mu, rho,
+      formed_of == Operands::mean_and_variance ? at::Tensor() : layer.rng, layer.prior_mus(),
       layer.prior_sigmas(), grad_mu, grad_rho, again);
   for (at::Tensor& g : grad_rho) grad_mu.push_back(std::move(g));
   return {std::move(grad_mu), std::move(formed)};

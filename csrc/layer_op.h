@@ -1,12 +1,13 @@
-// What the layer ops (bbb_linear, bbb_conv, lrt_linear, lrt_conv) share: their checks, registration and
-// autograd. An op is an estimator (bbb.cpp, lrt.cpp) over a product (products.h):
+// What the layer ops share: their checks, registration and autograd. An op is an estimator (estimators.h)
+// over a product (products.h):
 //
 //   <estimator>_<product>(input, W_mu, W_rho, bias_mu, bias_rho, rng, <geometry>..., prior_mu, prior_sigma,
 //       with_kl, option) -> (output, kept, kl)
 //   <estimator>_<product>_backward(grad, grad_kl, input, W_mu, W_rho, bias_mu, bias_rho, kept, rng,
 //       <geometry>..., prior_mu, prior_sigma, output_mask) -> gradients of the first five
 //
-// kept is what the estimator may keep for backward: BBB the weight, LRT the variance of the output.
+// kept is what the estimator may keep for backward: BBB the weight, LRT the variance of the output, Flipout
+// the weight's deviation from its mean.
 #pragma once
 
 #include <c10/core/DispatchKeySet.h>
@@ -61,21 +62,25 @@ struct Layer {
   }
 };
 
+// What the products' operands are formed of: the drawn weight; or the mean, and apart from it, what sigma
+// makes.
+enum class Operands { weight, mean_and_variance, mean_and_noise };
+
 // The gradients of the products' operands, undefined where not wanted, become those of the posteriors: in
-// place where the types allow, so that no more memory of the parameters' size is taken. Without moments, W
-// and bias are the gradients of the drawn weights.
+// place where the types allow, so that no more memory of the parameters' size is taken. W and bias are those
+// of the drawn weights or of the means.
 struct OperandGradients {
-  at::Tensor W, bias, W_variance, bias_variance;
+  at::Tensor W, bias, W_spread, bias_spread;
 };
 struct PosteriorGradients {
   std::vector<at::Tensor> parameters;  // of mu, then of rho
-  at::Tensor formed;                   // the drawn weight, or the weight's variance, if `again` asked for it
+  at::Tensor formed;                   // the weight's second operand (or only one), if `again` asked for it
 };
 PosteriorGradients posterior_gradients(
     const Layer& layer,
     const OperandGradients& grads,
     const OptionalTensor& grad_kl,
-    bool moments,
+    Operands formed_of,
     std::optional<at::ScalarType> again);
 
 // The gradients that output_mask wants, in the order input, W_mu, W_rho, bias_mu, bias_rho.
@@ -197,7 +202,7 @@ class LayerOp {
     if (W || bias) {
       // The pass over the parameters also forms what the input's gradient needs of them.
       const auto again = output_mask[0] && W ? through.again() : std::nullopt;
-      gradients = posterior_gradients(layer, through.operands(W, bias), grad_kl, Estimator::kMoments, again);
+      gradients = posterior_gradients(layer, through.operands(W, bias), grad_kl, Estimator::kOperands, again);
     }
     const at::Tensor grad_input = output_mask[0] ? through.input(gradients.formed) : at::Tensor();
     return pick_gradients(grad_input, gradients.parameters, output_mask);

@@ -29,7 +29,7 @@ at::Tensor as_type(const at::Tensor& t, at::ScalarType dtype) {
 
 struct LocalReparameterization {
   static constexpr const char* kName = "lrt";
-  static constexpr bool kMoments = true;
+  static constexpr Operands kOperands = Operands::mean_and_variance;
   using Option = std::optional<at::ScalarType>;  // variance_dtype
   static bool keeps(const Option&) { return true; }
 
@@ -83,7 +83,7 @@ struct LocalReparameterization {
       const std::array<bool, 3> which{false, W, bias};
       OperandGradients grads;
       std::tie(std::ignore, grads.W, grads.bias) = product_.backward(g_, x_, W_, which);
-      std::tie(std::ignore, grads.W_variance, grads.bias_variance) =
+      std::tie(std::ignore, grads.W_spread, grads.bias_spread) =
           product_.backward(g_v_, x2_, shaped_like(layer_.W_rho, pdtype_), which);
       return grads;
     }

@@ -44,12 +44,14 @@ bool watched_by_a_mode() {
   return false;
 }
 
-// Arguments in the order of the layers' ops; geometry is (stride, padding, dilation, groups) of a
-// convolution.
-using Geometry = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
+using Numbers = std::vector<int64_t>;
+
+// Arguments in the order of the layers' ops; geometry is that of a convolution: stride, padding, dilation,
+// transposed, output_padding, groups.
+using Geometry = std::tuple<Numbers, Numbers, Numbers, bool, Numbers, int64_t>;
 
 Drawn draw(
-    bool lrt,
+    std::string estimator,
     const at::Tensor& input,
     const at::Tensor& W_mu,
     const at::Tensor& W_rho,
@@ -64,12 +66,13 @@ Drawn draw(
   if (watched_by_a_mode()) return std::nullopt;
   std::optional<ConvGeometry> conv;
   if (geometry) {
-    auto& [stride, padding, dilation, groups] = *geometry;
-    conv = ConvGeometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+    auto& [stride, padding, dilation, transposed, output_padding, groups] = *geometry;
+    conv = ConvGeometry{std::move(stride), std::move(padding),        std::move(dilation),
+                        transposed,        std::move(output_padding), groups};
   }
   auto result = draw_layer(
-      {lrt, recompute_weight, variance_dtype}, input, {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma},
-      conv, rng_offset);
+      {std::move(estimator), recompute_weight, variance_dtype}, input,
+      {W_mu, W_rho, bias_mu, bias_rho, prior_mu, prior_sigma}, conv, rng_offset);
   if (!result) return std::nullopt;
   return std::pair(std::move(result->output), std::move(result->trace));
 }
@@ -93,8 +96,6 @@ OptionalTensor kl(const std::vector<LayerTuple>& layers) {
   }
   return kl_of_layers(posteriors);
 }
-
-using Numbers = std::vector<int64_t>;
 
 ConvProblem conv_problem(
     const Numbers& input,

@@ -1,29 +1,37 @@
 // Every op's schema. A kernel is registered at the foot of its own file: csrc/cpu/<op>.cpp for the CPU,
 // csrc/cuda/<op>.cu for CUDA; the device-independent ones and autograd in csrc/<op>.cpp. Fake kernels:
-// bbb_fast/_ops.py. The layers' ops: csrc/bbb.cpp, csrc/lrt.cpp, over csrc/layer_op.h.
+// bbb_fast/_ops.py. The layers' ops: those of estimators.h.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <iterator>
 #include <string>
-#include <utility>
+
+#include "estimators.h"
+
+namespace {
+using bbb_fast::kEstimators;
+using bbb_fast::kProducts;
+}  // namespace
 
 TORCH_LIBRARY(bbb_fast, m) {
   m.def("normal(SymInt[] size, Tensor rng, ScalarType dtype) -> Tensor");
 
   m.def(
       "sample_weights(Tensor[] mu, Tensor[] rho, Tensor rng, float prior_mu, float prior_sigma, "
-      "bool with_kl, ScalarType? dtype) -> (Tensor[], Tensor)");
+      "bool with_kl, ScalarType? dtype, bool centered=False) -> (Tensor[], Tensor)");
   m.def("kl_divergence(Tensor[] mu, Tensor[] rho, float[] prior_mu, float[] prior_sigma) -> Tensor");
-  // The backward of both, and of variance: the gradient of mu and rho through the weights, the KL, or both. A
-  // weight that got no gradient is None; rng is needed where one did. The second form writes to grad_mu and
-  // grad_rho, which may be the given gradients; grad_variance, where the list is not empty, is that of
-  // sigma^2, and grad_w then that of the mean. `again` asks for what the forward formed of the first tensor,
-  // in that type: the weight, or with grad_variance sigma^2; without, the result is empty.
+  // With `centered` sample_weights draws sigma * eps. The backward of both, and of variance: the gradient of
+  // mu and rho through the weights, the KL, or both. A weight that got no gradient is None; rng is needed
+  // where there was noise. The second form writes to grad_mu and grad_rho, which may be the given gradients;
+  // grad_spread, where the list is not empty, is that of sigma^2, or with an rng of sigma * eps, and grad_w
+  // then that of the mean. `again` asks for what the forward formed of the first tensor, in that type: the
+  // weight, or with grad_spread sigma^2 or sigma * eps; without, the result is empty.
   m.def(
       "posterior_backward(Tensor?[] grad_w, Tensor? grad_kl, Tensor[] mu, Tensor[] rho, Tensor? rng, "
       "float[] prior_mu, float[] prior_sigma) -> (Tensor[], Tensor[])");
   m.def(
-      "posterior_backward_out(Tensor?[] grad_w, Tensor?[] grad_variance, Tensor? grad_kl, Tensor[] mu, "
+      "posterior_backward_out(Tensor?[] grad_w, Tensor?[] grad_spread, Tensor? grad_kl, Tensor[] mu, "
       "Tensor[] rho, Tensor? rng, float[] prior_mu, float[] prior_sigma, Tensor(a!)[] grad_mu, "
       "Tensor(b!)[] grad_rho, ScalarType? again=None) -> Tensor");
 
@@ -36,23 +44,27 @@ TORCH_LIBRARY(bbb_fast, m) {
   m.def("lrt_sample_(Tensor(a!) m, Tensor v, Tensor rng) -> ()");
   m.def("lrt_sample_backward(Tensor grad, Tensor v, Tensor rng) -> Tensor");
 
-  // The layers. Results: the output; what is kept for backward (BBB: the weight; LRT: the output's variance);
-  // the KL, or 0. The backward ops return a gradient for each true entry of output_mask, in the order input,
-  // W_mu, W_rho, bias_mu, bias_rho.
+  // Those beside the products of flipout_linear and flipout_conv. Signs are numbered by rows and channels,
+  // the latter along channel_dim (1 of a convolution, -1 of a linear layer), of stream rng[1] + stream.
+  m.def("flip_signs(Tensor input, Tensor rng, int stream, int channel_dim) -> Tensor");
+  m.def("add_flipped_(Tensor(a!) base, Tensor input, Tensor rng, int stream, int channel_dim) -> ()");
+
+  // The layers. Results: the output; what is kept for backward (BBB: the weight; LRT: the output's variance;
+  // Flipout: sigma * eps); the KL, or 0. The backward ops return a gradient for each true entry of
+  // output_mask, in the order input, W_mu, W_rho, bias_mu, bias_rho.
   const std::string operands = "Tensor input, Tensor W_mu, Tensor W_rho, Tensor? bias_mu, Tensor? bias_rho, ";
-  const std::string conv =
+  const std::string geometries[] = {
+      "",
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, "
-      "SymInt groups, ";
+      "SymInt groups, "};
   const std::string prior = "float prior_mu, float prior_sigma, ";
-  for (const auto& [estimator, option] :
-       {std::pair<std::string, std::string>{"bbb", "bool recompute_weight"},
-        {"lrt", "ScalarType? variance_dtype"}}) {
-    for (const auto& [name, geometry] :
-         {std::pair<std::string, std::string>{estimator + "_linear", ""}, {estimator + "_conv", conv}}) {
-      const std::string forward = name + "(" + operands + "Tensor rng, " + geometry + prior +
-                                  "bool with_kl, " + option + ") -> (Tensor, Tensor, Tensor)";
+  for (const auto& estimator : kEstimators) {
+    for (size_t k = 0; k < std::size(kProducts); ++k) {
+      const std::string name = std::string(estimator.name) + kProducts[k];
+      const std::string forward = name + "(" + operands + "Tensor rng, " + geometries[k] + prior +
+                                  "bool with_kl, " + estimator.option + ") -> (Tensor, Tensor, Tensor)";
       const std::string backward = name + "_backward(Tensor grad, Tensor? grad_kl, " + operands +
-                                   "Tensor? kept, Tensor rng, " + geometry + prior +
+                                   "Tensor? kept, Tensor rng, " + geometries[k] + prior +
                                    "bool[] output_mask) -> Tensor[]";
       m.def(forward.c_str());
       m.def(backward.c_str());
@@ -65,8 +77,13 @@ TORCH_LIBRARY(bbb_fast, m) {
 TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
   for (const char* name :
        {"normal", "posterior_backward", "posterior_backward_out", "variance", "square", "square_backward_",
-        "lrt_sample_", "lrt_sample_backward", "bbb_linear_backward", "bbb_conv_backward",
-        "lrt_linear_backward", "lrt_conv_backward"}) {
+        "lrt_sample_", "lrt_sample_backward", "flip_signs", "add_flipped_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+  for (const auto& estimator : kEstimators) {
+    for (const char* product : kProducts) {
+      const std::string name = std::string(estimator.name) + product + "_backward";
+      m.impl(name.c_str(), torch::autograd::autogradNotImplementedFallback());
+    }
   }
 }

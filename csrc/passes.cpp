@@ -21,11 +21,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights(
     double prior_mu,
     double prior_sigma,
     bool with_kl,
-    std::optional<at::ScalarType> dtype) {
+    std::optional<at::ScalarType> dtype,
+    bool centered) {
   static const auto op = find_op<std::tuple<std::vector<at::Tensor>, at::Tensor>(
-      at::TensorList, at::TensorList, const at::Tensor&, double, double, bool,
-      std::optional<at::ScalarType>)>("sample_weights");
-  return op.call(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
+      at::TensorList, at::TensorList, const at::Tensor&, double, double, bool, std::optional<at::ScalarType>,
+      bool)>("sample_weights");
+  return op.call(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype, centered);
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> variance(
@@ -56,7 +57,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
 
 at::Tensor posterior_backward_out(
     at::TensorList grad_w,
-    at::TensorList grad_variance,
+    at::TensorList grad_spread,
     const at::Tensor& grad_kl,
     at::TensorList mu,
     at::TensorList rho,
@@ -71,7 +72,7 @@ at::Tensor posterior_backward_out(
       const OptionalTensor&, at::ArrayRef<double>, at::ArrayRef<double>, at::TensorList, at::TensorList,
       std::optional<at::ScalarType>)>("posterior_backward_out");
   at::Tensor formed = op.call(
-      optionals(grad_w), optionals(grad_variance), optional(grad_kl), mu, rho, optional(rng), prior_mu,
+      optionals(grad_w), optionals(grad_spread), optional(grad_kl), mu, rho, optional(rng), prior_mu,
       prior_sigma, grad_mu, grad_rho, again);
   return again ? std::move(formed) : at::Tensor();
 }
@@ -95,6 +96,19 @@ at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, cons
   static const auto op =
       find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>("lrt_sample_backward");
   return op.call(grad, v, rng);
+}
+
+at::Tensor flip_signs(const at::Tensor& input, const at::Tensor& rng, int64_t stream, int64_t channel_dim) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t)>("flip_signs");
+  return op.call(input, rng, stream, channel_dim);
+}
+
+void add_flipped_(
+    at::Tensor& base, const at::Tensor& input, const at::Tensor& rng, int64_t stream, int64_t channel_dim) {
+  static const auto op =
+      find_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t)>("add_flipped_");
+  op.call(base, input, rng, stream, channel_dim);
 }
 
 }  // namespace bbb_fast

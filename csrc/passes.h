@@ -44,7 +44,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights(
     double prior_mu,
     double prior_sigma,
     bool with_kl,
-    std::optional<at::ScalarType> dtype);
+    std::optional<at::ScalarType> dtype,
+    bool centered = false);
 std::tuple<std::vector<at::Tensor>, at::Tensor> variance(
     at::TensorList mu,
     at::TensorList rho,
@@ -53,7 +54,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> variance(
     bool with_kl,
     at::ScalarType dtype);
 
-// Undefined tensors stand for those that are not there, also as the second's result. grad_variance may be
+// Undefined tensors stand for those that are not there, also as the second's result. grad_spread may be
 // empty.
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
     at::TensorList grad_w,
@@ -65,7 +66,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> posterior_backward(
     at::ArrayRef<double> prior_sigma);
 at::Tensor posterior_backward_out(
     at::TensorList grad_w,
-    at::TensorList grad_variance,
+    at::TensorList grad_spread,
     const at::Tensor& grad_kl,
     at::TensorList mu,
     at::TensorList rho,
@@ -80,5 +81,9 @@ at::Tensor square(const at::Tensor& input, at::ScalarType dtype);
 void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at::Tensor& grad);
 void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng);
 at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& rng);
+
+at::Tensor flip_signs(const at::Tensor& input, const at::Tensor& rng, int64_t stream, int64_t channel_dim);
+void add_flipped_(
+    at::Tensor& base, const at::Tensor& input, const at::Tensor& rng, int64_t stream, int64_t channel_dim);
 
 }  // namespace bbb_fast

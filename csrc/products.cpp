@@ -123,10 +123,21 @@ void Convolution::check(const char* op, const at::Tensor& input, const at::Tenso
   for (int64_t d = 0; d < spatial; ++d) {
     const c10::SymInt reach = dilation_[d] * (weight.size(2 + d) - 1) + 1;
     const c10::SymInt padded = input.size(2 + d) + padding_[d] * 2;
-    TORCH_CHECK_VALUE(
-        transposed_ || padded >= reach, op, ": the kernel reaches over ", reach,
-        " elements, more than the padded input's ", padded, ", in dimension ", 2 + d, " of input ",
-        input.sizes());
+    if (transposed_) {
+      const c10::SymInt size =
+          (input.size(2 + d) - 1) * stride_[d] - padding_[d] * 2 + reach + output_padding_[d];
+      TORCH_CHECK_VALUE(
+          output_padding_[d] < stride_[d] || output_padding_[d] < dilation_[d], op,
+          ": output_padding must be smaller than stride or dilation, got ", output_padding_);
+      TORCH_CHECK_VALUE(
+          input.size(2 + d) >= 1 && size >= 1, op, ": the output would have ", size,
+          " elements in dimension ", 2 + d, ", for input ", input.sizes());
+    } else {
+      TORCH_CHECK_VALUE(
+          padded >= reach, op, ": the kernel reaches over ", reach,
+          " elements, more than the padded input's ", padded, ", in dimension ", 2 + d, " of input ",
+          input.sizes());
+    }
   }
 }
 

@@ -22,6 +22,9 @@ class Linear {
   void check(const char* op, const at::Tensor& input, const at::Tensor& weight) const;
   int64_t out_features(const at::Tensor& weight) const { return weight.size(0); }
   std::vector<int64_t> output_sizes(const at::Tensor& input, const at::Tensor& weight) const;
+  // The dimension of an input and of an output that weights tell apart; Flipout has a sign for each row and
+  // channel.
+  static constexpr int64_t kChannelDim = -1;
   // The memory format of the output, which numbers the noise of local reparameterization.
   at::MemoryFormat output_format(const at::Tensor&, const at::Tensor&) const {
     return at::MemoryFormat::Contiguous;
@@ -67,6 +70,7 @@ class Convolution {
         output_padding_(output_padding),
         groups_(groups) {}
 
+  static constexpr int64_t kChannelDim = 1;
   void check(const char* op, const at::Tensor& input, const at::Tensor& weight) const;
   int64_t out_features(const at::Tensor& weight) const {
     return transposed_ ? weight.size(1) * groups_.expect_int() : weight.size(0);

@@ -56,17 +56,20 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_autograd(
     double prior_mu,
     double prior_sigma,
     bool with_kl,
-    std::optional<at::ScalarType> dtype) {
+    std::optional<at::ScalarType> dtype,
+    bool centered) {
   std::vector<at::Tensor> parameters(mu.begin(), mu.end());
   parameters.insert(parameters.end(), rho.begin(), rho.end());
   for (const at::Tensor& t : parameters) check_no_tangent("sample_weights", t);
   std::tuple<std::vector<at::Tensor>, at::Tensor> outputs;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    outputs = sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype);
+    outputs = sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype, centered);
   }
   const at::TensorList all(parameters);
   if (!ag::compute_requires_grad(all)) return outputs;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !centered, "sample_weights: with centered=True there is no gradient; flipout's ops have one");
   auto node = make_node<SampleWeightsNode>();
   node->set_next_edges(ag::collect_next_edges(all));
   for (const at::Tensor& t : mu) node->mu.emplace_back(t, false);

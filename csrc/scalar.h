@@ -111,12 +111,19 @@ BBB_INLINE uint32_t mix(uint32_t high, uint32_t c, uint32_t key) {
 #include "gaussian.h"
 #include "philox.h"
 
+// The four words of a stream's block.
+BBB_INLINE void philox_block(const PhiloxKey& key, uint64_t block, uint64_t stream, uint32_t w[4]) {
+  w[0] = static_cast<uint32_t>(block);
+  w[1] = static_cast<uint32_t>(block >> 32);
+  w[2] = static_cast<uint32_t>(stream);
+  w[3] = static_cast<uint32_t>(stream >> 32);
+  philox4x32(w[0], w[1], w[2], w[3], key);
+}
+
 // The four numbers of noise block `block`: elements 4 block ... 4 block + 3 of the tensor.
 BBB_INLINE void noise_block(const PhiloxKey& key, uint64_t block, uint64_t stream, float z[4]) {
-  uint32_t w[4] = {
-      static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), static_cast<uint32_t>(stream),
-      static_cast<uint32_t>(stream >> 32)};
-  philox4x32(w[0], w[1], w[2], w[3], key);
+  uint32_t w[4];
+  philox_block(key, block, stream, w);
   box_muller(w[0], w[1], z[0], z[1]);
   box_muller(w[2], w[3], z[2], z[3]);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
@@ -106,6 +107,9 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
     def sample_weights(mu: Tensor, rho: Tensor) -> list[Tensor]:
         return flat(ops.sample_weights([mu], [rho], r, *prior, True, other))
 
+    def deviations(mu: Tensor, rho: Tensor) -> list[Tensor]:
+        return flat(ops.sample_weights([mu], [rho], r, *prior, True, other, True))
+
     def posterior_backward(grad: Tensor, mu: Tensor, rho: Tensor) -> list[Tensor]:
         return flat(ops.posterior_backward([grad], grad_kl, [mu], [rho], r, *([p] for p in prior)))
 
@@ -124,17 +128,23 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
         again = ops.posterior_backward_out([grad], [], grad_kl, [mu], [rho], r, *priors, *out, other)
         return [*flat(out), again]
 
-    def backward_of_moments(grad: Tensor, grad_variance: Tensor, mu: Tensor, rho: Tensor) -> list[Tensor]:
+    def backward_of_spread(
+        stream: Tensor | None, grad: Tensor, grad_spread: Tensor, mu: Tensor, rho: Tensor
+    ) -> list[Tensor]:
         out = [torch.empty_like(mu)], [torch.empty_like(rho)]
         priors = ([p] for p in prior)
         again = ops.posterior_backward_out(
-            [grad], [grad_variance], grad_kl, [mu], [rho], None, *priors, *out, other
+            [grad], [grad_spread], grad_kl, [mu], [rho], stream, *priors, *out, other
         )
         return [*flat(out), again]
 
     def square_backward(grad_input: Tensor, input: Tensor, grad: Tensor) -> list[Tensor]:
         ops.square_backward_(grad_input, input, grad)
         return [grad_input]
+
+    def add_flipped(base: Tensor, input: Tensor) -> list[Tensor]:
+        ops.add_flipped_(base, input, r, 3, -1)
+        return [base]
 
     def lrt_sample(m: Tensor, v: Tensor) -> list[Tensor]:
         ops.lrt_sample_(m, v, r)
@@ -147,7 +157,9 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
         "kl_divergence": Kernel(x, kl_divergence),
         "posterior_backward, KL alone": Kernel(x, backward_of_kl),
         "posterior_backward, and the weight": Kernel(y, backward_and_again),
-        "posterior_backward, moments": Kernel({**y, "grad_variance": v}, backward_of_moments),
+        "sample_weights, centered": Kernel(x, deviations),
+        "posterior_backward, variance": Kernel({**y, "grad_spread": v}, partial(backward_of_spread, None)),
+        "posterior_backward, noise": Kernel({**y, "grad_spread": v}, partial(backward_of_spread, r)),
         "variance": Kernel(x, variance),
         "square": Kernel({"input": narrow[0]}, lambda input: [ops.square(input, other)]),
         "square_backward_": Kernel(
@@ -157,6 +169,8 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
         "lrt_sample_backward": Kernel(
             {"grad": narrow[0], "v": v}, lambda grad, v: [ops.lrt_sample_backward(grad, v, r)]
         ),
+        "flip_signs": Kernel({"input": narrow[0]}, lambda input: [ops.flip_signs(input, r, 2, -1)]),
+        "add_flipped_": Kernel({"base": narrow[0], "input": narrow[1]}, add_flipped, "base"),
     }
 
 
@@ -168,12 +182,16 @@ KERNELS = {
     "kl_divergence": ("mu", "rho"),
     "posterior_backward, KL alone": ("mu", "rho"),
     "posterior_backward, and the weight": ("grad", "mu", "rho"),
-    "posterior_backward, moments": ("grad", "mu", "rho", "grad_variance"),
+    "sample_weights, centered": ("mu", "rho"),
+    "posterior_backward, variance": ("grad", "mu", "rho", "grad_spread"),
+    "posterior_backward, noise": ("grad", "mu", "rho", "grad_spread"),
     "variance": ("mu", "rho"),
     "square": ("input",),
     "square_backward_": ("grad_input", "input", "grad"),
     "lrt_sample_": ("m", "v"),
     "lrt_sample_backward": ("grad", "v"),
+    "flip_signs": ("input",),
+    "add_flipped_": ("base", "input"),
 }
 
 

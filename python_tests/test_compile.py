@@ -22,13 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 from bbb_fast import ELBO, fixed_noise, functional, kl_loss, predict
 from bbb_fast._noise import posterior_means
-from bbb_fast.layers import BBB, BBB_LRT
+from bbb_fast.layers import BBB, BBB_LRT, Flipout
 from bbb_fast.models import BBB3Conv3FC, BBBAlexNet, BBBLeNet
 
 pytestmark = pytest.mark.usefixtures("native")
 
 
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_compiled_layer_trains(layers: object, kind: str) -> None:
     """One graph; the compiled ops give the eager numbers for the same rng; fresh noise at each call."""
@@ -68,7 +68,7 @@ def test_compiled_op_equals_eager() -> None:
     torch.testing.assert_close((W_mu.grad, W_rho.grad), expected)
 
 
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_compiled_kl_is_that_of_the_parameters(layers: object) -> None:
     """Eager and compiled calls may alternate: neither takes a KL of other parameters from the other."""
     torch._dynamo.reset()
@@ -94,7 +94,7 @@ def test_compiled_kl_is_that_of_the_parameters(layers: object) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-@pytest.mark.parametrize("estimator", ["bbb", "lrt"])
+@pytest.mark.parametrize("estimator", ["bbb", "lrt", "flipout"])
 def test_compiled_op_with_kl_equals_eager(estimator: str, kind: str) -> None:
     torch._dynamo.reset()
     linear = kind == "linear"
@@ -211,7 +211,14 @@ DTYPES = [
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float16),
 ]
-ESTIMATORS = [("bbb", False), ("bbb", True), ("lrt", None), ("lrt", torch.bfloat16)]
+ESTIMATORS = [
+    ("bbb", False),
+    ("bbb", True),
+    ("lrt", None),
+    ("lrt", torch.bfloat16),
+    ("flipout", False),
+    ("flipout", True),
+]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +321,7 @@ def test_inductor_compiles_convolutions() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: str(dtypes[0])[6:])
-@pytest.mark.parametrize("estimator", ["bbb", "lrt"])
+@pytest.mark.parametrize("estimator", ["bbb", "lrt", "flipout"])
 def test_inductor_over_every_format(
     estimator: str, dtypes: tuple[torch.dtype, torch.dtype], dynamic: bool
 ) -> None:
@@ -322,7 +329,7 @@ def test_inductor_over_every_format(
         _compare_with_eager(*_table(estimator, dtypes, list(product((how,), FORMATS[:2]))), dynamic=dynamic)
 
 
-@pytest.mark.parametrize("estimator", ["bbb", "lrt"])
+@pytest.mark.parametrize("estimator", ["bbb", "lrt", "flipout"])
 def test_dynamic_batches(estimator: str) -> None:
     """One graph for every batch size, image size and memory format's noise."""
     torch._dynamo.reset()
@@ -390,7 +397,7 @@ def _compare_training(layers: ModuleType, **how: Any) -> None:
     assert not torch.isclose(outputs[0], outputs[1]).any()
 
 
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_compiled_model_trains(layers: ModuleType) -> None:
     """Steps of an optimizer, fresh noise in each, over a channels_last model: as in eager mode."""
     _compare_training(layers, backend="aot_eager")
@@ -398,7 +405,7 @@ def test_compiled_model_trains(layers: ModuleType) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_inductor_trains_a_model(layers: ModuleType, mode: str) -> None:
     _compare_training(layers, mode=mode)
 
@@ -420,7 +427,7 @@ def test_backward_meets_the_noise_of_its_forward() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_export(layers: ModuleType, strict: bool, tmp_path: Path) -> None:
     """A model for every batch size: draws when it runs, and can be saved."""
     torch._dynamo.reset()
@@ -456,7 +463,7 @@ def test_export_of_layers_and_the_kl() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_ahead_of_time(layers: ModuleType, tmp_path: Path) -> None:
     model, x = _network(layers), _images()
     with torch.no_grad(), inductor_config.patch(fallback_random=True):
@@ -474,7 +481,7 @@ MODELS = [BBBLeNet, BBBAlexNet, BBB3Conv3FC]
 
 
 def _formats() -> list[Any]:
-    cases = product(MODELS, (False, True), ("bbb", "lrt"))
+    cases = product(MODELS, (False, True), ("bbb", "lrt", "flipout"))
     return [pytest.param(*case, id="-".join((case[0].__name__, *map(str, case[1:])))) for case in cases]
 
 
@@ -509,7 +516,7 @@ def test_inductor_compiles_the_bound(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_inductor_predicts(layers: ModuleType) -> None:
     """The draws that fixed_noise pins are the same, compiled or not."""
     torch._dynamo.reset()
@@ -524,7 +531,7 @@ def test_inductor_predicts(layers: ModuleType) -> None:
                 torch.testing.assert_close(y, model(x))
 
 
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("budget", [0.5, 0.0])
 def test_noise_is_not_drawn_anew_to_save_memory(layers: ModuleType, budget: float) -> None:
     """Under a memory budget the compiler runs parts of the forward again in backward, random ops included."""
@@ -585,7 +592,7 @@ def gradients(run: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, x: 
     return list(torch.autograd.grad(run(x).square().sum(), list(model.parameters())))
 
 
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("budget", [0.0, 0.3, 1.0])
 def test_recomputation_by_the_partitioner(layers: object, budget: float) -> None:
     """A pinned draw is the same when it is computed again; a fresh one would not be, so it is refused."""
@@ -604,7 +611,7 @@ def test_recomputation_by_the_partitioner(layers: object, budget: float) -> None
             assert all(torch.isfinite(g).all() for g in gradients(compiled, model, x))
 
 
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_checkpoint_within_the_graph(layers: object) -> None:
     """Free: the gradient is that of the function that was drawn, whose noise does not depend on mu."""
     torch._dynamo.reset()

@@ -40,7 +40,7 @@ import bbb_fast
 from bbb_fast import fixed_noise, functional, kl_loss, predict, reference
 from bbb_fast.experiments import data
 from bbb_fast.experiments.training import TrainConfig, fit
-from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, ModuleWrapper
+from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, Flipout, ModuleWrapper
 
 pytestmark = pytest.mark.cuda_only
 
@@ -48,7 +48,7 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 ops = torch.ops.bbb_fast
 
 
-@pytest.fixture(params=[BBB, BBB_LRT], ids=["bbb", "lrt"])
+@pytest.fixture(params=[BBB, BBB_LRT, Flipout], ids=["bbb", "lrt", "flipout"])
 def estimator(request: pytest.FixtureRequest) -> ModuleType:
     """The module that holds the layers of one estimator."""
     return request.param

@@ -11,13 +11,15 @@ import torch
 from helpers import DEVICE, on
 
 from bbb_fast import functional
+from bbb_fast._layer_functions import ESTIMATORS
 
 f32, f64, bf16, i64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
 
 
-LINEARS = ["bbb_linear", "lrt_linear"]
-CONVS = [f"{estimator}_conv{spatial}d" for estimator in ("bbb", "lrt") for spatial in (1, 2, 3)]
-LAYERS = LINEARS + CONVS
+LINEARS = [f"{estimator}_linear" for estimator in ESTIMATORS]
+CONVS = [f"{estimator}_conv{spatial}d" for estimator in ESTIMATORS for spatial in (1, 2, 3)]
+TRANSPOSED = [f"{estimator}_conv_transpose{spatial}d" for estimator in ESTIMATORS for spatial in (1, 2, 3)]
+LAYERS = LINEARS + CONVS + TRANSPOSED
 SAMPLERS = ["sample_weights", "sample_weight"]
 OPS = ["normal", *SAMPLERS, "kl_divergence", *LAYERS]
 
@@ -46,6 +48,9 @@ def valid(op: str) -> dict[str, Any]:
     """Arguments that ``op`` accepts."""
     if op in CONVS:
         return _conv(int(op[-2]))
+    if op in TRANSPOSED:
+        bias = {"bias_mu": zeros(4), "bias_rho": zeros(4)}
+        return {**_conv(int(op[-2])), "input": zeros(2, 6, *(5,) * int(op[-2])), **bias}
     if op in LAYERS:
         return {
             "input": zeros(5, 4),
@@ -65,6 +70,11 @@ def valid(op: str) -> dict[str, Any]:
 
 def call(op: str, changes: dict[str, Any]) -> Any:
     return getattr(functional, op)(**{**valid(op), **changes})
+
+
+def native_name(op: str) -> str:
+    """The name in which an op's own checks speak."""
+    return op if op.endswith("linear") else op[: op.index("_") + len("_conv")]
 
 
 # op, changed arguments, exception, a part of the message.
@@ -167,8 +177,8 @@ case(
 
 for _op in LAYERS:
     _ok = valid(_op)
-    _name = _op if _op in LINEARS else _op[: len("lrt_conv")]
-    _out = _ok["W_mu"].shape[0]
+    _name = native_name(_op)
+    _out = _ok["bias_mu"].shape[0]
     case(_op, TypeError, f"{_name}: input must be float32", input=_ok["input"].to(i64))
     case(_op, TypeError, "W_mu and W_rho must have one dtype", W_rho=_ok["W_rho"].double())
     case(_op, TypeError, "W_mu must be float32", W_mu=_ok["W_mu"].int(), W_rho=_ok["W_rho"].int())
@@ -254,6 +264,31 @@ for _op in CONVS:
     case(_op, ValueError, "the kernel reaches over 9 elements", dilation=4)
     case(_op, ValueError, "the kernel reaches over 3 elements", input=zeros(2, 4, *(0,) * _spatial))
 
+for _op in TRANSPOSED:
+    _spatial = int(_op[-2])
+    _ok = valid(_op)
+    case(_op, ValueError, "W_mu must have", W_mu=zeros(6, 4), W_rho=zeros(6, 4))
+    case(_op, ValueError, "input must have", input=zeros(6))
+    case(_op, ValueError, "input must have 6 channels", input=zeros(2, 5, *(5,) * _spatial))
+    case(_op, ValueError, "stride must be >= 1", stride=0)
+    case(_op, ValueError, "padding must be >= 0", padding=-1)
+    case(_op, ValueError, "output_padding must be >= 0", output_padding=-1)
+    case(_op, ValueError, f"output_padding must have {_spatial} numbers", output_padding=())
+    case(_op, ValueError, "output_padding must be smaller than stride or dilation", output_padding=1)
+    case(
+        _op,
+        ValueError,
+        "output_padding must be smaller than stride or dilation",
+        output_padding=(2,) * _spatial,
+        stride=2,
+        dilation=2,
+    )
+    case(_op, ValueError, "dilation must be >= 1", dilation=0)
+    case(_op, ValueError, "groups must be >= 1", groups=0)
+    case(_op, ValueError, "groups = 4", groups=4)
+    case(_op, ValueError, "the output would have -1 elements in dimension 2", padding=4)
+    case(_op, ValueError, "the output would have 2 elements", input=zeros(2, 6, *(0,) * _spatial))
+
 ELSEWHERE = [
     *[
         (op, {name: valid(op)[name].to("meta")}, name)
@@ -290,7 +325,7 @@ def test_wrong_argument(
     kind, text = message_of(call, op, changes)
     assert kind is error, text
     assert message in text
-    assert text.startswith((f"{op}: ", f"{op[: len('lrt_conv')]}: ", "sample_weights: "))
+    assert text.startswith((f"{op}: ", f"{native_name(op) if op in LAYERS else op}: ", "sample_weights: "))
 
 
 @pytest.mark.parametrize(("op", "changes", "error", "message"), CASES, ids=_id)
@@ -323,7 +358,7 @@ def test_wrong_type_of_argument(backend: str, op: str) -> None:
             assert kind in (TypeError, AttributeError, ValueError, RuntimeError)
 
 
-@pytest.mark.parametrize("op", ["sample_weight", *LINEARS, "bbb_conv2d", "lrt_conv2d"])
+@pytest.mark.parametrize("op", ["sample_weight", *LINEARS, *(f"{e}_conv2d" for e in ESTIMATORS)])
 def test_nothing_is_written_before_an_error(backend: str, op: str) -> None:
     """A failed call leaves its arguments as they were."""
     arguments = valid(op)
@@ -340,7 +375,7 @@ def backward_arguments(op: str) -> dict[str, Any]:
     rest: dict[str, Any] = {} if op.endswith("linear") else dict(GEOMETRY)
     rest |= {"prior_mu": 0.0, "prior_sigma": 0.1}
     forward = getattr(torch.ops.bbb_fast, op)
-    output, kept, _ = forward(*kind.values(), *rest.values(), False, False if op.startswith("bbb") else None)
+    output, kept, _ = forward(*kind.values(), *rest.values(), False, None if op.startswith("lrt") else False)
     return {
         "grad": torch.ones_like(output),
         "grad_kl": None,
@@ -360,7 +395,7 @@ GEOMETRY: dict[str, Any] = {
     "output_padding": [0, 0],
     "groups": 1,
 }
-LAYER_OPS = ["bbb_linear", "bbb_conv", "lrt_linear", "lrt_conv"]
+LAYER_OPS = [f"{estimator}_{product}" for estimator in ESTIMATORS for product in ("linear", "conv")]
 # Changed arguments of the backward ops, each made from the valid one.
 BACKWARD_CASES: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
     ("grad", lambda t: t[:1], ValueError, r"grad must have shape \[.*\], got"),
@@ -409,7 +444,7 @@ def test_backward_ops_check_what_they_are_given(
 def test_backward_ops_know_what_the_layer_has(native: None, op: str) -> None:
     arguments = backward_arguments(op)
     backward = getattr(torch.ops.bbb_fast, f"{op}_backward")
-    if op.startswith("bbb"):
+    if not op.startswith("lrt"):
         with pytest.raises(TypeError, match="kept must be torch.float32, got torch.float64"):
             backward(*{**arguments, "kept": arguments["kept"].double()}.values())
     else:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import bbb_fast
 from bbb_fast import fixed_noise, functional, predict
 from bbb_fast._noise import posterior_means
-from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, ModuleWrapper
+from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, Flipout, ModuleWrapper
 
 
-@pytest.fixture(params=[BBB, BBB_LRT], ids=["bbb", "lrt"])
+@pytest.fixture(params=[BBB, BBB_LRT, Flipout], ids=["bbb", "lrt", "flipout"])
 def estimator(request: pytest.FixtureRequest) -> ModuleType:
     """The module that holds the layers of one estimator."""
     return request.param

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import bbb_fast
 from bbb_fast import functional
-from bbb_fast.layers import BBB, BBB_LRT
+from bbb_fast.layers import BBB, BBB_LRT, Flipout
 from bbb_fast.layers.base import BayesianLayer
 
 
-@pytest.fixture(params=[BBB, BBB_LRT], ids=["bbb", "lrt"])
+@pytest.fixture(params=[BBB, BBB_LRT, Flipout], ids=["bbb", "lrt", "flipout"])
 def estimator(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 

@@ -1,4 +1,4 @@
-"""Layers of both estimators: construction, forward, KL, gradients; ModuleWrapper and FlattenLayer."""
+"""Layers of every estimator: construction, forward, KL, gradients; ModuleWrapper and FlattenLayer."""
 
 from __future__ import annotations
 
@@ -25,22 +25,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bbb_fast
-from bbb_fast import functional, layers
+from bbb_fast import functional, layers, reference
 from bbb_fast.functional import draw_rng
-from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, ModuleWrapper
+from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, Flipout, ModuleWrapper
 from bbb_fast.layers.base import BayesianLayer
 
 NAMES = ["W_mu", "W_rho", "bias_mu", "bias_rho"]
-KINDS = ["Linear", "Conv1d", "Conv2d", "Conv3d"]
+KINDS = [
+    "Linear",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+]
 ARGUMENTS: dict[str, tuple[tuple[Any, ...], tuple[int, ...]]] = {
     "Linear": ((6, 5), (4, 6)),
     "Conv1d": ((4, 6, 3), (2, 4, 9)),
     "Conv2d": ((4, 6, (3, 2)), (2, 4, 7, 6)),
     "Conv3d": ((4, 6, 2), (2, 4, 4, 5, 3)),
+    "ConvTranspose1d": ((4, 6, 3, 2, 1), (2, 4, 5)),
+    "ConvTranspose2d": ((4, 6, (3, 2), (2, 1)), (2, 4, 4, 6)),
+    "ConvTranspose3d": ((4, 6, 2, 2), (2, 4, 2, 3, 2)),
 }
 
 
-@pytest.fixture(params=[BBB, BBB_LRT], ids=["bbb", "lrt"])
+@pytest.fixture(params=[BBB, BBB_LRT, Flipout], ids=["bbb", "lrt", "flipout"])
 def estimator(request: pytest.FixtureRequest) -> ModuleType:
     """The module that holds the layers of one estimator."""
     return request.param
@@ -199,7 +210,7 @@ class TestConstruction:
         ],
     )
     def test_repr(self, estimator: ModuleType, kind: str, options: dict[str, Any], text: str) -> None:
-        name = "lrt" if estimator is BBB_LRT else "bbb"
+        name = {BBB: "bbb", BBB_LRT: "lrt", Flipout: "flipout"}[estimator]
         assert repr(make(estimator, kind, **options)) == f"BBB{kind}({text}, estimator='{name}')"
 
     def test_repr_of_what_is_not_a_default(self, estimator: ModuleType) -> None:
@@ -397,10 +408,10 @@ class TestDistribution:
             mean = layer(x, sample=False).flatten().double()
             variances = (squared(sigma(layer.W_rho)), squared(sigma(layer.bias_rho)))
             v = with_weights(twin(kind, *args), *variances, x * x).flatten().double()
-            if estimator is BBB:
-                y = torch.stack([layer(x).flatten() for _ in range(draws)]).double()
-            else:  # rows are independent
+            if estimator is BBB_LRT:  # rows are independent
                 y = layer(x.expand(draws, *x.shape[1:])).flatten(1).double()
+            else:
+                y = torch.stack([layer(x).flatten() for _ in range(draws)]).double()
         standard = (y - mean) / v.sqrt()
         # Every one of the 32 outputs, and all together: their weights are independent.
         assert standard.mean(0).abs().max() < 4.5 / math.sqrt(draws)
@@ -409,18 +420,17 @@ class TestDistribution:
         assert abs(standard.square().mean() - 1) < 4 * math.sqrt(2 / (draws * out))
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_bbb_shares_a_draw_and_lrt_does_not(self, backend: str, estimator: ModuleType, kind: str) -> None:
+    def test_only_bbb_shares_a_draw(self, backend: str, estimator: ModuleType, kind: str) -> None:
         layer = make(estimator, kind)
         y = layer(example(kind)[:1].expand(5, *ARGUMENTS[kind][1][1:]))
         same = torch.stack([alike(y[0], row) for row in y[1:]])
-        assert same.all() if estimator is BBB else not same.any()
+        assert same.all() if estimator is BBB else not same.all()
+        assert estimator is not BBB_LRT or not same.any()
 
-    def test_bbb_shares_a_draw_over_positions_and_lrt_does_not(
-        self, backend: str, estimator: ModuleType
-    ) -> None:
+    def test_only_lrt_draws_for_each_position(self, backend: str, estimator: ModuleType) -> None:
         y = make(estimator, "Conv2d", 2, 3, 3)(torch.ones(1, 2, 6, 6)).flatten(2)
         same = alike(y[..., :1], y[..., 1:])
-        assert same.all() if estimator is BBB else not same.any()
+        assert not same.any() if estimator is BBB_LRT else same.all()
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_means_draw_nothing(self, backend: str, estimator: ModuleType, kind: str) -> None:
@@ -521,6 +531,19 @@ def test_equals_the_formulas_over_torch_nn(
             for (mu, rho), step in zip((W, b), steps, strict=True)
         ]
         expected = with_weights(point, *drawn, x)
+    elif estimator is Flipout:
+        drawn = [
+            None if mu is None else F.softplus(rho) * functional.normal(mu.shape, rng + step).double()
+            for (mu, rho), step in zip((W, b), torch.tensor([[0, 0], [0, 1]]), strict=True)
+        ]
+        unbatched = kind != "Linear" and x.dim() < layer.W_mu.dim()
+
+        def flipped(t: Tensor, stream: int) -> Tensor:
+            rows = t.unsqueeze(0) if unbatched else t
+            flipped = rows * reference.signs(rows.shape, rng, stream, -1 if kind == "Linear" else 1)
+            return flipped.reshape(t.shape)
+
+        expected = mean + flipped(with_weights(point, *drawn, flipped(x, 2)), 3)
     else:
         variances = [squared(sigma(rho)) for _, rho in (W, b)]
         v = with_weights(point, *variances, x * x)
@@ -540,6 +563,8 @@ class TestInputs:
     @pytest.mark.parametrize("mode", ["zeros", "circular"])
     def test_unbatched(self, backend: str, estimator: ModuleType, kind: str, mode: str) -> None:
         options = {} if kind == "Linear" else {"padding": 1, "padding_mode": mode}
+        if "Transpose" in kind:
+            options = {"dilation": 2, "output_padding": 1 if mode == "zeros" else 0}
         layer, x = make(estimator, kind, **options), example(kind)[0]
         for sample in (True, False):
             alone = seeded(1, layer, x, sample=sample)
@@ -1340,7 +1365,7 @@ class TestAtOnce:
     def test_geometry_changed_later(self, native: None, estimator: ModuleType, attribute: str) -> None:
         layer = make(estimator, "Conv2d")
         setattr(layer, attribute, (2, 1))
-        expected = functional.bbb_conv2d if layer.estimator == "bbb" else functional.lrt_conv2d
+        expected = getattr(functional, f"{layer.estimator}_conv2d")
         x, own = example("Conv2d"), (layer.W_mu, layer.W_rho, layer.bias_mu, layer.bias_rho)
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         want = expected(x, *own, seeded(4, draw_rng), *geometry)
@@ -1369,9 +1394,10 @@ class TestOptions:
         narrow = getattr(BBB_LRT, f"BBB{kind}")(*ARGUMENTS[kind][0], variance_dtype=torch.bfloat16)
         narrow.load_state_dict(layer.state_dict())
         assert narrow.variance_dtype == torch.bfloat16 and layer.variance_dtype is None
-        op = getattr(functional, f"lrt_{kind.lower()}")
+        op = getattr(functional, f"lrt_{layer._shape_name}")
         parameters = (layer.W_mu, layer.W_rho, layer.bias_mu, layer.bias_rho)
-        expected = op(x, *parameters, seeded(1, draw_rng), variance_dtype=torch.bfloat16)
+        geometry = {"stride": layer.stride, "padding": layer.padding} if "Conv" in kind else {}
+        expected = op(x, *parameters, seeded(1, draw_rng), variance_dtype=torch.bfloat16, **geometry)
         y = seeded(1, narrow, x)
         assert torch.equal(y, expected) and y.dtype == torch.float32
         assert not torch.equal(y, seeded(1, layer, x))
@@ -1406,12 +1432,12 @@ class TestOptions:
         with pytest.raises(ValueError) as caught:
             getattr(BBB_LRT, f"BBB{kind}")(*arguments, recompute_weight=True)
         assert str(caught.value) == (
-            f"BBB{kind}: recompute_weight is an option of the bbb estimator, this layer's is lrt"
+            f"BBB{kind}: recompute_weight is an option of bbb and flipout, and this layer's estimator is lrt"
         )
         with pytest.raises(ValueError) as caught:
             getattr(BBB, f"BBB{kind}")(*arguments, variance_dtype=torch.bfloat16)
         assert str(caught.value) == (
-            f"BBB{kind}: variance_dtype is an option of the lrt estimator, this layer's is bbb"
+            f"BBB{kind}: variance_dtype is an option of lrt, and this layer's estimator is bbb"
         )
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -1777,7 +1803,7 @@ def test_sample_false_reaches_every_layer_of_a_model(backend: str) -> None:
     assert not torch.equal(net(x)[0], net(x)[0])
 
 
-@pytest.mark.parametrize("layers", [BBB, BBB_LRT])
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("sample", [True, False])
 def test_float32_parameters_follow_a_narrow_input(backend: str, layers: Any, sample: bool) -> None:
     layer, x = layers.BBBLinear(3, 4), torch.randn(5, 3)

@@ -24,6 +24,7 @@ ROWS = (
     ("_noise", "_recompute", "_sharded"),
     ("_ops", "_backend", "routes"),
     ("reference",),
+    ("_layer_functions",),
     ("metrics", "_checks", "_files", "_version"),
 )
 ROW = {name: k for k, names in enumerate(ROWS) for name in names}

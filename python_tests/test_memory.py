@@ -13,7 +13,7 @@ from helpers import conv_case, linear_case, rng
 from torch import Tensor, nn
 
 from bbb_fast import functional
-from bbb_fast.layers import BBB, BBB_LRT
+from bbb_fast.layers import BBB, BBB_LRT, Flipout
 from bbb_fast.layers.base import BayesianLayer
 
 RNG = 16  # two int64
@@ -77,14 +77,14 @@ def test_lrt_keeps_one_tensor_of_the_output_size(kind: str, bias: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_kl", [False, True])
 def test_the_kl_keeps_nothing_more(kind: str, with_kl: bool) -> None:
-    for estimator in ("bbb", "lrt"):
+    for estimator in ("bbb", "lrt", "flipout"):
         if kind == "linear":
             case, op = linear_case((7,), 30, 20), getattr(functional, f"{estimator}_linear")
         else:
             case, op = conv_case(2, 5, 3, 8, (3, 3), (9, 8)), getattr(functional, f"{estimator}_conv2d")
         sizes, result = saved(lambda c=case, f=op: f(*c, rng(), with_kl=with_kl), case)
         y = result[0] if with_kl else result
-        kept = case[1] if estimator == "bbb" else y
+        kept = y if estimator == "lrt" else case[1]
         assert sizes == [RNG, kept.numel() * 4]
 
 
@@ -116,7 +116,7 @@ def test_beside_the_torch_nn_layer(kind: str, wants_input: bool) -> None:
 
 
 def test_nothing_is_kept_without_a_gradient() -> None:
-    for module in (BBB, BBB_LRT):
+    for module in (BBB, BBB_LRT, Flipout):
         for kind in KINDS:
             layer, x = layer_of(kind, module), torch.randn(SHAPES[kind][1])
             with torch.no_grad():
@@ -145,7 +145,7 @@ def forwarded(layer: BayesianLayer, kind: str) -> tuple[Tensor, weakref.ref[Tens
     return layer(hidden), weakref.ref(hidden), weakref.ref(witness)
 
 
-@pytest.mark.parametrize("module", [BBB, BBB_LRT])
+@pytest.mark.parametrize("module", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_graph_goes_with_the_results(module: Any, kind: str, backward: bool) -> None:
@@ -160,7 +160,7 @@ def test_the_graph_goes_with_the_results(module: Any, kind: str, backward: bool)
     assert hidden() is None and witness() is None
 
 
-@pytest.mark.parametrize("module", [BBB, BBB_LRT])
+@pytest.mark.parametrize("module", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_frees_the_input_and_what_was_kept(module: Any, kind: str) -> None:
     """Also where the layer still has the KL of that forward, or the caller has."""
@@ -175,7 +175,7 @@ def test_backward_frees_the_input_and_what_was_kept(module: Any, kind: str) -> N
         assert (layer.kl_loss() if kl is None else kl).requires_grad
 
 
-@pytest.mark.parametrize("module", [BBB, BBB_LRT])
+@pytest.mark.parametrize("module", [BBB, BBB_LRT, Flipout])
 def test_a_forward_replaces_what_the_last_one_left(module: Any) -> None:
     """A layer whose KL nobody asks for holds one graph, not one a forward."""
     layer = layer_of("linear", module)

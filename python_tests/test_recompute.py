@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkp
 
 from bbb_fast import _recompute, fixed_noise, predict
 from bbb_fast._noise import posterior_means
-from bbb_fast.layers import BBB, BBB_LRT
+from bbb_fast.layers import BBB, BBB_LRT, Flipout
 
 # A reentrant checkpoint within a forward that records none says so.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
 Way = Callable[..., Tensor]
 
 
-@pytest.fixture(params=[BBB, BBB_LRT], ids=["bbb", "lrt"])
+@pytest.fixture(params=[BBB, BBB_LRT, Flipout], ids=["bbb", "lrt", "flipout"])
 def model(request: pytest.FixtureRequest) -> nn.Sequential:
     """Four blocks on [N, 6]."""
     estimator: ModuleType = request.param

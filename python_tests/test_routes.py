@@ -15,7 +15,7 @@ from conftest import NATIVE
 from torch import nn
 
 from bbb_fast import _backend, functional, routes, tuning
-from bbb_fast.layers import BBB, BBB_LRT
+from bbb_fast.layers import BBB, BBB_LRT, Flipout
 from bbb_fast.models import BBBLeNet
 from bbb_fast.routes import Routes
 
@@ -48,7 +48,7 @@ def routes_put_back() -> Iterator[None]:
 
 def layer_of(shape: tuple, estimator: str, **options: object) -> nn.Module:
     i, o, kernel, stride, padding, _, _ = shape
-    layers = {"bbb": BBB, "lrt": BBB_LRT}[estimator]
+    layers = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}[estimator]
     return layers.BBBConv2d(i, o, kernel, stride, padding, **options)
 
 
@@ -67,7 +67,7 @@ def step(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Te
 
 
 @needs_native
-@pytest.mark.parametrize("estimator", ["bbb", "lrt"])
+@pytest.mark.parametrize("estimator", ["bbb", "lrt", "flipout"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_way_gives_the_same_numbers(shape: tuple, estimator: str) -> None:
     layer = layer_of(shape, estimator)
@@ -104,13 +104,13 @@ VIEWS = {
 
 @needs_native
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("estimator", ["bbb", "lrt"])
+@pytest.mark.parametrize("estimator", ["bbb", "lrt", "flipout"])
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize(("rows", "i", "o"), [(5, 3, 4), (1, 1, 1), (33, 17, 40), (7, 64, 1), (0, 3, 2)])
 def test_onednn_gives_the_same_numbers(
     rows: int, i: int, o: int, view: str, estimator: str, bias: bool
 ) -> None:
-    layer = {"bbb": BBB, "lrt": BBB_LRT}[estimator].BBBLinear(i, o, bias=bias)
+    layer = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}[estimator].BBBLinear(i, o, bias=bias)
     x = VIEWS[view](rows, i)
     grad = torch.randn(*x.shape[:-1], o)
     if "onednn" not in _backend._C.linear_ways((3, 4), (5, 4))[0]:

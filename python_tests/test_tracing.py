@@ -14,14 +14,14 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bbb_fast import fixed_noise
-from bbb_fast.layers import BBB, BBB_LRT
+from bbb_fast.layers import BBB, BBB_LRT, Flipout
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
 )
 
 
-@pytest.fixture(params=[BBB, BBB_LRT], ids=["bbb", "lrt"])
+@pytest.fixture(params=[BBB, BBB_LRT, Flipout], ids=["bbb", "lrt", "flipout"])
 def estimator(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 

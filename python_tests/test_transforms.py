@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_
 from torch.utils._pytree import tree_map
 
 from bbb_fast import functional, kl_loss
-from bbb_fast.layers import BBB, BBB_LRT
+from bbb_fast.layers import BBB, BBB_LRT, Flipout
 
 ops = torch.ops.bbb_fast
 B = 3
@@ -128,12 +128,17 @@ def _cases() -> dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]]
             lambda: [torch.randn(B, 4, 5) for _ in range(3)],
         ),
         "lrt_sample_": (_writing("lrt_sample_"), lambda: [torch.randn(B, 4, 5), torch.rand(B, 4, 5)]),
+        "flip_signs": (lambda r, x: ops.flip_signs(x, r, 2, 1), lambda: [torch.randn(B, 4, 5, 3)]),
+        "add_flipped_": (
+            lambda r, y, x: (ops.add_flipped_(y, x, r, 3, -1), y)[1],
+            lambda: [torch.randn(B, 4, 5) for _ in range(2)],
+        ),
         "lrt_sample_backward": (
             lambda r, g, v: ops.lrt_sample_backward(g, v, r),
             lambda: [torch.randn(B, 4, 5), torch.rand(B, 4, 5)],
         ),
     }
-    for estimator, option in (("bbb", True), ("lrt", torch.bfloat16)):
+    for estimator, option in (("bbb", True), ("lrt", torch.bfloat16), ("flipout", True)):
         cases[f"{estimator}_linear"] = (
             _layer_forward(f"{estimator}_linear", (), option),
             lambda: _stacked(linear),
@@ -142,7 +147,7 @@ def _cases() -> dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]]
             _layer_forward(f"{estimator}_conv", _geometry(), option),
             lambda: _stacked(conv),
         )
-        shapes = ((5, 6), (6, 4, 3, 3)) if estimator == "bbb" else ((4, 2, 5), (2, 6, 5, 6))
+        shapes = ((4, 2, 5), (2, 6, 5, 6)) if estimator == "lrt" else ((5, 6), (6, 4, 3, 3))
         cases[f"{estimator}_linear_backward"] = (
             _layer_backward(f"{estimator}_linear", ()),
             lambda kept=shapes[0]: with_grads(linear, (4, 2, 5), kept),
@@ -155,7 +160,12 @@ def _cases() -> dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]]
 
 
 CASES = _cases()
-IN_PLACE = {"posterior_backward_out": (5, 6), "square_backward_": (1,), "lrt_sample_": (1,)}
+IN_PLACE = {
+    "posterior_backward_out": (5, 6),
+    "square_backward_": (1,),
+    "lrt_sample_": (1,),
+    "add_flipped_": (1,),
+}
 
 
 def _loop(run: Callable[..., Any], args: list[Tensor], dims: list[int | None]) -> list[Tensor]:
@@ -252,7 +262,7 @@ def _close(result: Any, expected: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(params=[BBB, BBB_LRT], ids=["BBB", "BBB_LRT"])
+@pytest.fixture(params=[BBB, BBB_LRT, Flipout], ids=["BBB", "BBB_LRT", "Flipout"])
 def layers(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 

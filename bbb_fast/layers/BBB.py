@@ -1,27 +1,42 @@
 """Bayes by Backprop layers: each forward draws one set of weights, shared by the batch."""
 
-from .base import ConvBase, LinearBase, WeightSpace
+from . import shapes
+from .estimators import BayesByBackprop
 
-__all__ = ["BBBConv1d", "BBBConv2d", "BBBConv3d", "BBBLinear"]
+__all__ = [
+    "BBBConv1d",
+    "BBBConv2d",
+    "BBBConv3d",
+    "BBBConvTranspose1d",
+    "BBBConvTranspose2d",
+    "BBBConvTranspose3d",
+    "BBBLinear",
+]
 
 
-class BBBLinear(WeightSpace, LinearBase):
+class BBBLinear(BayesByBackprop, shapes.Linear):
     """Linear layer, y = x (mu + sigma * eps)^T + b: input [..., in_features]."""
 
 
-class BBBConv1d(WeightSpace, ConvBase):
+class BBBConv1d(BayesByBackprop, shapes.Conv1d):
     """1-d convolution: input [N, C_in, L] or [C_in, L]."""
 
-    spatial = 1
 
-
-class BBBConv2d(WeightSpace, ConvBase):
+class BBBConv2d(BayesByBackprop, shapes.Conv2d):
     """2-d convolution: input [N, C_in, H, W] or [C_in, H, W]."""
 
-    spatial = 2
 
-
-class BBBConv3d(WeightSpace, ConvBase):
+class BBBConv3d(BayesByBackprop, shapes.Conv3d):
     """3-d convolution: input [N, C_in, D, H, W] or [C_in, D, H, W]."""
 
-    spatial = 3
+
+class BBBConvTranspose1d(BayesByBackprop, shapes.ConvTranspose1d):
+    """1-d transposed convolution: input [N, C_in, L] or [C_in, L]."""
+
+
+class BBBConvTranspose2d(BayesByBackprop, shapes.ConvTranspose2d):
+    """2-d transposed convolution: input [N, C_in, H, W] or [C_in, H, W]."""
+
+
+class BBBConvTranspose3d(BayesByBackprop, shapes.ConvTranspose3d):
+    """3-d transposed convolution: input [N, C_in, D, H, W] or [C_in, D, H, W]."""

@@ -1,27 +1,42 @@
 """Local-reparameterization layers: each forward draws one number for each output element."""
 
-from .base import ConvBase, LinearBase, LocalReparameterization
+from . import shapes
+from .estimators import LocalReparameterization
 
-__all__ = ["BBBConv1d", "BBBConv2d", "BBBConv3d", "BBBLinear"]
+__all__ = [
+    "BBBConv1d",
+    "BBBConv2d",
+    "BBBConv3d",
+    "BBBConvTranspose1d",
+    "BBBConvTranspose2d",
+    "BBBConvTranspose3d",
+    "BBBLinear",
+]
 
 
-class BBBLinear(LocalReparameterization, LinearBase):
+class BBBLinear(LocalReparameterization, shapes.Linear):
     """Linear layer, y = m + sqrt(v) * eps: input [..., in_features]."""
 
 
-class BBBConv1d(LocalReparameterization, ConvBase):
+class BBBConv1d(LocalReparameterization, shapes.Conv1d):
     """1-d convolution: input [N, C_in, L] or [C_in, L]."""
 
-    spatial = 1
 
-
-class BBBConv2d(LocalReparameterization, ConvBase):
+class BBBConv2d(LocalReparameterization, shapes.Conv2d):
     """2-d convolution: input [N, C_in, H, W] or [C_in, H, W]."""
 
-    spatial = 2
 
-
-class BBBConv3d(LocalReparameterization, ConvBase):
+class BBBConv3d(LocalReparameterization, shapes.Conv3d):
     """3-d convolution: input [N, C_in, D, H, W] or [C_in, D, H, W]."""
 
-    spatial = 3
+
+class BBBConvTranspose1d(LocalReparameterization, shapes.ConvTranspose1d):
+    """1-d transposed convolution: input [N, C_in, L] or [C_in, L]."""
+
+
+class BBBConvTranspose2d(LocalReparameterization, shapes.ConvTranspose2d):
+    """2-d transposed convolution: input [N, C_in, H, W] or [C_in, H, W]."""
+
+
+class BBBConvTranspose3d(LocalReparameterization, shapes.ConvTranspose3d):
+    """3-d transposed convolution: input [N, C_in, D, H, W] or [C_in, D, H, W]."""

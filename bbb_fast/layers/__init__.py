@@ -1,6 +1,6 @@
-"""Bayesian layers. ``BBB`` and ``BBB_LRT`` hold the same class names for the two estimators."""
+"""Bayesian layers. ``BBB``, ``BBB_LRT`` and ``Flipout`` hold the same class names, for three estimators."""
 
-from . import BBB, BBB_LRT
+from . import BBB, BBB_LRT, Flipout
 from .BBB import BBBConv2d as BBB_Conv2d
 from .BBB import BBBLinear as BBB_Linear
 from .BBB_LRT import BBBConv2d as BBB_LRT_Conv2d
@@ -15,5 +15,6 @@ __all__ = [
     "BBB_LRT_Linear",
     "BBB_Linear",
     "FlattenLayer",
+    "Flipout",
     "ModuleWrapper",
 ]

@@ -1,21 +1,21 @@
-"""What all Bayesian layers share: parameters, priors, the KL, and the choice of the draw."""
+"""What all Bayesian layers share: parameters, priors, the KL, and the choice of the draw. The estimators:
+``estimators.py``, the shapes: ``shapes.py``; a layer is one of each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import _backend, functional, routes
-from .._checks import FLOAT_DTYPES, factory, integer
+from .._checks import FLOAT_DTYPES, factory
+from .._layer_functions import ESTIMATORS
 from .._noise import FREE, RandomModule, draw_rng, rank_offset
-from ..reference import conv_memory_format, in_format
 from ..routes import VarianceDtype
 
 DEFAULT_PRIORS: dict[str, Any] = {
@@ -113,7 +113,8 @@ class BayesianLayer(RandomModule):
     (None without bias). A subclass says what the layer computes with given weights (``_mean_output``) and
     with its posterior under an estimator (``_draw_output``).
 
-    ``recompute_weight`` (estimator "bbb"): the drawn weight is not kept for backward but drawn again there.
+    ``recompute_weight`` (estimators "bbb" and "flipout"): the drawn weight is not kept for backward but drawn
+    again there.
     ``variance_dtype`` (estimator "lrt"): the type of the variance product, as in
     :func:`bbb_fast.functional.lrt_linear`; torch.bfloat16 is faster where the CPU or GPU multiplies it
     faster, "auto" chooses it there. Both are keyword arguments of the layers and may be set later.
@@ -125,6 +126,8 @@ class BayesianLayer(RandomModule):
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
     variance_dtype: VarianceDtype = None
+    # What the layer's functions are called behind the estimator's name.
+    _shape_name: str
     # Whether the product with a drawn weight is one that sparse inputs have too.
     _takes_any_layout: bool = False
     # What the last forward left for the KL's backward (csrc/layer_calls.h); keeps nothing alive.
@@ -142,13 +145,12 @@ class BayesianLayer(RandomModule):
     ) -> None:
         super().__init__()
         resolved = resolve_priors(priors)
-        for name, value, owner in (
-            ("recompute_weight", recompute_weight, "bbb"),
-            ("variance_dtype", variance_dtype, "lrt"),
-        ):
-            if value and self.estimator != owner:
+        own = ESTIMATORS[self.estimator].option.name
+        for name, value in (("recompute_weight", recompute_weight), ("variance_dtype", variance_dtype)):
+            if value and name != own:
+                owners = " and ".join(e.name for e in ESTIMATORS.values() if e.option.name == name)
                 raise ValueError(
-                    f"{type(self).__name__}: {name} is an option of the {owner} estimator, this layer's is "
+                    f"{type(self).__name__}: {name} is an option of {owners}, and this layer's estimator is "
                     f"{self.estimator}"
                 )
         if variance_dtype not in (None, "auto", *FLOAT_DTYPES):
@@ -269,10 +271,14 @@ class BayesianLayer(RandomModule):
     def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def _function(self, estimator: str) -> Callable[..., Any]:
+        """The function of ``bbb_fast.functional`` that draws the layer's output under an estimator."""
+        return getattr(functional, f"{estimator}_{self._shape_name}")
+
     def _draw_output(
         self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
     ) -> Tensor:
-        raise NotImplementedError
+        return self._function(estimator)(input, *parameters, rng, **options)
 
     def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
         """The output and what ``_trace`` shall be, by one call of the extension; None if it declines."""
@@ -282,7 +288,7 @@ class BayesianLayer(RandomModule):
         self, native: Any, input: Tensor, geometry: tuple[Any, ...] | None
     ) -> tuple[Tensor, Any] | None:
         return native.draw(
-            self.estimator == "lrt",
+            self.estimator,
             input,
             *self._parameters_in_order(),
             rank_offset(),
@@ -294,19 +300,22 @@ class BayesianLayer(RandomModule):
         )
 
     def _options(self, estimator: str) -> dict[str, Any]:
-        if estimator == "lrt":
-            return {"variance_dtype": self.variance_dtype}
-        return {"recompute_weight": self.recompute_weight}
+        option = ESTIMATORS[estimator].option.name
+        return {option: getattr(self, option)}
 
     def forward(self, input: Tensor, sample: bool = True) -> Tensor:
         """The layer's output for one draw of the noise, in train and in eval mode alike.
 
         ``sample=False`` uses the posterior means instead and draws nothing.
         """
+        return self._output(input, sample)
+
+    def _output(self, input: Tensor, sample: bool, **shape: Any) -> Tensor:
+        """``forward``; ``shape`` is what its arguments say of the shape's."""
         draw = self.wanted_draw() if sample else None
         if draw is FREE and type(input) is Tensor and not is_compiling():
             native = _backend.native_module()
-            drawn = None if native is None else self._draw_at_once(native, input)
+            drawn = None if native is None else self._draw_at_once(native, input, **shape)
             if drawn is not None:
                 # Past nn.Module's own bookkeeping, which takes microseconds and has no part in this.
                 output, self.__dict__["_trace"] = drawn
@@ -319,7 +328,7 @@ class BayesianLayer(RandomModule):
             narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
             dtype = input.dtype if narrow else own
             bias = None if self.bias_mu is None else self.bias_mu.to(dtype)
-            return self._mean_output(input, self.W_mu.to(dtype), bias)
+            return self._mean_output(input, self.W_mu.to(dtype), bias, **shape)
         if draw.pinned is None:
             rng, estimator = draw_rng(input.device), self.estimator
         else:
@@ -333,7 +342,7 @@ class BayesianLayer(RandomModule):
             kind = "nested" if input.is_nested else str(input.layout)
             raise TypeError(f"{type(self).__name__}: input must be a dense tensor, got a {kind} one")
         return self._draw_output(
-            estimator, input, self._parameters_in_order(), rng, **self._options(estimator)
+            estimator, input, self._parameters_in_order(), rng, **shape, **self._options(estimator)
         )
 
 
@@ -351,205 +360,3 @@ def kl_of_layers(layers: Sequence[BayesianLayer]) -> Tensor:
             return kl
     tensors = [(*pair, layer.prior_mu, layer.prior_sigma) for layer in layers for pair in layer.posterior()]
     return functional.kl_divergence(*zip(*tensors, strict=True))
-
-
-class WeightSpace(BayesianLayer):
-    """Bayes by Backprop: one weight draw a forward (Blundell et al., ICML 2015)."""
-
-    estimator = "bbb"
-
-
-class LocalReparameterization(BayesianLayer):
-    """One draw an output element (Kingma, Salimans and Welling, NeurIPS 2015)."""
-
-    estimator = "lrt"
-
-
-class LinearBase(BayesianLayer):
-    """Shape and arithmetic of ``torch.nn.Linear``: input [..., in_features]."""
-
-    _takes_any_layout = True
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        priors: Mapping[str, Any] | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        recompute_weight: bool = False,
-        variance_dtype: VarianceDtype = None,
-    ) -> None:
-        sizes = {"in_features": in_features, "out_features": out_features}
-        for name, value in sizes.items():
-            size = integer(value)
-            if size is None or size < 0:
-                raise ValueError(f"{type(self).__name__}: {name} must be an int >= 0, got {value!r}")
-            sizes[name] = size
-        in_features, out_features = sizes.values()
-        super().__init__(
-            (out_features, in_features),
-            out_features if bias else None,
-            priors,
-            device,
-            dtype,
-            recompute_weight,
-            variance_dtype,
-        )
-        self.in_features = in_features
-        self.out_features = out_features
-
-    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(input, weight, bias)
-
-    def _draw_output(
-        self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
-    ) -> Tensor:
-        op = functional.bbb_linear if estimator == "bbb" else functional.lrt_linear
-        return op(input, *parameters, rng, **options)
-
-    def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
-        return self._call_native(native, input, None)
-
-    def _shape_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias_mu is not None}"
-
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_DRAW_CONV = {
-    ("bbb", 1): functional.bbb_conv1d,
-    ("bbb", 2): functional.bbb_conv2d,
-    ("bbb", 3): functional.bbb_conv3d,
-    ("lrt", 1): functional.lrt_conv1d,
-    ("lrt", 2): functional.lrt_conv2d,
-    ("lrt", 3): functional.lrt_conv3d,
-}
-_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-
-
-class ConvBase(BayesianLayer):
-    """Shape and arithmetic of ``torch.nn.ConvNd``; a subclass sets ``spatial``."""
-
-    spatial: int
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | str = 0,
-        dilation: int | Sequence[int] = 1,
-        bias: bool = True,
-        priors: Mapping[str, Any] | None = None,
-        *,
-        groups: int = 1,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        recompute_weight: bool = False,
-        variance_dtype: VarianceDtype = None,
-    ) -> None:
-        name = type(self).__name__
-        given, groups = groups, integer(groups)
-        if groups is None or groups < 1:
-            raise ValueError(f"{name}: groups must be an int >= 1, got {given!r}")
-        channels = {"in_channels": in_channels, "out_channels": out_channels}
-        for label, value in channels.items():
-            count = integer(value)
-            if count is None or count < 1 or count % groups:
-                raise ValueError(
-                    f"{name}: {label} must be positive and divisible by groups = {groups}, got {value!r}"
-                )
-            channels[label] = count
-        in_channels, out_channels = channels.values()
-        if padding_mode not in _PADDING_MODES:
-            raise ValueError(
-                f"{name}: padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}"
-            )
-        kernel = self._numbers("kernel_size", kernel_size, 1)
-        super().__init__(
-            (out_channels, in_channels // groups, *kernel),
-            out_channels if bias else None,
-            priors,
-            device,
-            dtype,
-            recompute_weight,
-            variance_dtype,
-        )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = kernel
-        self.stride = self._numbers("stride", stride, 1)
-        self.dilation = self._numbers("dilation", dilation, 1)
-        self.groups = groups
-        self.padding_mode = padding_mode
-        self.padding: tuple[int, ...] | str
-        if isinstance(padding, str):
-            if padding not in ("same", "valid"):
-                raise ValueError(f"{name}: padding must be numbers, 'same' or 'valid', got {padding!r}")
-            if padding == "same" and any(s != 1 for s in self.stride):
-                raise ValueError(f"{name}: padding='same' needs stride 1, got {self.stride}")
-            self.padding = padding
-        else:
-            self.padding = self._numbers("padding", padding, 0)
-        # What F.pad takes: last dimension first, before and after; "same" puts the odd one behind.
-        self._input_padding: list[int] = []
-        for d in reversed(range(self.spatial)):
-            if self.padding == "same":
-                total = self.dilation[d] * (kernel[d] - 1)
-                self._input_padding += [total // 2, total - total // 2]
-            else:
-                size = 0 if isinstance(self.padding, str) else self.padding[d]
-                self._input_padding += [size, size]
-
-    def _numbers(self, label: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
-        several = isinstance(value, Iterable) and not isinstance(value, Tensor)
-        given = tuple(value) if several else (value,) * self.spatial
-        numbers = tuple(n for n in map(integer, given) if n is not None and n >= least)
-        if len(given) != self.spatial or len(numbers) != self.spatial:
-            raise ValueError(
-                f"{type(self).__name__}: {label} must be an int >= {least} or {self.spatial} of them, "
-                f"got {value!r}"
-            )
-        return numbers
-
-    def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
-        """Applies a padding mode the convolution itself does not know."""
-        if self.padding_mode == "zeros":
-            return input, self.padding
-        padded = F.pad(input, self._input_padding, mode=self.padding_mode)
-        # The memory format numbers the noise; F.pad keeps it in some modes and on some devices only.
-        return in_format(padded, conv_memory_format(input, self.W_mu)), (0,) * self.spatial
-
-    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = self._pad(input)
-        return _CONV[self.spatial](input, weight, bias, self.stride, padding, self.dilation, self.groups)
-
-    def _draw_output(
-        self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
-    ) -> Tensor:
-        input, padding = self._pad(input)
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        return _DRAW_CONV[estimator, self.spatial](input, *parameters, rng, *geometry, **options)
-
-    def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
-        padding = self.padding
-        if input.dim() != self.spatial + 2 or isinstance(padding, str) or self.padding_mode != "zeros":
-            return None
-        return self._call_native(native, input, (self.stride, padding, self.dilation, self.groups))
-
-    def _shape_repr(self) -> str:
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding!r}"
-        )
-        if any(d != 1 for d in self.dilation):
-            text += f", dilation={self.dilation}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        if self.padding_mode != "zeros":
-            text += f", padding_mode={self.padding_mode!r}"
-        return text + f", bias={self.bias_mu is not None}"

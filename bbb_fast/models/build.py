@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import BBB, BBB_LRT
+from ..layers import BBB, BBB_LRT, Flipout
 from ..layers.misc import ModuleWrapper
 
-LAYER_TYPES = {"bbb": BBB, "lrt": BBB_LRT}
+LAYER_TYPES = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"softplus": nn.Softplus, "relu": nn.ReLU}
 
 
@@ -44,7 +44,7 @@ class BayesianModel(ModuleWrapper, Architecture):
     """A model of Bayesian layers; returns ``(output, kl)``.
 
     Args: ``outputs`` classes; ``inputs`` channels of a 32 x 32 image; ``priors`` as the layers take them
-    (None: defaults); ``layer_type`` "lrt" or "bbb"; ``activation_type`` "softplus" or "relu".
+    (None: defaults); ``layer_type`` "lrt", "bbb" or "flipout"; ``activation_type`` "softplus" or "relu".
     """
 
     def __init__(

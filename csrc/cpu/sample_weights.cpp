@@ -1,4 +1,5 @@
-// sample_weights: w = mu + sigma eps, and in the same pass the KL. Its backward: posterior_backward.cpp.
+// sample_weights: w = mu + sigma eps, or sigma eps alone, and in the same pass the KL. Its backward:
+// posterior_backward.cpp.
 #ifndef BBB_ISA
 
 #include <torch/library.h>
@@ -13,6 +14,7 @@ struct SampleArgs {
   uint64_t seed, stream;
   f64::Prior prior;
   double* partial;  // one number a chunk; null without KL
+  bool centered;    // without mu
 };
 
 }  // namespace bbb_fast
@@ -29,7 +31,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_cpu(
     double prior_mu,
     double prior_sigma,
     bool with_kl,
-    std::optional<at::ScalarType> dtype) {
+    std::optional<at::ScalarType> dtype,
+    bool centered) {
   check_posteriors("sample_weights", mu, rho);
   check_rng("sample_weights", rng, mu[0].device());
   check_prior("sample_weights", prior_mu, prior_sigma);
@@ -53,7 +56,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights_cpu(
         static_cast<uint64_t>(seed_stream[0]),
         static_cast<uint64_t>(seed_stream[1]) + k,
         {prior_mu, prior_sigma},
-        with_kl ? partial.data() : nullptr};
+        with_kl ? partial.data() : nullptr,
+        centered};
     for_each_chunk(m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(sample_chunks, args, begin, end) });
     if (with_kl) {
       kl += finish_kl(partial, kl_constant(m));
@@ -73,7 +77,7 @@ TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
 
 #include "kl_tile.h"
 
-template <bool kWithKl>
+template <bool kWithKl, bool kCentered>
 void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
   const Noise noise(a.seed, a.stream);
   const Prior prior = make_prior(a.prior);
@@ -94,7 +98,8 @@ void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
         for (int q = 0; q < kQuads; ++q) {
           const vquad mu = load_quad(mu_tile + q * kQuad);
           const Sigma<vquad> s = softplus(load_quad(rho_tile + q * kQuad));
-          store(out + q * kQuad, s.value * z[q] + mu);
+          const vquad noise_part = s.value * z[q];
+          store(out + q * kQuad, kCentered ? noise_part : noise_part + mu);
           if constexpr (kWithKl) kl.add<kWhole>(q, mu, s, prior, count);
         }
       };
@@ -117,7 +122,7 @@ inline void sample_chunks_double(const SampleArgs& a, int64_t begin, int64_t end
       for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
         const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
         const f64::Sigma s = f64::softplus(rho);
-        write_double(a.out, j, mu + s.value * eps[j - i]);
+        write_double(a.out, j, (a.centered ? 0.0 : mu) + s.value * eps[j - i]);
         if (a.partial != nullptr) kl += f64::kl_terms(mu, rho, s, a.prior);
       }
     }
@@ -125,13 +130,22 @@ inline void sample_chunks_double(const SampleArgs& a, int64_t begin, int64_t end
   }
 }
 
+template <bool kCentered>
+void sample_chunks_narrow(const SampleArgs& a, int64_t begin, int64_t end) {
+  if (a.partial != nullptr) {
+    sample_chunks_float<true, kCentered>(a, begin, end);
+  } else {
+    sample_chunks_float<false, kCentered>(a, begin, end);
+  }
+}
+
 inline void sample_chunks(const SampleArgs& a, int64_t begin, int64_t end) {
   if (a.mu.dtype == at::kDouble) {
     sample_chunks_double(a, begin, end);
-  } else if (a.partial != nullptr) {
-    sample_chunks_float<true>(a, begin, end);
+  } else if (a.centered) {
+    sample_chunks_narrow<true>(a, begin, end);
   } else {
-    sample_chunks_float<false>(a, begin, end);
+    sample_chunks_narrow<false>(a, begin, end);
   }
 }
 

@@ -28,7 +28,7 @@ struct PosteriorArgs {
   Wide<P>* kl;
 };
 
-// A Function has a constant kNoise, and a template call(mu, Sigma, noise).
+// A Function has constants kMean and kNoise, and a template call(mu, Sigma, noise), which uses what they say.
 template <class Function, class P, class W, bool kWithKl>
 __global__ void __launch_bounds__(kThreads) posterior_kernel(
     const __grid_constant__ Table<PosteriorEntry<P, W>> table,
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) posterior_kernel(
     for_each_vector<N, Operands>(
         e.aligned, count,
         [&](auto whole, unsigned at, int left, Operands& o) {
-          if constexpr (Function::kNoise || kWithKl) read<whole.value>(e.mu + begin + at, left, o.mu);
+          if constexpr (Function::kMean || kWithKl) read<whole.value>(e.mu + begin + at, left, o.mu);
           read<whole.value>(e.rho + begin + at, left, o.rho);
         },
         [&](auto whole, unsigned at, int left, const Operands& o) {

@@ -1,5 +1,6 @@
 // posterior_backward: the gradient of mu and rho through the weights, whose eps is regenerated, or through
-// the mean and the variance, and through the KL. One launch for the tensors of a layer, or of a model.
+// the mean and apart from it sigma^2 or sigma eps, and through the KL. One launch for the tensors of a layer,
+// or of a model.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -17,10 +18,10 @@ template <class P, class W>
 struct BackwardEntry {
   const P* mu;
   const P* rho;
-  const W* grad_w;         // null without
-  const W* grad_variance;  // with grad_w, that of the mean; or null
-  P* grad_mu;              // may be grad_w
-  P* grad_rho;             // may be grad_variance
+  const W* grad_w;       // null without
+  const W* grad_spread;  // with grad_w, that of the mean; or null
+  P* grad_mu;            // may be grad_w
+  P* grad_rho;           // may be grad_spread
   int64_t numel;
   uint64_t tensor;  // its noise is stream + tensor
   typename KlSum<Wide<P>>::Prior prior;
@@ -28,28 +29,31 @@ struct BackwardEntry {
 };
 
 // Through the weight, dw/dmu = 1 and dw/drho = eps sigmoid(rho) (Blundell et al. 2015, section 3.2); through
-// the mean and the variance (kMoments), d sigma^2/drho = 2 sigma sigmoid(rho); plus the KL's.
+// the mean and apart from it sigma^2, d sigma^2/drho = 2 sigma sigmoid(rho), or sigma eps; plus the KL's.
+enum class Through { weight, variance, noise };
+
 // The compiler left alone takes 95 registers, for 2 blocks at once; these bounds cost no spill, as long as a
 // thread takes no more than 4 elements of 16 bits either.
 constexpr int kBackwardVector = 4;
-template <class P, bool kMoments>
-constexpr int kBackwardBlocks = (sizeof(P) == sizeof(double) ? 3 : 4) - (kMoments ? 1 : 0);
+template <class P, Through kThrough>
+constexpr int kBackwardBlocks = (sizeof(P) == sizeof(double) ? 3 : 4) - (kThrough == Through::weight ? 0 : 1);
 
-template <class P, class W, bool kMoments>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kMoments>) backward_kernel(
+template <class P, class W, Through kThrough>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kThrough>) backward_kernel(
     const __grid_constant__ Table<BackwardEntry<P, W>> table, const int64_t* rng, const Wide<P>* grad_kl) {
   using A = Wide<P>;
   constexpr int N = kBackwardVector;
+  constexpr bool kSpread = kThrough != Through::weight, kNoise = kThrough != Through::variance;
   struct Operands {
     Pack<P, N> mu, rho;
     Pack<W, N> grad_w;
-    std::conditional_t<kMoments, Pack<W, N>, std::tuple<>> grad_variance;
+    std::conditional_t<kSpread, Pack<W, N>, std::tuple<>> grad_spread;
   };
   const A g_kl = grad_kl == nullptr ? A{} : *grad_kl;
   for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     const bool weight = e.grad_w != nullptr;
     [[maybe_unused]] Noise noise;
-    if constexpr (!kMoments) {
+    if constexpr (kNoise) {
       if (weight) noise = Noise(rng, e.tensor);
     }
     for_each_vector<N, Operands>(
@@ -58,14 +62,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kMoments>) backwa
           read<whole.value>(e.mu + begin + at, left, o.mu);
           read<whole.value>(e.rho + begin + at, left, o.rho);
           if (weight) read<whole.value>(e.grad_w + begin + at, left, o.grad_w);
-          if constexpr (kMoments) {
-            if (weight) read<whole.value>(e.grad_variance + begin + at, left, o.grad_variance);
+          if constexpr (kSpread) {
+            if (weight) read<whole.value>(e.grad_spread + begin + at, left, o.grad_spread);
           }
         },
         [&](auto whole, unsigned at, int left, const Operands& o) {
           A g_mu[N], g_rho[N];
           [[maybe_unused]] A z[N];
-          if constexpr (!kMoments) {
+          if constexpr (kNoise) {
             if (weight) noise.fill(begin, at, z);
           }
 #pragma unroll
@@ -80,8 +84,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kMoments>) backwa
             }
             if (weight) {
               g_mu[j] += o.grad_w.wide(j);
-              if constexpr (kMoments) {
-                g_rho[j] += o.grad_variance.wide(j) * (s.value * derivative) * A{2};
+              if constexpr (kThrough == Through::variance) {
+                g_rho[j] += o.grad_spread.wide(j) * (s.value * derivative) * A{2};
+              } else if constexpr (kThrough == Through::noise) {
+                g_rho[j] += o.grad_spread.wide(j) * z[j] * derivative;
               } else {
                 g_rho[j] += o.grad_w.wide(j) * z[j] * derivative;
               }
@@ -95,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kMoments>) backwa
 
 at::Tensor posterior_backward_out(
     const c10::List<OptionalTensor>& grad_w_list,
-    const c10::List<OptionalTensor>& grad_variance_list,
+    const c10::List<OptionalTensor>& grad_spread_list,
     const OptionalTensor& grad_kl,
     at::TensorList mu,
     at::TensorList rho,
@@ -105,13 +111,13 @@ at::Tensor posterior_backward_out(
     at::TensorList grad_mu,
     at::TensorList grad_rho,
     std::optional<at::ScalarType> again) {
-  const std::vector<at::Tensor> grad_w = tensors(grad_w_list), grad_variance = tensors(grad_variance_list);
+  const std::vector<at::Tensor> grad_w = tensors(grad_w_list), grad_spread = tensors(grad_spread_list);
   check_posterior_backward(
-      "posterior_backward", grad_w, grad_variance, grad_kl, mu, rho, rng, prior_mu, prior_sigma, grad_mu,
+      "posterior_backward", grad_w, grad_spread, grad_kl, mu, rho, rng, prior_mu, prior_sigma, grad_mu,
       grad_rho, again);
   const DeviceGuard guard(mu[0].device());
   const auto dtype = mu[0].scalar_type();
-  const bool moments = !grad_variance.empty();
+  const bool spread = !grad_spread.empty(), noise = has(rng);
   // The gradients given have one type, or are brought to one.
   std::optional<at::ScalarType> given_dtype;
   const auto meet = [&](const at::Tensor& t) {
@@ -120,18 +126,18 @@ at::Tensor posterior_backward_out(
   };
   for (size_t k = 0; k < mu.size(); ++k) {
     meet(grad_w[k]);
-    if (moments) meet(grad_variance[k]);
+    if (spread) meet(grad_spread[k]);
   }
   const Pair pair = parameter_pair(dtype, given_dtype.value_or(dtype));
   const auto dense_as = [](const at::Tensor& t, at::ScalarType type) {
     return t.defined() ? t.to(type).contiguous() : t;
   };
-  std::vector<at::Tensor> m, r, g, g_v, g_mu, g_rho;
+  std::vector<at::Tensor> m, r, g, g_s, g_mu, g_rho;
   for (size_t k = 0; k < mu.size(); ++k) {
     m.push_back(dense_as(mu[k], pair.first));
     r.push_back(dense_as(rho[k], pair.first));
     g.push_back(dense_as(grad_w[k], pair.second));
-    g_v.push_back(moments ? dense_as(grad_variance[k], pair.second) : at::Tensor());
+    g_s.push_back(spread ? dense_as(grad_spread[k], pair.second) : at::Tensor());
     // Themselves, unless the mathematics runs in a wider type; then they are converted at the end.
     g_mu.push_back(grad_mu[k].to(pair.first));
     g_rho.push_back(grad_rho[k].to(pair.first));
@@ -151,7 +157,7 @@ at::Tensor posterior_backward_out(
           m[k].const_data_ptr<P>(),
           r[k].const_data_ptr<P>(),
           data(g[k]),
-          data(g_v[k]),
+          data(g_s[k]),
           g_mu[k].mutable_data_ptr<P>(),
           g_rho[k].mutable_data_ptr<P>(),
           m[k].numel(),
@@ -159,16 +165,18 @@ at::Tensor posterior_backward_out(
           prior_for<A>(prior_mu[k], prior_sigma[k]),
           false};
       e.aligned = is_aligned<N>(e.mu) && is_aligned<N>(e.rho) && is_aligned<N>(e.grad_w) &&
-                  is_aligned<N>(e.grad_variance) && is_aligned<N>(e.grad_mu) && is_aligned<N>(e.grad_rho);
+                  is_aligned<N>(e.grad_spread) && is_aligned<N>(e.grad_mu) && is_aligned<N>(e.grad_rho);
       entries.push_back(e);
     }
     const int64_t* seed_stream = numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr;
     const A* grad = g_kl.defined() ? g_kl.const_data_ptr<A>() : nullptr;
     for_each_table(entries, [&](const auto& table, int64_t) {
-      if (moments) {
-        launch<&backward_kernel<P, W, true>>(table.chunks(), table, seed_stream, grad);
+      if (!spread) {
+        launch<&backward_kernel<P, W, Through::weight>>(table.chunks(), table, seed_stream, grad);
+      } else if (noise) {
+        launch<&backward_kernel<P, W, Through::noise>>(table.chunks(), table, seed_stream, grad);
       } else {
-        launch<&backward_kernel<P, W, false>>(table.chunks(), table, seed_stream, grad);
+        launch<&backward_kernel<P, W, Through::variance>>(table.chunks(), table, seed_stream, grad);
       }
     });
   });
@@ -178,9 +186,10 @@ at::Tensor posterior_backward_out(
   }
   if (!again) return at::empty({0}, mu[0].options().dtype(at::kFloat));
   // A pass of its own here: written into the kernel, it would have to be measured.
-  auto formed = moments
-                    ? variance({mu[0]}, {rho[0]}, prior_mu[0], prior_sigma[0], false, *again)
-                    : sample_weights({mu[0]}, {rho[0]}, numbers, prior_mu[0], prior_sigma[0], false, again);
+  auto formed =
+      spread && !noise
+          ? variance({mu[0]}, {rho[0]}, prior_mu[0], prior_sigma[0], false, *again)
+          : sample_weights({mu[0]}, {rho[0]}, numbers, prior_mu[0], prior_sigma[0], false, again, spread);
   return std::get<0>(formed)[0];
 }
 

@@ -1,4 +1,5 @@
-// sample_weights: w = mu + sigma eps, and in the same pass the KL. Its backward: posterior_backward.cu.
+// sample_weights: w = mu + sigma eps, or sigma eps alone, and in the same pass the KL. Its backward:
+// posterior_backward.cu.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -9,10 +10,18 @@ namespace bbb_fast::cuda {
 namespace {
 
 struct Draw {
-  static constexpr bool kNoise = true;
+  static constexpr bool kMean = true, kNoise = true;
   template <class A, class S>
   BBB_DEVICE static A call(A mu, const S& s, A z) {
     return s.value * z + mu;
+  }
+};
+
+struct DrawCentered {
+  static constexpr bool kMean = false, kNoise = true;
+  template <class A, class S>
+  BBB_DEVICE static A call(A, const S& s, A z) {
+    return s.value * z;
   }
 };
 
@@ -23,7 +32,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights(
     double prior_mu,
     double prior_sigma,
     bool with_kl,
-    std::optional<at::ScalarType> dtype) {
+    std::optional<at::ScalarType> dtype,
+    bool centered) {
   check_posteriors("sample_weights", mu, rho);
   check_rng("sample_weights", rng, mu[0].device());
   check_prior("sample_weights", prior_mu, prior_sigma);
@@ -43,7 +53,11 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> sample_weights(
   dispatch_parameter_pair(pair, [&](auto first, auto second) {
     using P = typename decltype(first)::type;
     using W = typename decltype(second)::type;
-    run_posterior<Draw, P, W>(m, r, weights, numbers, prior_mu, prior_sigma, with_kl, kl);
+    if (centered) {
+      run_posterior<DrawCentered, P, W>(m, r, weights, numbers, prior_mu, prior_sigma, with_kl, kl);
+    } else {
+      run_posterior<Draw, P, W>(m, r, weights, numbers, prior_mu, prior_sigma, with_kl, kl);
+    }
   });
   for (at::Tensor& w : weights) w = w.to(wanted);
   return {std::move(weights), kl};

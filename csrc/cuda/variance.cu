@@ -12,7 +12,7 @@ namespace bbb_fast::cuda {
 namespace {
 
 struct Variance {
-  static constexpr bool kNoise = false;
+  static constexpr bool kMean = false, kNoise = false;
   template <class A, class S>
   BBB_DEVICE static A call(A, const S& s, A) {
     return s.value * s.value;

@@ -45,7 +45,7 @@ class Types:
         own = F32 if dtype in (BF16, F16) and c.chance("float32 parameters", 0.4) else dtype
         # Autocast narrows the input alone.
         autocast = c.pick("autocast", None, BF16, F16, often=0.85) if own == F32 else None
-        if estimator == "bbb":
+        if estimator != "lrt":
             option: dict[str, Any] = {"recompute_weight": c.chance("recompute_weight", 0.4)}
         else:
             option = {"variance_dtype": c.pick("variance_dtype", None, BF16, F32, F64, F16, often=0.6)}
@@ -156,7 +156,7 @@ def priors_of(c: Choices) -> dict[str, float]:
 
 
 def product_operands(
-    c: Choices, shape: tuple[int, ...], weight: tuple[int, ...], types: Types
+    c: Choices, shape: tuple[int, ...], weight: tuple[int, ...], types: Types, out_features: int
 ) -> dict[str, Operand]:
     """Input and parameters of a linear layer or a convolution."""
     # Small variances are denormals of float16: inputs keep away from 0 there.
@@ -165,7 +165,7 @@ def product_operands(
     operands["W_mu"], operands["W_rho"] = posterior(c, "W_", weight, types.parameters, extreme)
     if not c.chance("no bias", 0.3):
         operands["bias_mu"], operands["bias_rho"] = posterior(
-            c, "bias_", weight[:1], types.parameters, extreme
+            c, "bias_", (out_features,), types.parameters, extreme
         )
     gradients(c, operands)
     nonfinite(c, operands)
@@ -234,3 +234,38 @@ def convolution_shapes(
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     shapes = (*batch, i * groups, *image), (o, i, *kernel)
     return *shapes, options, math.prod(batch) * math.prod(pixels)
+
+
+def transposed_shapes(
+    c: Choices, spatial: int, types: Types
+) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], int]:
+    """The same of the transposed convolution that leads back from a convolution's output to its input."""
+    shape, weight, geometry, rows = convolution_shapes(c, spatial, types)
+    # oneDNN's gradient of a bfloat16 weight is arbitrary where a tap meets nothing but the border.
+    plain = isinstance(geometry["padding"], str) or BF16 in types.all()
+    padding = each(0 if plain else geometry["padding"], spatial)
+    stride, dilation = (each(geometry[name], spatial) for name in ("stride", "dilation"))
+    output_padding = tuple(
+        c.pick(f"output_padding {d}", *range(max(stride[d], dilation[d])), often=0.6) for d in range(spatial)
+    )
+    image, pixels = [], 1
+    for d in range(spatial):
+        size = max(1, (shape[-spatial + d] - 1) // stride[d])
+
+        def reached(size: int, d: int = d) -> int:
+            reach = dilation[d] * (weight[2 + d] - 1) + 1
+            return (size - 1) * stride[d] - 2 * padding[d] + reach + output_padding[d]
+
+        while reached(size) < 1:
+            size += 1
+        image.append(size)
+        pixels *= reached(size)
+    options = {"stride": stride, "padding": padding, "output_padding": output_padding}
+    batch = shape[: -spatial - 1]
+    shape = (*batch, weight[0], *image)
+    return (
+        shape,
+        weight,
+        {**options, "groups": geometry["groups"], "dilation": dilation},
+        max(rows, math.prod(batch) * pixels),
+    )

@@ -25,9 +25,13 @@ ROUNDINGS = 8.0
 
 
 def _positive_kl(
-    mu: Sequence[Tensor], rho: Sequence[Tensor], prior_mu: Sequence[float], prior_sigma: Sequence[float]
+    mu: Sequence[Tensor],
+    rho: Sequence[Tensor],
+    prior_mu: float | Sequence[float],
+    prior_sigma: float | Sequence[float],
 ) -> Tensor:
     """The sum of the magnitudes of the KL's terms, and as its gradient that of its gradient's terms."""
+    mu, rho, prior_mu, prior_sigma = reference.as_lists(mu, rho, prior_mu, prior_sigma)
     value: Tensor | float = 0.0
     slope: Tensor | float = 0.0
     for m, r, m_p, s_p in zip(mu, rho, prior_mu, prior_sigma, strict=True):
@@ -46,7 +50,7 @@ def positive_world(noise: bool = True) -> Iterator[None]:
 
     The noise counts as its magnitude and one more, since its error does not get smaller with it.
     """
-    draw = reference.normal
+    draw, draw_signs = reference.normal, reference.signs
 
     def positive(*args: object, **options: object) -> Tensor:
         eps = draw(*args, **options)
@@ -54,6 +58,7 @@ def positive_world(noise: bool = True) -> Iterator[None]:
 
     with (
         mock.patch.object(reference, "normal", positive),
+        mock.patch.object(reference, "signs", lambda *args: draw_signs(*args).abs()),
         mock.patch.object(reference, "kl_divergence", _positive_kl),
     ):
         yield

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bbb_fast
 from bbb_fast import _ops, functional, layers
+from bbb_fast._layer_functions import ESTIMATORS
 
 from .choices import Case, Choices
 from .operands import Witness, fenced
@@ -64,7 +65,8 @@ def _prior() -> Arguments:
 
 
 def _option(estimator: str) -> Arguments:
-    return {"recompute_weight": False} if estimator == "bbb" else {"variance_dtype": None}
+    option = ESTIMATORS[estimator].option
+    return {option.name: option.default}
 
 
 def _public(c: Choices, name: str) -> Arguments:
@@ -78,14 +80,17 @@ def _public(c: Choices, name: str) -> Arguments:
         return {"mu": [mu], "rho": [rho], "rng": _rng(), **_prior(), "with_kl": True, "dtype": None}
     if name == "kl_divergence":
         return {"mu": [mu, rho], "rho": [rho, mu], **_prior()}
-    estimator, kind = name.split("_")
+    estimator, kind = name.split("_", 1)
     common = {**_prior(), "with_kl": True, **_option(estimator)}
     if kind == "linear":
         parameters = _parameters(c, (6, 5))
         return {"input": _tensor(c, "input", 4, 5), **parameters, "rng": _rng(), **common}
-    spatial = int(kind[4])
+    spatial = int(kind[-2])
     geometry = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     x, weight = _tensor(c, "input", 2, 4, *(6,) * spatial), (6, 4, *(3,) * spatial)
+    if "transpose" in kind:
+        geometry = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+        x, weight = _tensor(c, "input", 2, 6, *(4,) * spatial), (6, 6, *(3,) * spatial)
     return {"input": x, **_parameters(c, weight), "rng": _rng(), **geometry, **common}
 
 
@@ -101,7 +106,7 @@ def _raw(c: Choices, name: str) -> Arguments:
         "posterior_backward": {**gradient, "rng": rng, **lists},
         "posterior_backward_out": {
             "grad_w": [x],
-            "grad_variance": [x.abs()] if c.chance("moments", 0.5) else [],
+            "grad_spread": [x.abs()] if c.chance("spread", 0.5) else [],
             **{k: v for k, v in gradient.items() if k != "grad_w"},
             "rng": rng,
             **lists,
@@ -113,6 +118,8 @@ def _raw(c: Choices, name: str) -> Arguments:
         "square": {"input": x, "dtype": F32},
         "square_backward_": {"grad_input": x, "input": y, "grad": z},
         "lrt_sample_": {"m": x, "v": y.abs(), "rng": rng},
+        "flip_signs": {"input": x, "rng": rng, "stream": 2, "channel_dim": -1},
+        "add_flipped_": {"base": x, "input": y, "rng": rng, "stream": 3, "channel_dim": 1},
         "lrt_sample_backward": {"grad": x, "v": y.abs(), "rng": rng},
     }
     if name in by_hand:
@@ -144,7 +151,7 @@ def _raw(c: Choices, name: str) -> Arguments:
 
 def _constructor(c: Choices, name: str) -> Arguments:
     """Arguments of a layer's class."""
-    estimator = "lrt" if name.startswith("BBB_LRT") else "bbb"
+    estimator = _layer_of(name).estimator
     common = {
         "bias": True,
         "priors": {"prior_sigma": 0.1},
@@ -178,7 +185,7 @@ def _input(c: Choices, name: str) -> Tensor:
 
 def _forward(c: Choices, name: str) -> Arguments:
     """What a layer's forward is given, and what may have been set on it before."""
-    estimator = "lrt" if name.startswith("BBB_LRT") else "bbb"
+    estimator = _layer_of(name).estimator
     weight = (6, 5) if name.endswith("Linear") else (6, 4, *(3,) * int(name[-2]))
     arguments = {"input": _input(c, name), "sample": True, **_parameters(c, weight), **_prior()}
     return {**arguments, **_option(estimator)}
@@ -340,15 +347,18 @@ def _changed(arguments: Arguments, c: Choices) -> Arguments:
 # ---------------------------------------------------------------------------------------------------- running
 
 
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 PUBLIC = (
     "normal",
     "sample_weight",
     "sample_weights",
     "kl_divergence",
-    *(f"{e}_{k}" for e in ("bbb", "lrt") for k in ("linear", "conv1d", "conv2d", "conv3d")),
+    *(f"{e}_{k}" for e in ESTIMATORS for k in KINDS),
 )
 LAYERS = tuple(
-    f"{f}.{k}" for f in ("BBB", "BBB_LRT") for k in ("BBBLinear", "BBBConv1d", "BBBConv2d", "BBBConv3d")
+    f"{f}.{k}"
+    for f in ("BBB", "BBB_LRT", "Flipout")
+    for k in ("BBBLinear", "BBBConv1d", "BBBConv2d", "BBBConv3d")
 )
 TARGETS: dict[str, tuple[str, str]] = {
     **{name: ("public", name) for name in PUBLIC},

@@ -37,6 +37,7 @@ from .arguments import (
     priors_of,
     product_operands,
     rng_of,
+    transposed_shapes,
 )
 from .bounds import bound, positive_world
 from .choices import Case, Choices
@@ -172,8 +173,8 @@ def routes_of(
 
 
 def product(name: str) -> Callable[[Choices], Problem]:
-    """lrt_linear, bbb_conv2d and so on."""
-    estimator, kind = name.split("_")
+    """lrt_linear, bbb_conv2d, flipout_conv_transpose1d and so on."""
+    estimator, kind = name.split("_", 1)
     op = getattr(functional, name)
 
     def problem(c: Choices) -> Problem:
@@ -182,10 +183,12 @@ def product(name: str) -> Callable[[Choices], Problem]:
             (shape, weight), geometry = linear_shapes(c), {}
             rows = math.prod(shape[:-1])
         else:
-            shape, weight, geometry, rows = convolution_shapes(c, int(kind[4]), types)
-        operands, priors = product_operands(c, shape, weight, types), priors_of(c)
+            shapes = transposed_shapes if "transpose" in kind else convolution_shapes
+            shape, weight, geometry, rows = shapes(c, int(kind[-2]), types)
+        features = weight[1] * geometry["groups"] if "transpose" in kind else weight[0]
+        operands, priors = product_operands(c, shape, weight, types, features), priors_of(c)
         rng, with_kl = rng_of(c), c.chance("with_kl", 0.5)
-        taken = routes_of(c, shape, weight, geometry)
+        taken = None if "transpose" in kind else routes_of(c, shape, weight, geometry)
 
         def run(t: Tensors, exact: bool) -> Tensors:
             parameters = t["W_mu"], t["W_rho"], t.get("bias_mu"), t.get("bias_rho")
@@ -278,9 +281,9 @@ def _set_parameters(module: nn.Module, t: Tensors, prefix: str = "") -> None:
 
 
 def layer(family: str, kind: str) -> Callable[[Choices], Problem]:
-    """A layer of bbb_fast.layers.BBB or BBB_LRT."""
+    """A layer of bbb_fast.layers.BBB, BBB_LRT or Flipout."""
     make = getattr(getattr(layers, family), kind)
-    estimator = "lrt" if family == "BBB_LRT" else "bbb"
+    estimator = make.estimator
 
     def problem(c: Choices) -> Problem:
         types = Types.draw(c, estimator)
@@ -296,7 +299,7 @@ def layer(family: str, kind: str) -> Callable[[Choices], Problem]:
             mode = c.pick("padding_mode", "zeros", "reflect", "replicate", "circular", often=0.7)
             # What torch pads with in these modes comes from the image: it must be large enough.
             geometry["padding_mode"] = mode if min(shape[-spatial:]) > 4 and 0 not in shape else "zeros"
-        operands, priors = product_operands(c, shape, weight, types), priors_of(c)
+        operands, priors = product_operands(c, shape, weight, types, weight[0]), priors_of(c)
         use = Use.draw(c, types.autocast)
         for name, operand in operands.items():
             operand.parameter = name != "input"
@@ -354,7 +357,7 @@ def _model(
 
 
 def _family(c: Choices, name: str) -> Any:
-    return c.pick(f"estimator of {name}", layers.BBB, layers.BBB_LRT)
+    return c.pick(f"estimator of {name}", layers.BBB, layers.BBB_LRT, layers.Flipout)
 
 
 def linear_model(c: Choices) -> Problem:
@@ -396,7 +399,9 @@ def convolution_model(c: Choices) -> Problem:
     return _model(c, (c.pick("rows", 3, 1, 16), channels, size, size), parts, 16 * 100)
 
 
-_ESTIMATORS = ("bbb", "lrt")
+_ESTIMATORS = ("bbb", "lrt", "flipout")
+_FAMILIES = ("BBB", "BBB_LRT", "Flipout")
+_PRODUCTS = ("conv", "conv_transpose")
 _KINDS = ("BBBLinear", "BBBConv1d", "BBBConv2d", "BBBConv3d")
 OPS: dict[str, Callable[[Choices], Problem]] = {
     "normal": normal,
@@ -404,8 +409,8 @@ OPS: dict[str, Callable[[Choices], Problem]] = {
     "sample_weights": sample_weights,
     "kl_divergence": kl_divergence,
     **{f"{e}_linear": product(f"{e}_linear") for e in _ESTIMATORS},
-    **{f"{e}_conv{d}d": product(f"{e}_conv{d}d") for e in _ESTIMATORS for d in (1, 2, 3)},
-    **{f"{family}.{kind}": layer(family, kind) for family in ("BBB", "BBB_LRT") for kind in _KINDS},
+    **{f"{e}_{k}{d}d": product(f"{e}_{k}{d}d") for e in _ESTIMATORS for k in _PRODUCTS for d in (1, 2, 3)},
+    **{f"{family}.{kind}": layer(family, kind) for family in _FAMILIES for kind in _KINDS},
     "linear_model": linear_model,
     "convolution_model": convolution_model,
 }

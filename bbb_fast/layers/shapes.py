@@ -1,0 +1,381 @@
+"""What a layer computes, and its arguments: the shapes of ``torch.nn``. Estimators: ``estimators.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import integer
+from ..reference import conv_memory_format, in_format
+from ..routes import VarianceDtype
+from .base import BayesianLayer, _Parameters
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear"]
+
+
+class Linear(BayesianLayer):
+    """Shape and arithmetic of ``torch.nn.Linear``: input [..., in_features]."""
+
+    _shape_name = "linear"
+    _takes_any_layout = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        priors: Mapping[str, Any] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        recompute_weight: bool = False,
+        variance_dtype: VarianceDtype = None,
+    ) -> None:
+        sizes = {"in_features": in_features, "out_features": out_features}
+        for name, value in sizes.items():
+            size = integer(value)
+            if size is None or size < 0:
+                raise ValueError(f"{type(self).__name__}: {name} must be an int >= 0, got {value!r}")
+            sizes[name] = size
+        in_features, out_features = sizes.values()
+        super().__init__(
+            (out_features, in_features),
+            out_features if bias else None,
+            priors,
+            device,
+            dtype,
+            recompute_weight,
+            variance_dtype,
+        )
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
+        return self._call_native(native, input, None)
+
+    def _shape_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias_mu is not None}"
+
+
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class _Convolution(BayesianLayer):
+    """What convolutions and transposed ones share; a subclass sets ``spatial`` and ``transposed``."""
+
+    spatial: int
+    transposed: bool
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        dilation: int | Sequence[int],
+        groups: int,
+        bias: bool,
+        priors: Mapping[str, Any] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        recompute_weight: bool,
+        variance_dtype: VarianceDtype,
+    ) -> None:
+        name = type(self).__name__
+        given, groups = groups, integer(groups)
+        if groups is None or groups < 1:
+            raise ValueError(f"{name}: groups must be an int >= 1, got {given!r}")
+        channels = {"in_channels": in_channels, "out_channels": out_channels}
+        for label, value in channels.items():
+            count = integer(value)
+            if count is None or count < 1 or count % groups:
+                raise ValueError(
+                    f"{name}: {label} must be positive and divisible by groups = {groups}, got {value!r}"
+                )
+            channels[label] = count
+        in_channels, out_channels = channels.values()
+        kernel = self._numbers("kernel_size", kernel_size, 1)
+        first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
+        super().__init__(
+            (first, second // groups, *kernel),
+            out_channels if bias else None,
+            priors,
+            device,
+            dtype,
+            recompute_weight,
+            variance_dtype,
+        )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel
+        self.stride = self._numbers("stride", stride, 1)
+        self.dilation = self._numbers("dilation", dilation, 1)
+        self.groups = groups
+
+    @property
+    def _shape_name(self) -> str:
+        return f"{'conv_transpose' if self.transposed else 'conv'}{self.spatial}d"
+
+    def _numbers(self, label: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
+        several = isinstance(value, Iterable) and not isinstance(value, Tensor)
+        given = tuple(value) if several else (value,) * self.spatial
+        numbers = tuple(n for n in map(integer, given) if n is not None and n >= least)
+        if len(given) != self.spatial or len(numbers) != self.spatial:
+            raise ValueError(
+                f"{type(self).__name__}: {label} must be an int >= {least} or {self.spatial} of them, "
+                f"got {value!r}"
+            )
+        return numbers
+
+    def _shape_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding!r}"
+        )
+        if any(d != 1 for d in self.dilation):
+            text += f", dilation={self.dilation}"
+        if any(getattr(self, "output_padding", ())):
+            text += f", output_padding={self.output_padding}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode!r}"
+        return text + f", bias={self.bias_mu is not None}"
+
+
+class Conv(_Convolution):
+    """Shape and arithmetic of ``torch.nn.ConvNd``."""
+
+    transposed = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        bias: bool = True,
+        priors: Mapping[str, Any] | None = None,
+        *,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        recompute_weight: bool = False,
+        variance_dtype: VarianceDtype = None,
+    ) -> None:
+        name = type(self).__name__
+        if padding_mode not in _PADDING_MODES:
+            raise ValueError(
+                f"{name}: padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}"
+            )
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            dilation,
+            groups,
+            bias,
+            priors,
+            device,
+            dtype,
+            recompute_weight,
+            variance_dtype,
+        )
+        self.padding_mode = padding_mode
+        self.padding: tuple[int, ...] | str
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise ValueError(f"{name}: padding must be numbers, 'same' or 'valid', got {padding!r}")
+            if padding == "same" and any(s != 1 for s in self.stride):
+                raise ValueError(f"{name}: padding='same' needs stride 1, got {self.stride}")
+            self.padding = padding
+        else:
+            self.padding = self._numbers("padding", padding, 0)
+        # What F.pad takes: last dimension first, before and after; "same" puts the odd one behind.
+        self._input_padding: list[int] = []
+        for d in reversed(range(self.spatial)):
+            if self.padding == "same":
+                total = self.dilation[d] * (self.kernel_size[d] - 1)
+                self._input_padding += [total // 2, total - total // 2]
+            else:
+                size = 0 if isinstance(self.padding, str) else self.padding[d]
+                self._input_padding += [size, size]
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
+        """Applies a padding mode the convolution itself does not know."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        padded = F.pad(input, self._input_padding, mode=self.padding_mode)
+        # The memory format numbers the noise; F.pad keeps it in some modes and on some devices only.
+        return in_format(padded, conv_memory_format(input, self.W_mu)), (0,) * self.spatial
+
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        input, padding = self._pad(input)
+        conv = getattr(F, self._shape_name)
+        return conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _draw_output(
+        self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
+    ) -> Tensor:
+        input, padding = self._pad(input)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return self._function(estimator)(input, *parameters, rng, *geometry, **options)
+
+    def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
+        padding = self.padding
+        if input.dim() != self.spatial + 2 or isinstance(padding, str) or self.padding_mode != "zeros":
+            return None
+        none = (0,) * self.spatial
+        return self._call_native(
+            native, input, (self.stride, padding, self.dilation, False, none, self.groups)
+        )
+
+
+class ConvTranspose(_Convolution):
+    """Shape and arithmetic of ``torch.nn.ConvTransposeNd``."""
+
+    transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        bias: bool = True,
+        priors: Mapping[str, Any] | None = None,
+        *,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        recompute_weight: bool = False,
+        variance_dtype: VarianceDtype = None,
+    ) -> None:
+        if padding_mode != "zeros":
+            raise ValueError(f"{type(self).__name__}: padding_mode must be zeros, got {padding_mode!r}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            dilation,
+            groups,
+            bias,
+            priors,
+            device,
+            dtype,
+            recompute_weight,
+            variance_dtype,
+        )
+        self.padding_mode = padding_mode
+        self.padding = self._numbers("padding", padding, 0)
+        self.output_padding = self._numbers("output_padding", output_padding, 0)
+
+    def forward(
+        self, input: Tensor, output_size: Sequence[int] | bool | None = None, sample: bool = True
+    ) -> Tensor:
+        """As ``torch.nn.ConvTransposeNd``'s: ``output_size``, if given, chooses the ``output_padding``.
+
+        ``sample`` as in the other layers, also as the second argument. Raises ValueError for an
+        ``output_size`` that no ``output_padding`` gives.
+        """
+        if isinstance(output_size, bool):
+            output_size, sample = None, output_size
+        padding = self.output_padding if output_size is None else self._padding_for(input, output_size)
+        return self._output(input, sample, output_padding=padding)
+
+    def _padding_for(self, input: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
+        """The output_padding that gives ``output_size``: of the image, or with the dimensions before it."""
+        name, spatial = type(self).__name__, self.spatial
+        sizes = list(output_size)
+        if len(sizes) == input.dim():
+            sizes = sizes[-spatial:]
+        if len(sizes) != spatial:
+            raise ValueError(
+                f"{name}: output_size must have {spatial} or {input.dim()} elements, got {list(output_size)}"
+            )
+        least = [
+            (length - 1) * s - 2 * p + d * (k - 1) + 1
+            for length, s, p, d, k in zip(
+                input.shape[-spatial:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.kernel_size,
+                strict=True,
+            )
+        ]
+        most = [n + max(s, d) - 1 for n, s, d in zip(least, self.stride, self.dilation, strict=True)]
+        if any(not low <= n <= high for low, n, high in zip(least, sizes, most, strict=True)):
+            raise ValueError(f"{name}: output_size must be from {least} to {most}, got {sizes}")
+        return tuple(n - low for n, low in zip(sizes, least, strict=True))
+
+    def _mean_output(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, output_padding: tuple[int, ...]
+    ) -> Tensor:
+        conv = getattr(F, self._shape_name)
+        return conv(
+            input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        )
+
+    def _draw_output(
+        self,
+        estimator: str,
+        input: Tensor,
+        parameters: _Parameters,
+        rng: Tensor,
+        output_padding: tuple[int, ...],
+        **options: Any,
+    ) -> Tensor:
+        geometry = (self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return self._function(estimator)(input, *parameters, rng, *geometry, **options)
+
+    def _draw_at_once(
+        self, native: Any, input: Tensor, output_padding: tuple[int, ...]
+    ) -> tuple[Tensor, Any] | None:
+        if input.dim() != self.spatial + 2:
+            return None
+        geometry = (self.stride, self.padding, self.dilation, True, output_padding, self.groups)
+        return self._call_native(native, input, geometry)
+
+
+class Conv1d(Conv):
+    spatial = 1
+
+
+class Conv2d(Conv):
+    spatial = 2
+
+
+class Conv3d(Conv):
+    spatial = 3
+
+
+class ConvTranspose1d(ConvTranspose):
+    spatial = 1
+
+
+class ConvTranspose2d(ConvTranspose):
+    spatial = 2
+
+
+class ConvTranspose3d(ConvTranspose):
+    spatial = 3
