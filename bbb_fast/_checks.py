@@ -105,14 +105,28 @@ def prior(op: str, prior_mu: float, prior_sigma: float) -> None:
         raise ValueError(f"{op}: prior_sigma must be finite and > 0, got {prior_sigma:g}")
 
 
-def priors(op: str, count: int, prior_mu: Sequence[float], prior_sigma: Sequence[float]) -> None:
-    if len(prior_mu) != count or len(prior_sigma) != count:
+def priors(
+    op: str,
+    mu: Sequence[Tensor],
+    prior_mu: Sequence[float | Tensor],
+    prior_sigma: Sequence[float | Tensor],
+) -> None:
+    """One for each of the tensors: numbers, or tensors that are scalars or have its shape."""
+    if len(prior_mu) != len(mu) or len(prior_sigma) != len(mu):
         raise ValueError(
-            f"{op}: {count} tensors need {count} priors, got {len(prior_mu)} prior_mu and "
+            f"{op}: {len(mu)} tensors need {len(mu)} priors, got {len(prior_mu)} prior_mu and "
             f"{len(prior_sigma)} prior_sigma"
         )
-    for m, s in zip(prior_mu, prior_sigma, strict=True):
-        prior(op, m, s)
+    for like, m, s in zip(mu, prior_mu, prior_sigma, strict=True):
+        for name, value in (("prior_mu", m), ("prior_sigma", s)):
+            if isinstance(value, Tensor):
+                floating(op, name, value)
+                same_device(op, name, value, like.device)
+                if value.shape not in ((), like.shape):
+                    raise ValueError(
+                        f"{op}: {name} must be a number or have shape {_shape(like)}, got {_shape(value)}"
+                    )
+        prior(op, 0.0 if isinstance(m, Tensor) else m, 1.0 if isinstance(s, Tensor) else s)
 
 
 def optional_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:

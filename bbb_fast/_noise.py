@@ -17,6 +17,8 @@ from ._recompute import Place, graph_task
 
 _INT64_MAX = (1 << 63) - 1
 _MAX_SAMPLE = (1 << 31) - 1
+# The noise of one module takes streams from a multiple of this on.
+STREAMS_A_BLOCK = 1 << 8
 # 2^64 over the golden ratio: multiples of it lie far apart modulo 2^64.
 _RANK_STEP = 0x9E3779B97F4A7C15
 
@@ -90,6 +92,8 @@ class RandomModule(nn.Module):
     # Whether the last forward drew freely; and of a replica, what it was made under, and of which module.
     _drew_freely: bool = True
     _origin: tuple[Draw, RandomModule] | None = None
+    # How many blocks of streams its noise needs.
+    _stream_blocks: int = 1
 
     def _replicate_for_data_parallel(self) -> RandomModule:
         replica = super()._replicate_for_data_parallel()
@@ -260,6 +264,7 @@ class fixed_noise(_DrawContext):
         self._rng = torch.tensor([seed, sample << 32], device="cpu")
         # By id, for which torch.compile guards: by module it would take one layer's number for all.
         self._numbers: dict[int, int] = {}
+        self._blocks = 0
         self._numbered: list[nn.Module] = []
         if model is not None:
             if not isinstance(model, nn.Module):
@@ -296,7 +301,8 @@ class fixed_noise(_DrawContext):
     def _count(self, module: RandomModule) -> None:
         if id(module) not in self._numbers:
             self._numbered.append(module)
-            self._numbers[id(module)] = len(self._numbers)
+            self._numbers[id(module)] = self._blocks
+            self._blocks += module._stream_blocks
 
     def number(self, module: RandomModule) -> int:
         """The module's place among those that draw, in the model that it is a part of."""

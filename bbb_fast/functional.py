@@ -17,6 +17,7 @@ product is infinite or NaN, how far that spreads is the library's affair.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,29 +126,41 @@ def sample_weight(
 def kl_divergence(
     mu: Tensor | Sequence[Tensor],
     rho: Tensor | Sequence[Tensor],
-    prior_mu: float | Sequence[float] = 0.0,
-    prior_sigma: float | Sequence[float] = 0.1,
+    prior_mu: float | Tensor | Sequence[float | Tensor] = 0.0,
+    prior_sigma: float | Tensor | Sequence[float | Tensor] = 0.1,
 ) -> Tensor:
     """KL(q || p) of q = N(mu, sigma^2) from p = N(prior_mu, prior_sigma^2), summed over all weights.
 
     1/2 * sum(2 ln(sigma_p / sigma) - 1 + (sigma / sigma_p)^2 + ((mu - mu_p) / sigma_p)^2), the
     closed form for Gaussians (Kingma and Welling, "Auto-encoding variational Bayes", appendix B, for a
-    general prior). Accepts one tensor or a list, the priors as one number or a list of the same length;
-    a list is summed in one call. Accumulated in float64.
+    general prior). Accepts one tensor or a list, the priors as one for all or as a list of the same length;
+    a list is summed in one call. A prior is a number or a tensor, a scalar or of mu's shape (PyTorch's ops
+    form the KL of such, differentiable in the prior too). Accumulated in float64.
 
     Of parameters that are sharded over ranks (DTensors), it is the KL of the whole, on every rank; all ranks
-    call it.
+    call it, and the priors are numbers.
 
     Returns a scalar, float32 (float64 for float64), differentiable in mu and rho.
     """
     mus, rhos, prior_mus, prior_sigmas = reference.as_lists(mu, rho, prior_mu, prior_sigma)
+    by_tensors = [
+        isinstance(m, Tensor) or isinstance(s, Tensor) for m, s in zip(prior_mus, prior_sigmas, strict=False)
+    ]
     if any(is_sharded(t) for t in (*mus, *rhos)):
+        if any(by_tensors):
+            raise NotImplementedError("kl_divergence: of DTensors the priors must be numbers")
         return kl_of_shards(kl_divergence, mus, rhos, prior_mus, prior_sigmas)
-    if mus and use_native(mus[0].device):
+    if mus and use_native(mus[0].device) and not any(by_tensors):
         return _native.kl_divergence(mus, rhos, prior_mus, prior_sigmas)
     _checks.posteriors("kl_divergence", mus, rhos)
-    _checks.priors("kl_divergence", len(mus), prior_mus, prior_sigmas)
-    return reference.kl_divergence(mus, rhos, prior_mus, prior_sigmas)
+    _checks.priors("kl_divergence", mus, prior_mus, prior_sigmas)
+    if all(by_tensors) or not any(by_tensors):
+        return reference.kl_divergence(mus, rhos, prior_mus, prior_sigmas)
+    groups: tuple[list[Any], list[Any]] = ([], [])
+    for by_tensor, each in zip(by_tensors, zip(mus, rhos, prior_mus, prior_sigmas, strict=True), strict=True):
+        groups[by_tensor].append(each)
+    numbers, tensors = (kl_divergence(*map(list, zip(*group, strict=True))) for group in groups)
+    return numbers + tensors
 
 
 def _autocast(input: Tensor) -> Tensor:

@@ -584,18 +584,19 @@ def flipout_linear(
 def kl_divergence(
     mu: Tensor | Sequence[Tensor],
     rho: Tensor | Sequence[Tensor],
-    prior_mu: float | Sequence[float] = 0.0,
-    prior_sigma: float | Sequence[float] = 0.1,
+    prior_mu: float | Tensor | Sequence[float | Tensor] = 0.0,
+    prior_sigma: float | Tensor | Sequence[float | Tensor] = 0.1,
 ) -> Tensor:
     """KL(q || p) of q = N(mu, sigma^2) from p = N(prior_mu, prior_sigma^2), summed over all weights.
 
     1/2 * sum(2 ln(sigma_p / sigma) - 1 + (sigma / sigma_p)^2 + ((mu - mu_p) / sigma_p)^2), the
     closed form for Gaussians (Kingma and Welling, "Auto-encoding variational Bayes", appendix B, for a
-    general prior). Accepts one tensor or a list, the priors as one number or a list of the same length;
-    a list is summed in one call. Accumulated in float64.
+    general prior). Accepts one tensor or a list, the priors as one for all or as a list of the same length;
+    a list is summed in one call. A prior is a number or a tensor, a scalar or of mu's shape (PyTorch's ops
+    form the KL of such, differentiable in the prior too). Accumulated in float64.
 
     Of parameters that are sharded over ranks (DTensors), it is the KL of the whole, on every rank; all ranks
-    call it.
+    call it, and the priors are numbers.
 
     Returns a scalar, float32 (float64 for float64), differentiable in mu and rho."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,16 @@ def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch
     ] or [torch.empty(0, 4, device=rng.device)]
     noise = torch.cat(parts) if len(parts) > 1 else parts[0]
     return noise.reshape(-1)[:count].reshape(tuple(size)).to(dtype)
+
+
+def normal_rows(index: Tensor, width: int, rng: Tensor) -> Tensor:
+    """Rows ``index`` of the noise of a matrix of this width, float32: [...] -> [..., width]; no gradient."""
+    with torch.no_grad():
+        first = index.reshape(-1, 1).to(torch.int64) * width
+        blocks = first // 4 + torch.arange((width + 6) // 4, device=index.device)
+        noise = _normal_blocks(blocks.reshape(-1), rng).reshape(len(first), 4 * blocks.shape[1])
+        places = first % 4 + torch.arange(width, device=index.device)
+        return noise.gather(1, places).reshape(*index.shape, width)
 
 
 def normal_like(input: Tensor, rng: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -183,31 +194,37 @@ def sample_weight(
 def as_lists(
     mu: Tensor | Sequence[Tensor],
     rho: Tensor | Sequence[Tensor],
-    prior_mu: float | Sequence[float],
-    prior_sigma: float | Sequence[float],
-) -> tuple[list[Tensor], list[Tensor], list[float], list[float]]:
+    prior_mu: float | Tensor | Sequence[float | Tensor],
+    prior_sigma: float | Tensor | Sequence[float | Tensor],
+) -> tuple[list[Tensor], list[Tensor], list[float | Tensor], list[float | Tensor]]:
     """The arguments of ``kl_divergence`` with a list for each, of one tensor too."""
     mus = [mu] if isinstance(mu, Tensor) else list(mu)
     rhos = [rho] if isinstance(rho, Tensor) else list(rho)
-    prior_mus = list(prior_mu) if isinstance(prior_mu, Sequence) else [float(prior_mu)] * len(mus)
-    prior_sigmas = list(prior_sigma) if isinstance(prior_sigma, Sequence) else [float(prior_sigma)] * len(mus)
-    return mus, rhos, prior_mus, prior_sigmas
+
+    def one_each(prior: Any) -> list[float | Tensor]:
+        if isinstance(prior, Sequence):
+            return list(prior)
+        return [prior if isinstance(prior, Tensor) else float(prior)] * len(mus)
+
+    return mus, rhos, one_each(prior_mu), one_each(prior_sigma)
 
 
 def kl_divergence(
     mu: Tensor | Sequence[Tensor],
     rho: Tensor | Sequence[Tensor],
-    prior_mu: float | Sequence[float] = 0.0,
-    prior_sigma: float | Sequence[float] = 0.1,
+    prior_mu: float | Tensor | Sequence[float | Tensor] = 0.0,
+    prior_sigma: float | Tensor | Sequence[float | Tensor] = 0.1,
 ) -> Tensor:
     """See :func:`bbb_fast.functional.kl_divergence`. Every term is formed in float64."""
     mu, rho, prior_mu, prior_sigma = as_lists(mu, rho, prior_mu, prior_sigma)
     total = torch.zeros((), dtype=torch.float64, device=mu[0].device)
     for m, r, m_p, s_p in zip(mu, rho, prior_mu, prior_sigma, strict=True):
-        m, r, m_p, s_p = m.double(), r.double(), float(m_p), float(s_p)
-        ratio = softplus(r) / s_p
-        log_ratio = _log_softplus(r) - torch.log(torch.tensor(s_p, dtype=torch.float64)).item()
-        total = total + 0.5 * (ratio**2 - 1 - 2 * log_ratio + ((m - m_p) / s_p) ** 2).sum()
+        m, r = m.double(), r.double()
+        m_p = m_p.double() if isinstance(m_p, Tensor) else float(m_p)
+        s_p = s_p.double() if isinstance(s_p, Tensor) else float(s_p)
+        log_prior = s_p.log() if isinstance(s_p, Tensor) else math.log(s_p)
+        log_ratio = _log_softplus(r) - log_prior
+        total = total + 0.5 * ((softplus(r) / s_p) ** 2 - 1 - 2 * log_ratio + ((m - m_p) / s_p) ** 2).sum()
     return total.to(accumulate_dtype(*mu))
 
 

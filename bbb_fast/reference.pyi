@@ -14,9 +14,9 @@ def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
 def as_lists(
     mu: Tensor | Sequence[Tensor],
     rho: Tensor | Sequence[Tensor],
-    prior_mu: float | Sequence[float],
-    prior_sigma: float | Sequence[float],
-) -> tuple[list[Tensor], list[Tensor], list[float], list[float]]:
+    prior_mu: float | Tensor | Sequence[float | Tensor],
+    prior_sigma: float | Tensor | Sequence[float | Tensor],
+) -> tuple[list[Tensor], list[Tensor], list[float | Tensor], list[float | Tensor]]:
     """The arguments of ``kl_divergence`` with a list for each, of one tensor too."""
 
 def bbb_conv1d(
@@ -298,8 +298,8 @@ def in_format(t: Tensor, memory_format: torch.memory_format) -> Tensor:
 def kl_divergence(
     mu: Tensor | Sequence[Tensor],
     rho: Tensor | Sequence[Tensor],
-    prior_mu: float | Sequence[float] = 0.0,
-    prior_sigma: float | Sequence[float] = 0.1,
+    prior_mu: float | Tensor | Sequence[float | Tensor] = 0.0,
+    prior_sigma: float | Tensor | Sequence[float | Tensor] = 0.1,
 ) -> Tensor:
     """See :func:`bbb_fast.functional.kl_divergence`. Every term is formed in float64."""
 
@@ -443,6 +443,9 @@ def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch
 
 def normal_like(input: Tensor, rng: Tensor, memory_format: torch.memory_format) -> Tensor:
     """Noise of ``input``'s shape whose index runs in the order of ``memory_format``; no gradient."""
+
+def normal_rows(index: Tensor, width: int, rng: Tensor) -> Tensor:
+    """Rows ``index`` of the noise of a matrix of this width, float32: [...] -> [..., width]; no gradient."""
 
 def philox4x32(
     counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10

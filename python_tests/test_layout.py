@@ -21,7 +21,7 @@ ROWS = (
     ("losses", "_eval_mode"),
     ("layers",),
     ("functional",),
-    ("_noise", "_recompute", "_sharded"),
+    ("_noise", "_recompute", "_sharded", "priors"),
     ("_ops", "_backend", "routes"),
     ("reference",),
     ("_layer_functions",),

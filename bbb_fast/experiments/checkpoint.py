@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from .._files import atomic_write
-from ..layers.base import DEFAULT_PRIORS
 from ..models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeConvThreeFC
 from ..models.build import LAYER_TYPES, choose
+from ..priors import DEFAULT_PRIORS
 from ..routes import VarianceDtype
 
 __all__ = [

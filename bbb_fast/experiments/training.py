@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from .. import routes
 from .._backend import backend, build_info
 from ..inference import predict
-from ..layers.base import DEFAULT_PRIORS, resolve_priors
 from ..losses import SCHEDULES, kl_weight
 from ..metrics import classification_report
 from ..models.build import ACTIVATIONS, choose
+from ..priors import DEFAULT_PRIORS, resolve_priors
 from ..routes import Routes
 from . import checkpoint, plots
 from .data import ImageSet, batches, channel_stats, normalize

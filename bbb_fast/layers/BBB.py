@@ -1,16 +1,28 @@
 """Bayes by Backprop layers: each forward draws one set of weights, shared by the batch."""
 
 from . import shapes
+from .attention import BBBMultiheadAttention
+from .embedding import BBBEmbedding, BBBEmbeddingBag
 from .estimators import BayesByBackprop
+from .recurrent import BBBGRU, BBBLSTM, BBBRNN, BBBGRUCell, BBBLSTMCell, BBBRNNCell
 
 __all__ = [
+    "BBBGRU",
+    "BBBLSTM",
+    "BBBRNN",
     "BBBConv1d",
     "BBBConv2d",
     "BBBConv3d",
     "BBBConvTranspose1d",
     "BBBConvTranspose2d",
     "BBBConvTranspose3d",
+    "BBBEmbedding",
+    "BBBEmbeddingBag",
+    "BBBGRUCell",
+    "BBBLSTMCell",
     "BBBLinear",
+    "BBBMultiheadAttention",
+    "BBBRNNCell",
 ]
 
 

@@ -6,6 +6,7 @@ from .BBB import BBBLinear as BBB_Linear
 from .BBB_LRT import BBBConv2d as BBB_LRT_Conv2d
 from .BBB_LRT import BBBLinear as BBB_LRT_Linear
 from .misc import FlattenLayer, ModuleWrapper
+from .weight_space import WeightSpace
 
 __all__ = [
     "BBB",
@@ -17,4 +18,5 @@ __all__ = [
     "FlattenLayer",
     "Flipout",
     "ModuleWrapper",
+    "WeightSpace",
 ]

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,51 +14,8 @@ from .. import _backend, functional, routes
 from .._checks import FLOAT_DTYPES, factory
 from .._layer_functions import ESTIMATORS
 from .._noise import FREE, RandomModule, draw_rng, rank_offset
+from ..priors import BIAS_KEYS, DEFAULT_PRIORS, PriorValue, empirical_sigma, resolve_priors
 from ..routes import VarianceDtype
-
-DEFAULT_PRIORS: dict[str, Any] = {
-    "prior_mu": 0.0,
-    "prior_sigma": 0.1,
-    "posterior_mu_initial": (0.0, 0.1),
-    "posterior_rho_initial": (-3.0, 0.1),
-}
-
-
-def _finite(key: str, value: Any) -> float:
-    # NumPy's numbers are Real too.
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"priors[{key!r}] must be a finite number, got {value!r}")
-    return float(value)
-
-
-def resolve_priors(priors: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Fills in the defaults and checks every value.
-
-    ``prior_mu`` and ``prior_sigma`` (> 0) describe p = N(prior_mu, prior_sigma^2);
-    ``posterior_mu_initial`` and ``posterior_rho_initial`` are (mean, std >= 0) of the normal
-    distributions that mu and rho are initialised from. Raises ValueError (a wrong value, or an unknown
-    key: the message lists the known ones) or TypeError (not a mapping).
-    """
-    if priors is not None and not isinstance(priors, Mapping):
-        raise TypeError(f"priors must be a dict or None, got {type(priors).__name__}")
-    unknown = [key for key in priors or {} if key not in DEFAULT_PRIORS]
-    if unknown:
-        raise ValueError(f"unknown prior keys {unknown}; known: {', '.join(DEFAULT_PRIORS)}")
-    resolved = {**DEFAULT_PRIORS, **(priors or {})}
-    for key in ("prior_mu", "prior_sigma"):
-        resolved[key] = _finite(key, resolved[key])
-    if resolved["prior_sigma"] <= 0:
-        raise ValueError(f"priors['prior_sigma'] must be > 0, got {resolved['prior_sigma']!r}")
-    for key in ("posterior_mu_initial", "posterior_rho_initial"):
-        pair = resolved[key]
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise ValueError(f"priors[{key!r}] must be a pair (mean, std), got {pair!r}")
-        mean, std = (_finite(key, v) for v in pair)
-        if std < 0:
-            raise ValueError(f"priors[{key!r}] must have std >= 0, got {std!r}")
-        resolved[key] = (mean, std)
-    return resolved
-
 
 # W_mu, W_rho, bias_mu, bias_rho.
 _Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -106,7 +61,74 @@ class DrawnAtEachForward:
         return f"<{self._name} {list(self.shape)}, drawn at each forward>"
 
 
-class BayesianLayer(RandomModule):
+class Term(NamedTuple):
+    """One tensor's part in a KL: its posterior and its prior."""
+
+    mu: Tensor
+    rho: Tensor
+    prior_mu: PriorValue
+    prior_sigma: PriorValue
+
+
+class BayesianModule(RandomModule):
+    """A module with a posterior over weights, q(w) = N(mu, softplus(rho)^2), and a prior."""
+
+    # Of how it draws, for repr and summaries.
+    estimator: str
+    posterior_mu_initial: tuple[float, float]
+    posterior_rho_initial: tuple[float, float]
+
+    def posterior(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """The (mu, rho) pairs of the module itself."""
+        raise NotImplementedError
+
+    def terms(self) -> list[Term]:
+        """The posterior's pairs, each with its prior: what the KL sums over."""
+        raise NotImplementedError
+
+    def set_priors(self, priors: Sequence[tuple[PriorValue, PriorValue]]) -> None:
+        """Gives each pair of :meth:`posterior` a prior (mu, sigma) of numbers or of tensors of its shape.
+
+        Tensors become buffers: they move with the module, and are in its ``state_dict``.
+        """
+        raise NotImplementedError
+
+    def kl_loss(self) -> Tensor:
+        """KL(q || p), summed over the module's weights and biases: a differentiable scalar.
+
+        Always that of the parameters as they are now. On the native kernels, a backward that goes through
+        it and through the last output of a layer forms both gradients in one pass over the parameters.
+        """
+        return kl_of_terms(self.terms())
+
+    def set_flag(self, name: str, value: Any) -> None:
+        """Sets an attribute, as ``ModuleWrapper.set_flag`` does for a whole model."""
+        setattr(self, name, value)
+
+    def _put(self, name: str, value: Any) -> None:
+        """An attribute that is a buffer if it is a tensor."""
+        self.__dict__.pop(name, None)
+        self._buffers.pop(name, None)
+        if isinstance(value, Tensor):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+
+    def _prior_names(self) -> list[str]:
+        """The attributes that may hold a prior."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint of a module whose priors were tensors brings them along.
+        for name in self._prior_names():
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and name not in self._buffers:
+                like = self.posterior()[0][0]
+                self._put(name, torch.empty_like(value, device=like.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class BayesianLayer(BayesianModule):
     """A layer whose weights have the posterior q(w) = N(mu, softplus(rho)^2), elementwise.
 
     Parameters: ``W_mu``, ``W_rho`` (shaped as torch.nn shapes the weight), ``bias_mu``, ``bias_rho``
@@ -120,12 +142,13 @@ class BayesianLayer(RandomModule):
     faster, "auto" chooses it there. Both are keyword arguments of the layers and may be set later.
     """
 
-    estimator: str
     bias_mu: nn.Parameter | None
     bias_rho: nn.Parameter | None
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
     variance_dtype: VarianceDtype = None
+    bias_prior_mu: PriorValue | None = None
+    bias_prior_sigma: PriorValue | None = None
     # What the layer's functions are called behind the estimator's name.
     _shape_name: str
     # Whether the product with a drawn weight is one that sparse inputs have too.
@@ -161,10 +184,8 @@ class BayesianLayer(RandomModule):
         factory(type(self).__name__, device, dtype)
         self.recompute_weight = recompute_weight
         self.variance_dtype = variance_dtype
-        self.prior_mu: float = resolved["prior_mu"]
-        self.prior_sigma: float = resolved["prior_sigma"]
-        self.posterior_mu_initial: tuple[float, float] = resolved["posterior_mu_initial"]
-        self.posterior_rho_initial: tuple[float, float] = resolved["posterior_rho_initial"]
+        self.posterior_mu_initial = resolved["posterior_mu_initial"]
+        self.posterior_rho_initial = resolved["posterior_rho_initial"]
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -177,6 +198,17 @@ class BayesianLayer(RandomModule):
         else:
             self.bias_mu = parameter(bias_features)
             self.bias_rho = parameter(bias_features)
+        for name, shape in (("prior", self.W_mu.shape), ("bias_prior", (bias_features or 0,))):
+            for kind in ("mu", "sigma"):
+                value = resolved[f"{name}_{kind}"]
+                if isinstance(value, Tensor):
+                    if value.shape not in ((), tuple(shape)):
+                        raise ValueError(
+                            f"{type(self).__name__}: priors['{name}_{kind}'] must have shape {list(shape)}, "
+                            f"got {list(value.shape)}"
+                        )
+                    value = value.to(self.W_mu.device, self.W_mu.dtype)
+                self._put(f"{name}_{kind}", value)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -234,13 +266,40 @@ class BayesianLayer(RandomModule):
         except KeyError:
             return self.W_mu, self.W_rho, self.bias_mu, self.bias_rho
 
-    def kl_loss(self) -> Tensor:
-        """KL(q || p), summed over the layer's weights and biases: a differentiable scalar.
+    def _prior_names(self) -> list[str]:
+        return ["prior_mu", "prior_sigma", *BIAS_KEYS]
 
-        Always that of the parameters as they are now. On the native kernels, a backward that goes through
-        it and through the layer's last output forms both gradients in one pass over the parameters.
-        """
+    def _bias_prior(self) -> tuple[PriorValue, PriorValue]:
+        """The bias's prior: its own, or the weight's numbers, or the defaults beside a weight's tensor."""
+        mu, sigma = self.bias_prior_mu, self.bias_prior_sigma
+        if mu is None:
+            mu = DEFAULT_PRIORS["prior_mu"] if isinstance(self.prior_mu, Tensor) else self.prior_mu
+        if sigma is None:
+            sigma = (
+                DEFAULT_PRIORS["prior_sigma"] if isinstance(self.prior_sigma, Tensor) else self.prior_sigma
+            )
+        return mu, sigma
+
+    def _prior_numbers(self) -> tuple[float, float] | None:
+        """The prior of weight and bias, if it is one and of numbers."""
+        mu, sigma = self.prior_mu, self.prior_sigma
+        own = self.bias_prior_mu is None and self.bias_prior_sigma is None
+        plain = own and not isinstance(mu, Tensor) and not isinstance(sigma, (Tensor, str))
+        return (mu, sigma) if plain else None
+
+    def terms(self) -> list[Term]:
+        priors = [(self.prior_mu, self.prior_sigma), self._bias_prior()]
+        return [Term(*pair, *prior) for pair, prior in zip(self.posterior(), priors, strict=False)]
+
+    def set_priors(self, priors: Sequence[tuple[PriorValue, PriorValue]]) -> None:
+        for name, (mu, sigma) in zip(("prior", "bias_prior"), priors, strict=False):
+            self._put(f"{name}_mu", mu)
+            self._put(f"{name}_sigma", sigma)
+
+    def kl_loss(self) -> Tensor:
         return kl_of_layers([self])
+
+    kl_loss.__doc__ = BayesianModule.kl_loss.__doc__
 
     def __getstate__(self) -> dict[str, Any]:
         # A trace belongs to one layer's forward, and can be neither copied nor pickled.
@@ -252,7 +311,7 @@ class BayesianLayer(RandomModule):
         for name, default in (("recompute_weight", False), ("variance_dtype", None)):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)}")
-        for name, default in DEFAULT_PRIORS.items():
+        for name, default in {**DEFAULT_PRIORS, **dict.fromkeys(BIAS_KEYS)}.items():
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 parts.append(f"{name}=[{', '.join(map(str, value.shape))}]")
@@ -263,10 +322,6 @@ class BayesianLayer(RandomModule):
     def _shape_repr(self) -> str:
         """What ``repr`` says of the arguments that torch.nn's layer has too."""
         raise NotImplementedError
-
-    def set_flag(self, name: str, value: Any) -> None:
-        """Sets an attribute, as ``ModuleWrapper.set_flag`` does for a whole model."""
-        setattr(self, name, value)
 
     def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -287,14 +342,16 @@ class BayesianLayer(RandomModule):
     def _call_native(
         self, native: Any, input: Tensor, geometry: tuple[Any, ...] | None
     ) -> tuple[Tensor, Any] | None:
+        # A KL with another prior than two numbers is not formed with the output's gradient.
+        prior_mu, prior_sigma = self._prior_numbers() or (0.0, 1.0)
         return native.draw(
             self.estimator,
             input,
             *self._parameters_in_order(),
             rank_offset(),
             geometry,
-            self.prior_mu,
-            self.prior_sigma,
+            prior_mu,
+            prior_sigma,
             self.recompute_weight,
             routes.variance_dtype(self.variance_dtype, self.W_mu, input),
         )
@@ -350,13 +407,28 @@ def kl_of_layers(layers: Sequence[BayesianLayer]) -> Tensor:
     """The sum of the KLs of layers (one or more) whose parameters have one device and dtype, in one call."""
     native = None if is_compiling() else _backend.native_module()
     if native is not None:
-        kl = native.kl(
-            [
-                (*layer._parameters_in_order(), layer.prior_mu, layer.prior_sigma, layer._trace)
-                for layer in layers
-            ]
-        )
-        if kl is not None:
-            return kl
-    tensors = [(*pair, layer.prior_mu, layer.prior_sigma) for layer in layers for pair in layer.posterior()]
-    return functional.kl_divergence(*zip(*tensors, strict=True))
+        priors = [layer._prior_numbers() for layer in layers]
+        if None not in priors:
+            kl = native.kl(
+                [
+                    (*layer._parameters_in_order(), *prior, layer._trace)
+                    for layer, prior in zip(layers, priors, strict=True)
+                ]
+            )
+            if kl is not None:
+                return kl
+    return kl_of_terms([term for layer in layers for term in layer.terms()])
+
+
+def kl_of_terms(terms: Sequence[Term]) -> Tensor:
+    """The sum of their KLs: one call for all tensors of a device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Term]] = {}
+    for term in terms:
+        if isinstance(term.prior_sigma, str):
+            term = term._replace(prior_sigma=empirical_sigma(term.mu, term.rho, term.prior_mu))
+        groups.setdefault((term.mu.device, term.mu.dtype), []).append(term)
+    parts = [functional.kl_divergence(*map(list, zip(*group, strict=True))) for group in groups.values()]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total

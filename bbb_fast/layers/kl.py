@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import BayesianLayer, kl_of_layers
+from .base import BayesianLayer, BayesianModule, Term, kl_of_layers, kl_of_terms
 
 __all__ = ["kl_loss"]
 
@@ -16,19 +16,31 @@ __all__ = ["kl_loss"]
 def kl_loss(model: nn.Module) -> Tensor:
     """KL(q || p) of a model, summed over every Bayesian layer in it, each counted once.
 
-    Always that of the parameters as they are now; one call for all layers of a device and dtype. A module of
-    another kind with a ``kl_loss()`` of its own speaks for itself and everything below it (the model's own is
-    not asked, as it may be the caller). A model without any gives 0.
+    Always that of the parameters as they are now; one call for all layers of a device and dtype. Parameters
+    that several layers share count once. A module of another kind with a ``kl_loss()`` of its own speaks for
+    itself and everything below it (the model's own is not asked, as it may be the caller). A model without
+    any gives 0.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[BayesianLayer]] = {}
+    terms: list[Term] = []
     parts: list[Tensor] = []
+    counted: set[int] = set()
     for module in _with_kl(model, set(), root=True):
-        if isinstance(module, BayesianLayer):
+        if not isinstance(module, BayesianModule):
+            parts.append(module.kl_loss())
+            continue
+        mus = [id(mu) for mu, _ in module.posterior()]
+        whole = isinstance(module, BayesianLayer) and counted.isdisjoint(mus)
+        if whole:
             W_mu = module._parameters_in_order()[0]
             groups.setdefault((W_mu.device, W_mu.dtype), []).append(module)
         else:
-            parts.append(module.kl_loss())
+            # Tied parameters, as of an embedding and the output's layer.
+            terms += [term for term in module.terms() if _owner(term.mu) not in counted]
+        counted.update(mus)
     parts += [kl_of_layers(group) for group in groups.values()]
+    if terms:
+        parts.append(kl_of_terms(terms))
     if not parts:
         first = next(model.parameters(), None)
         return torch.zeros((), device=None if first is None else first.device)
@@ -38,12 +50,17 @@ def kl_loss(model: nn.Module) -> Tensor:
     return total
 
 
+def _owner(mu: Tensor) -> int:
+    """The parameter that a term is of, or a part of."""
+    return id(mu if mu._base is None else mu._base)
+
+
 def _with_kl(module: nn.Module, seen: set[nn.Module], root: bool = False) -> Iterator[Any]:
     """Every module that has a KL, once; nothing below one is visited. The root's own is not asked."""
     if module in seen:
         return
     seen.add(module)
-    if isinstance(module, BayesianLayer) or (not root and hasattr(module, "kl_loss")):
+    if isinstance(module, BayesianModule) or (not root and hasattr(module, "kl_loss")):
         yield module
         return
     for child in module.children():

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._noise import posterior_means
-from .base import BayesianLayer
+from .base import BayesianModule
 from .kl import kl_loss
 
 __all__ = ["FlattenLayer", "ModuleWrapper"]
@@ -25,7 +25,7 @@ class ModuleWrapper(nn.Module):
     def set_flag(self, name: str, value: Any) -> None:
         """Sets attribute ``name`` on this module and on every wrapper and Bayesian layer below."""
         for module in self.modules():
-            if isinstance(module, (ModuleWrapper, BayesianLayer)):
+            if isinstance(module, (ModuleWrapper, BayesianModule)):
                 setattr(module, name, value)
 
     def forward(self, x: Tensor, sample: bool = True) -> tuple[Tensor, Tensor]:
