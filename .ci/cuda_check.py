@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "cuda-check"
 FOLDERS = ("bbb_fast", "csrc", "python_tests", "benchmarks", "docs", ".ci")
-FILES = ("setup.py", "pyproject.toml", "README.md")
+FILES = ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE", "Makefile", "CMakeLists.txt")
 TOOLS = ("setuptools>=68,<81", "wheel", "ninja", "pybind11", "numpy")
 TESTS = ("pytest", "scipy", "scikit-learn", "matplotlib", "tqdm", "expecttest")
 OP_TESTS = "noise,sample_weights,kl_divergence,bbb,lrt"

@@ -2,8 +2,9 @@
 
 from . import functional, layers, metrics, models, reference
 from ._backend import backend, build_info, set_backend
-from ._noise import fixed_noise
+from ._noise import fixed_noise, posterior_means
 from ._version import __version__ as __version__
+from .conversion import convert, posterior_to_prior, summary, to_deterministic
 from .inference import predict
 from .losses import ELBO, get_beta, kl_loss
 
@@ -11,6 +12,7 @@ __all__ = [
     "ELBO",
     "backend",
     "build_info",
+    "convert",
     "fixed_noise",
     "functional",
     "get_beta",
@@ -18,7 +20,11 @@ __all__ = [
     "layers",
     "metrics",
     "models",
+    "posterior_means",
+    "posterior_to_prior",
     "predict",
     "reference",
     "set_backend",
+    "summary",
+    "to_deterministic",
 ]

@@ -95,6 +95,10 @@ class RandomModule(nn.Module):
     # How many blocks of streams its noise needs.
     _stream_blocks: int = 1
 
+    def _drawn_parameter(self) -> Tensor | None:
+        """A parameter that is drawn: modules that share it are one draw under fixed_noise."""
+        return None
+
     def _replicate_for_data_parallel(self) -> RandomModule:
         replica = super()._replicate_for_data_parallel()
         draw = self.wanted_draw()
@@ -265,7 +269,8 @@ class fixed_noise(_DrawContext):
         # By id, for which torch.compile guards: by module it would take one layer's number for all.
         self._numbers: dict[int, int] = {}
         self._blocks = 0
-        self._numbered: list[nn.Module] = []
+        self._numbered: list[tuple[nn.Module, Tensor | None]] = []
+        self._shared: dict[int, RandomModule] = {}
         if model is not None:
             if not isinstance(model, nn.Module):
                 raise TypeError(f"fixed_noise: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -300,9 +305,16 @@ class fixed_noise(_DrawContext):
 
     def _count(self, module: RandomModule) -> None:
         if id(module) not in self._numbers:
-            self._numbered.append(module)
-            self._numbers[id(module)] = self._blocks
-            self._blocks += module._stream_blocks
+            shared = module._drawn_parameter()
+            if shared is not None and id(shared) in self._shared:
+                self._numbers[id(module)] = self._numbers[id(self._shared[id(shared)])]
+            else:
+                self._numbers[id(module)] = self._blocks
+                self._blocks += module._stream_blocks
+                if shared is not None:
+                    self._shared[id(shared)] = module
+            # As long as they are here, no other module or parameter has their id.
+            self._numbered.append((module, shared))
 
     def number(self, module: RandomModule) -> int:
         """The module's place among those that draw, in the model that it is a part of."""

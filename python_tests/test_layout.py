@@ -18,7 +18,7 @@ ROWS = (
     ("cli",),
     ("experiments",),
     ("models", "inference", "tuning"),
-    ("losses", "_eval_mode"),
+    ("losses", "_eval_mode", "conversion"),
     ("layers",),
     ("functional",),
     ("_noise", "_recompute", "_sharded", "priors"),

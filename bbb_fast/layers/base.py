@@ -112,7 +112,7 @@ class BayesianModule(RandomModule):
         if isinstance(value, Tensor):
             self.register_buffer(name, value)
         else:
-            setattr(self, name, value)
+            self.__dict__[name] = value
 
     def _prior_names(self) -> list[str]:
         """The attributes that may hold a prior."""
@@ -147,8 +147,6 @@ class BayesianLayer(BayesianModule):
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
     variance_dtype: VarianceDtype = None
-    bias_prior_mu: PriorValue | None = None
-    bias_prior_sigma: PriorValue | None = None
     # What the layer's functions are called behind the estimator's name.
     _shape_name: str
     # Whether the product with a drawn weight is one that sparse inputs have too.
@@ -266,6 +264,9 @@ class BayesianLayer(BayesianModule):
         except KeyError:
             return self.W_mu, self.W_rho, self.bias_mu, self.bias_rho
 
+    def _drawn_parameter(self) -> Tensor | None:
+        return self._parameters.get("W_mu")
+
     def _prior_names(self) -> list[str]:
         return ["prior_mu", "prior_sigma", *BIAS_KEYS]
 
@@ -304,6 +305,13 @@ class BayesianLayer(BayesianModule):
     def __getstate__(self) -> dict[str, Any]:
         # A trace belongs to one layer's forward, and can be neither copied nor pickled.
         return {**self.__dict__, "_trace": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in BIAS_KEYS:
+            # Of a layer that was pickled before there were such.
+            if name not in self._buffers:
+                self.__dict__.setdefault(name, None)
 
     def extra_repr(self) -> str:
         """The shape, the estimator, and what is not a default."""

@@ -153,7 +153,8 @@ class WeightSpace(BayesianModule):
             return super().__getattr__(name)
         except AttributeError:
             module = self.__dict__.get("_modules", {}).get("module")
-            if module is None or not hasattr(module, name):
+            # A protocol of the module (__deepcopy__, say) is not this object's.
+            if module is None or name.startswith("__") or not hasattr(module, name):
                 raise
         value = getattr(module, name)
         if isinstance(value, nn.Parameter):

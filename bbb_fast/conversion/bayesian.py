@@ -1,0 +1,253 @@
+"""convert: a torch.nn model becomes Bayesian; posterior_to_prior: what it has learned becomes its prior."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import WeightSpace
+from ..layers.base import BayesianModule
+from ..priors import resolve_priors
+from ..reference import softplus
+from ..routes import VarianceDtype
+from . import rules
+
+Wanted = str | type | Callable[[str, nn.Module], bool] | Iterable[Any] | None
+
+
+def convert(
+    model: nn.Module,
+    estimator: str = "lrt",
+    *,
+    priors: Mapping[str, Any] | None = None,
+    moped_delta: float | None = None,
+    include: Wanted = None,
+    exclude: Wanted = (),
+    others: str = "keep",
+    variance_dtype: VarianceDtype = None,
+) -> nn.Module:
+    """A Bayesian copy of ``model``, whose posterior means are its weights; the original stays as it is.
+
+    Linear layers, convolutions and transposed convolutions get ``estimator`` ("bbb", "lrt" or "flipout");
+    embeddings, recurrent layers and attention go to weight space, and so do modules of these kinds whose
+    weights are parametrized (weight and spectral norm: the posterior is over what is trained). Under
+    ``posterior_means()`` the copy equals the model. It keeps device, dtype, memory format, training mode,
+    hooks, which parameters are trained, and ties: parameters that modules share are shared by their
+    posteriors, count once in the KL, and are one draw under ``fixed_noise`` and in ``predict``.
+
+    Args:
+        priors: of the layers; sigma starts from ``posterior_rho_initial``, the means never do.
+        moped_delta: prior N(w, (d |w|)^2) and posterior sigma d |w| instead, |w| being at least a tenth of
+            its root mean square over the tensor (of zeros: 0.1). Krishnan, Subedar and Tickoo, "Specifying
+            weight priors in Bayesian deep neural networks with empirical Bayes" (MOPED), AAAI 2020.
+        include, exclude: names (fnmatch patterns, as "features.*"), module types, functions
+            ``(name, module) -> bool``, or several of these: convert only what ``include`` says, and nothing
+            that ``exclude`` says, nor anything below it.
+        others: "weights" puts every other module with parameters of its own into weight space, norms too;
+            "keep" leaves it. A warning names the kinds that are left, but for norms; ``summary`` lists all.
+        variance_dtype: of the lrt layers.
+
+    Raises TypeError for what is no module, ValueError for an unknown estimator or value.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    if estimator not in rules.FAMILIES:
+        raise ValueError(f"convert: estimator must be one of {', '.join(rules.FAMILIES)}, got {estimator!r}")
+    if others not in ("keep", "weights"):
+        raise ValueError(f"convert: others must be 'keep' or 'weights', got {others!r}")
+    if moped_delta is not None and not 0 < float(moped_delta) < float("inf"):
+        raise ValueError(f"convert: moped_delta must be > 0, got {moped_delta!r}")
+    resolve_priors(priors)
+    work = _Conversion(
+        rules.FAMILIES[estimator],
+        priors,
+        moped_delta,
+        None if include is None else _selection("include", include),
+        _selection("exclude", exclude),
+        others,
+        variance_dtype if estimator == "lrt" else None,
+    )
+    if estimator != "lrt" and variance_dtype is not None:
+        raise ValueError(f"convert: variance_dtype is an option of lrt, and the estimator is {estimator}")
+    return work.run(copy.deepcopy(model))
+
+
+def _selection(label: str, wanted: Wanted) -> rules.Select:
+    """Whether a name and a module are among what is wanted."""
+    if isinstance(wanted, str):
+        return lambda name, _: fnmatch.fnmatchcase(name, wanted)
+    if isinstance(wanted, type):
+        return lambda _, module: isinstance(module, wanted)
+    if callable(wanted):
+        return lambda name, module: bool(wanted(name, module))
+    if isinstance(wanted, Iterable):
+        parts = [_selection(label, part) for part in wanted]
+        return lambda name, module: any(part(name, module) for part in parts)
+    raise TypeError(
+        f"convert: {label} must be a name, a type, a function (name, module) -> bool, or several of these, "
+        f"got {type(wanted).__name__}"
+    )
+
+
+class _Conversion:
+    """One call of ``convert``, on a copy of the model."""
+
+    def __init__(
+        self,
+        family: Any,
+        priors: Mapping[str, Any] | None,
+        moped_delta: float | None,
+        include: rules.Select | None,
+        exclude: rules.Select,
+        others: str,
+        variance_dtype: VarianceDtype,
+    ) -> None:
+        self._family, self._priors, self._moped_delta = family, priors, moped_delta
+        self._include, self._exclude = include, exclude
+        self._others, self._variance_dtype = others, variance_dtype
+        # By the module it stands for: one that is registered twice stays one.
+        self._made: dict[nn.Module, nn.Module] = {}
+        # By the id of a mean: its rho, and its prior.
+        self._rhos: dict[int, nn.Parameter] = {}
+        self._left: set[str] = set()
+
+    def run(self, model: nn.Module) -> nn.Module:
+        model = self._converted("", model, self._include is None)
+        if self._left:
+            warnings.warn(
+                f"convert: left as they are, with parameters of their own: {', '.join(sorted(self._left))}; "
+                "others='weights' makes them Bayesian, summary(model) lists what is not",
+                stacklevel=3,
+            )
+        return model
+
+    def _converted(self, name: str, module: nn.Module, included: bool) -> nn.Module:
+        """What stands for the module: itself, with what is below it converted, or a Bayesian one."""
+        if module in self._made:
+            return self._made[module]
+        if self._exclude(name, module) or isinstance(module, BayesianModule):
+            return module
+        included = included or (self._include is not None and self._include(name, module))
+        made = self._bayesian(module) if included else None
+        if made is None:
+            self._made[module] = module
+            for child_name, child in list(module._modules.items()):
+                if child is not None:
+                    whole = f"{name}.{child_name}" if name else child_name
+                    module._modules[child_name] = self._converted(whole, child, included)
+            made = self._other(module) if included else module
+        self._made[module] = made
+        return made
+
+    def _bayesian(self, module: nn.Module) -> nn.Module | None:
+        """The layer in the place of a module of a kind that there are layers for."""
+        kind = rules.kind_of(module)
+        if kind is None or rules.is_lazy(module) or getattr(module, "max_norm", None) is not None:
+            return None
+        if rules.is_parametrized(module):
+            return self._dressed(WeightSpace(module, self._without_means()), module)
+        if kind in rules.WHOLE:
+            return self._dressed(rules.WHOLE[kind].of(module, self._without_means()), module)
+        return self._layer(kind, module)
+
+    def _other(self, module: nn.Module) -> nn.Module:
+        """What becomes of any other module, whose children have been converted."""
+        if not any(p.is_floating_point() for p in module.parameters(recurse=False)):
+            return module
+        if self._others == "weights" and rules.may_be_whole(module):
+            return self._dressed(WeightSpace(module, self._without_means()), module)
+        if not isinstance(module, rules.NORMS):
+            self._left.add(type(module).__name__ + (" (not initialised)" if rules.is_lazy(module) else ""))
+        return module
+
+    def _without_means(self) -> dict[str, Any] | None:
+        """The priors for a module that keeps its means."""
+        given = None if self._priors is None else dict(self._priors)
+        if given is not None:
+            given.pop("posterior_mu_initial", None)
+        return given
+
+    def _layer(self, kind: type[nn.Module], module: Any) -> nn.Module:
+        options: dict[str, Any] = {"priors": self._priors, "device": "meta", "dtype": module.weight.dtype}
+        if kind in rules.TABLES:
+            layer = rules.TABLES[kind](**rules.table_options(module, kind), **options)
+            named = {"W": module.weight}
+        else:
+            if self._variance_dtype is not None:
+                options["variance_dtype"] = self._variance_dtype
+            make = getattr(self._family, f"BBB{kind.__name__}")
+            layer = make(**rules.product_options(module, kind), bias=module.bias is not None, **options)
+            named = {"W": module.weight} | ({} if module.bias is None else {"bias": module.bias})
+        for part, mean in named.items():
+            setattr(layer, f"{part}_mu", mean)
+            setattr(layer, f"{part}_rho", self._rho(mean))
+        for buffer, value in list(layer._buffers.items()):
+            # Of tensors in priors, which the layer on the meta device has no numbers of.
+            if value is not None:
+                layer._put(buffer, self._priors[buffer].detach().to(module.weight))
+        return self._dressed(layer, module)
+
+    def _rho(self, mean: nn.Parameter) -> nn.Parameter:
+        """The rho that belongs to a mean, wherever that is used."""
+        if id(mean) not in self._rhos:
+            resolved = resolve_priors(self._priors)
+            with torch.no_grad():
+                rho = torch.empty_like(mean).normal_(*resolved["posterior_rho_initial"])
+            self._rhos[id(mean)] = nn.Parameter(rho, requires_grad=mean.requires_grad)
+        return self._rhos[id(mean)]
+
+    def _dressed(self, made: BayesianModule, module: nn.Module) -> nn.Module:
+        """With what the module had besides weights, its mode and hooks; and the prior by its weights."""
+        if isinstance(made, WeightSpace):
+            for key in list(made.rho):
+                mean = made.module.get_parameter(key.replace(":", "."))
+                made.rho[key] = self._rhos.setdefault(id(mean), made.rho[key])
+        else:
+            rules.move_hooks(module, made)
+        made.training = module.training
+        if self._moped_delta is not None:
+            self._moped(made)
+        return made
+
+    def _moped(self, made: BayesianModule) -> None:
+        with torch.no_grad():
+            for mu, rho in made.posterior():
+                rho.copy_(inverse_softplus(_moped_sigma(mu, float(self._moped_delta))))
+        made.set_priors([_as_prior(*pair) for pair in made.posterior()])
+
+
+def _moped_sigma(mean: Tensor, delta: float) -> Tensor:
+    scale = mean.double().square().mean().sqrt()
+    least = torch.where(scale > 0, scale, torch.ones_like(scale)) * 0.1
+    return (delta * mean.double().abs().clamp_min(least)).to(mean.dtype)
+
+
+def inverse_softplus(sigma: Tensor) -> Tensor:
+    """rho with ln(1 + e^rho) = sigma."""
+    wide = sigma.double()
+    return (wide + torch.log(-torch.expm1(-wide))).to(sigma.dtype)
+
+
+def posterior_to_prior(model: nn.Module) -> nn.Module:
+    """Makes each prior the posterior as it is now, in place; returns the model.
+
+    Yesterday's posterior is today's prior (Nguyen et al., "Variational continual learning", ICLR 2018): the
+    KL is 0 afterwards, and what is learned next is pulled to what is known. The priors become buffers.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"posterior_to_prior: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, BayesianModule):
+            module.set_priors([_as_prior(*pair) for pair in module.posterior()])
+    return model
+
+
+@torch.no_grad()
+def _as_prior(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    return mu.detach().clone(), softplus(rho.double()).to(mu.dtype)

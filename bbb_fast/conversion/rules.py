@@ -1,0 +1,112 @@
+"""Which Bayesian layer stands for which module of torch.nn, and the arguments that make one of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..layers import BBB, BBB_LRT, Flipout, shapes
+from ..layers.base import BayesianLayer, BayesianModule
+from ..layers.weight_space import Around
+
+Select = Callable[[str, nn.Module], bool]
+
+FAMILIES: dict[str, ModuleType] = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}
+
+# Layers that every estimator has.
+DIMENSIONS = (1, 2, 3)
+PRODUCTS: dict[type[nn.Module], type[BayesianLayer]] = {
+    nn.Linear: shapes.Linear,
+    **{getattr(nn, f"Conv{d}d"): getattr(shapes, f"Conv{d}d") for d in DIMENSIONS},
+    **{getattr(nn, f"ConvTranspose{d}d"): getattr(shapes, f"ConvTranspose{d}d") for d in DIMENSIONS},
+}
+# Those in weight space.
+TABLES: dict[type[nn.Module], type[BayesianLayer]] = {
+    nn.Embedding: BBB.BBBEmbedding,
+    nn.EmbeddingBag: BBB.BBBEmbeddingBag,
+}
+WHOLE: dict[type[nn.Module], type[Around]] = {
+    kind: getattr(BBB, f"BBB{kind.__name__}")
+    for kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
+}
+# Normalisation: few parameters, whose noise would act on all of a layer at once.
+NORMS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
+)
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The kind of torch.nn that a module computes as: its class, or one whose forward it has inherited."""
+    for kind in (*PRODUCTS, *TABLES, *WHOLE):
+        if isinstance(module, kind) and _computes_as(module, kind):
+            return kind
+    return None
+
+
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    if "forward" in vars(module):  # replaced on the object
+        return False
+    own = [getattr(type(module), name, None) for name in ("forward", "_conv_forward")]
+    return own == [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
+
+
+def is_lazy(module: nn.Module) -> bool:
+    return any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters())
+
+
+def may_be_whole(module: nn.Module) -> bool:
+    """Whether WeightSpace can take it: it has a forward, numbers, and nothing Bayesian in it."""
+    runs = getattr(type(module), "forward", None) is not nn.Module.forward
+    return runs and not is_lazy(module) and not any(isinstance(m, BayesianModule) for m in module.modules())
+
+
+def is_parametrized(module: nn.Module) -> bool:
+    """By ``torch.nn.utils.parametrize``, or by a hook that forms the weight at each forward (weight_norm)."""
+    old = any(hasattr(hook, "compute_weight") for hook in module._forward_pre_hooks.values())
+    return old or parametrize.is_parametrized(module)
+
+
+def product_options(module: Any, kind: type[nn.Module]) -> dict[str, Any]:
+    """The arguments that make the Bayesian layer of a linear layer or a convolution."""
+    if kind is nn.Linear:
+        return {"in_features": module.in_features, "out_features": module.out_features}
+    options = {
+        name: getattr(module, name)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    }
+    if "Transpose" in kind.__name__:
+        options["output_padding"] = module.output_padding
+    return {**options, "padding_mode": module.padding_mode}
+
+
+def table_options(module: Any, kind: type[nn.Module]) -> dict[str, Any]:
+    names = ["num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "sparse"]
+    if kind is nn.EmbeddingBag:
+        names += ["mode", "include_last_offset"]
+    return {name: getattr(module, name) for name in names}
+
+
+def twin_of(layer: BayesianLayer) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class of torch.nn, and the arguments that make the twin of a Bayesian layer."""
+    for kind, shape in PRODUCTS.items():
+        if isinstance(layer, shape):
+            return kind, {**product_options(layer, kind), "bias": layer.bias_mu is not None}
+    for kind, table in TABLES.items():
+        if isinstance(layer, table):
+            return kind, table_options(layer, kind)
+    raise TypeError(f"to_deterministic: there is no torch.nn layer for {type(layer).__name__}")
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """The hooks of forward and backward; those of state_dict know other names."""
+    for slot, value in vars(source).items():
+        if slot.startswith(("_forward_", "_backward_")) or slot == "_is_full_backward_hook":
+            target.__dict__[slot] = value

@@ -1,0 +1,128 @@
+"""summary: what of a model is Bayesian, what is not, and what each part has learned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers.base import BayesianModule, Term, kl_of_terms
+from ..layers.kl import kl_loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module with parameters of its own. Of one that is not Bayesian the last five are None."""
+
+    name: str
+    kind: str
+    parameters: int  # weights and biases, each counted once
+    shape: str
+    estimator: str | None = None
+    prior: str | None = None
+    kl: float | None = None
+    sigma: float | None = None  # the mean
+    signal_to_noise: float | None = None  # the mean of |mu| / sigma
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows of a model, in its order, and their sums; ``print`` shows a table."""
+
+    rows: tuple[Row, ...]
+    kl: float
+    bayesian_parameters: int
+    other_parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "estimator", "shape", "prior", "KL", "mean sigma", "|mu| / sigma")
+        lines = [head]
+        for row in self.rows:
+            numbers = (row.kl, row.sigma, row.signal_to_noise)
+            shown = ["" if n is None else f"{n:.4g}" for n in numbers]
+            estimator = "not Bayesian" if row.estimator is None else row.estimator
+            lines.append((row.name or "(model)", row.kind, estimator, row.shape, row.prior or "", *shown))
+        widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+        numbers_from = head.index("KL")
+
+        def cells(line: tuple[str, ...]) -> str:
+            padded = (
+                cell.rjust(width) if k >= numbers_from else cell.ljust(width)
+                for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            return "  ".join(padded)
+
+        text = [cells(line) for line in lines]
+        text.insert(1, "  ".join("-" * w for w in widths))
+        text.append(
+            f"KL {self.kl:.6g} over {self.bayesian_parameters:,} weights; {self.other_parameters:,} parameters "
+            "are not Bayesian"
+        )
+        return "\n".join(line.rstrip() for line in text)
+
+
+def summary(model: nn.Module) -> Summary:
+    """A row for each module of ``model`` that has parameters; what several share counts in the first.
+
+    Raises TypeError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"summary: model must be a torch.nn.Module, got {type(model).__name__}")
+    rows: list[Row] = []
+    counted: set[int] = set()
+    inside: set[nn.Module] = set()
+    weights = others = 0
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if module in inside:
+                continue
+            if isinstance(module, BayesianModule):
+                inside.update(module.modules())
+                row = _bayesian_row(name, module, counted)
+                weights += row.parameters
+            else:
+                own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+                counted.update(map(id, own))
+                if not own:
+                    continue
+                shape = ", ".join(str(list(p.shape)) for p in own)
+                row = Row(name, type(module).__name__, sum(p.numel() for p in own), shape)
+                others += row.parameters
+            rows.append(row)
+        return Summary(tuple(rows), float(kl_loss(model)), weights, others)
+
+
+def _bayesian_row(name: str, module: BayesianModule, counted: set[int]) -> Row:
+    pairs = module.posterior()
+    fresh = [pair for pair in pairs if id(pair[0]) not in counted]
+    counted.update(id(mu) for mu, _ in pairs)
+    terms = module.terms() if len(fresh) == len(pairs) else []
+    sigmas = [F.softplus(rho.double()) for _, rho in pairs]
+    count = sum(s.numel() for s in sigmas)
+    ratios = [(mu.double().abs() / s).sum() for (mu, _), s in zip(pairs, sigmas, strict=True)]
+    return Row(
+        name,
+        type(module).__name__,
+        sum(mu.numel() for mu, _ in fresh),
+        ", ".join(str(list(mu.shape)) for mu, _ in pairs[:2]) + (", ..." if len(pairs) > 2 else ""),
+        module.estimator,
+        "; ".join(dict.fromkeys(_prior(term) for term in module.terms())),
+        float(kl_of_terms(terms)) if terms else 0.0,
+        float(sum(s.sum() for s in sigmas)) / max(count, 1),
+        float(sum(ratios)) / max(count, 1),
+    )
+
+
+def _prior(term: Term) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return "a tensor" if value.dim() else f"{float(value):.4g}"
+        return value if isinstance(value, str) else f"{value:.4g}"
+
+    return f"N({shown(term.prior_mu)}, {shown(term.prior_sigma)}^2)"
