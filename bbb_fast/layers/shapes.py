@@ -67,9 +67,6 @@ class Linear(BayesianLayer):
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-
-
 class _Convolution(BayesianLayer):
     """What convolutions and transposed ones share; a subclass sets ``spatial`` and ``transposed``."""
 
