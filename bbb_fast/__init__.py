@@ -5,7 +5,7 @@ from ._backend import backend, build_info, set_backend
 from ._noise import fixed_noise, posterior_means
 from ._version import __version__ as __version__
 from .conversion import convert, posterior_to_prior, summary, to_deterministic
-from .inference import predict
+from .inference import multi_sample, predict
 from .losses import ELBO, get_beta, kl_loss
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "layers",
     "metrics",
     "models",
+    "multi_sample",
     "posterior_means",
     "posterior_to_prior",
     "predict",

@@ -58,11 +58,14 @@ def strided(op: str, name: str, t: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor, not a sparse or nested one")
 
 
-def rng(op: str, rng: Tensor, device: torch.device) -> None:
+def rng(op: str, rng: Tensor, device: torch.device, several: bool = False) -> None:
+    """``several``: whether it may have a row for each of several draws."""
     if rng.dtype != torch.int64:
         raise TypeError(f"{op}: rng must be int64 (seed, stream), got {rng.dtype}")
-    if rng.dim() != 1 or rng.shape[0] != 2:
-        raise ValueError(f"{op}: rng must have shape [2] (seed, stream), got {_shape(rng)}")
+    rows = several and rng.dim() == 2 and rng.shape[0] > 0 and rng.shape[1] == 2
+    if not rows and list(rng.shape) != [2]:
+        also = ", or a row for each of several draws" if several else ""
+        raise ValueError(f"{op}: rng must have shape [2] (seed, stream){also}, got {_shape(rng)}")
     strided(op, "rng", rng)
     same_device(op, "rng", rng, device)
 
@@ -164,7 +167,7 @@ def layer(
             raise TypeError(f"{op}: all parameters must have one dtype, got {W_mu.dtype} and {bias_mu.dtype}")
         if list(bias_mu.shape) != [out_features]:
             raise ValueError(f"{op}: bias_mu must have shape [{out_features}], got {_shape(bias_mu)}")
-    rng(op, rng_, input.device)
+    rng(op, rng_, input.device, op.startswith("lrt"))
     prior(op, prior_mu, prior_sigma)
 
 

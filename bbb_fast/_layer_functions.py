@@ -96,8 +96,9 @@ ESTIMATORS = {
             """
             m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
             numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-            are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization
-            trick", NeurIPS 2015, eq. 6.
+            are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
+            Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
+            eq. 6.
             """,
             Option(
                 "variance_dtype",

@@ -240,6 +240,9 @@ class fixed_noise(_DrawContext):
     order of their first use then, so give ``model`` where they run in another order than they are
     registered in.)
 
+    ``draw="activations"`` lets each layer use its own estimator instead: the noise is pinned, but that of
+    local reparameterization and Flipout belongs to the rows of a batch, so that one draw is no function.
+
     Args: ``seed`` any int64; ``sample`` 0 ... 2^31 - 1. Raises TypeError or ValueError otherwise.
     Contexts may be nested, the inner one counts. They hold in the thread that enters them, in replicas
     that it makes (``torch.nn.DataParallel``) and where a checkpoint (``torch.utils.checkpoint``) runs a
@@ -248,10 +251,15 @@ class fixed_noise(_DrawContext):
     """
 
     # Of one prediction: how many draws it has, and each layer's rows [seed, stream] of all of them.
-    _count_of_samples: int
+    _count_of_samples: int = 0
     _rngs: dict[tuple[int, torch.device], tuple[Tensor, ...]] | None = None
 
-    def __init__(self, seed: int, sample: int = 0, *, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, seed: int, sample: int = 0, *, model: nn.Module | None = None, draw: str = "weights"
+    ) -> None:
+        if draw not in ("weights", "activations"):
+            raise ValueError(f"fixed_noise: draw must be 'weights' or 'activations', got {draw!r}")
+        self.draw = draw
         numbers = {"seed": seed, "sample": sample}
         for name, value in numbers.items():
             numbers[name] = _checks.integer(value)
@@ -275,6 +283,19 @@ class fixed_noise(_DrawContext):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"fixed_noise: model must be a torch.nn.Module, got {type(model).__name__}")
             self._add(model)
+
+    # Whether all draws are taken in one forward, of equal parts of the rows.
+    at_once: bool = False
+
+    def all_samples(self, count: int) -> fixed_noise:
+        """The draws 0 ... count - 1 of the seed in one forward, whose rows come in as many equal parts."""
+        draw = object.__new__(fixed_noise)
+        draw.__dict__.update(self.__dict__, at_once=True, _count_of_samples=count, _rngs={})
+        return draw
+
+    def rngs(self, module: RandomModule, device: torch.device) -> Tensor:
+        """The ``rng`` of each draw, [count, 2]."""
+        return torch.stack(_rows(self.seed, self.number(module), 0, self._count_of_samples, device))
 
     def samples(self, count: int) -> Iterator[fixed_noise]:
         """The draws 0 ... count - 1 of the seed, for predictions: no backward follows."""

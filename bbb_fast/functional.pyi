@@ -621,8 +621,9 @@ def lrt_conv1d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization
-    trick", NeurIPS 2015, eq. 6.
+    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
+    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
+    eq. 6.
 
     Args:
         input: [N, in_channels, L], or without N, of any memory format.
@@ -662,8 +663,9 @@ def lrt_conv2d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization
-    trick", NeurIPS 2015, eq. 6.
+    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
+    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
+    eq. 6.
 
     Args:
         input: [N, in_channels, H, W], or without N, of any memory format.
@@ -703,8 +705,9 @@ def lrt_conv3d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization
-    trick", NeurIPS 2015, eq. 6.
+    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
+    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
+    eq. 6.
 
     Args:
         input: [N, in_channels, D, H, W], or without N, of any memory format.
@@ -745,8 +748,9 @@ def lrt_conv_transpose1d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization
-    trick", NeurIPS 2015, eq. 6.
+    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
+    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
+    eq. 6.
 
     Args:
         input: [N, in_channels, L], or without N, of any memory format.
@@ -788,8 +792,9 @@ def lrt_conv_transpose2d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization
-    trick", NeurIPS 2015, eq. 6.
+    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
+    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
+    eq. 6.
 
     Args:
         input: [N, in_channels, H, W], or without N, of any memory format.
@@ -831,8 +836,9 @@ def lrt_conv_transpose3d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization
-    trick", NeurIPS 2015, eq. 6.
+    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
+    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
+    eq. 6.
 
     Args:
         input: [N, in_channels, D, H, W], or without N, of any memory format.
@@ -869,8 +875,9 @@ def lrt_linear(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization
-    trick", NeurIPS 2015, eq. 6.
+    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
+    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
+    eq. 6.
 
     Args:
         input: [..., in_features]; any number of batch dimensions, possibly empty.

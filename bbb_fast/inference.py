@@ -1,4 +1,4 @@
-"""Prediction with T independent draws of the weights."""
+"""Several draws of a model: predictions, and one forward for all draws in training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ._checks import integer
 from ._eval_mode import in_eval_mode
-from ._noise import _INT64_MAX, fixed_noise
+from ._noise import _INT64_MAX, RandomModule, fixed_noise
+from .layers import BBB
+from .layers.base import BayesianLayer
 
-__all__ = ["predict"]
+__all__ = ["multi_sample", "predict"]
 
 
 def _map(function: Callable[[Any], Any], x: Any) -> Any:
@@ -181,3 +183,61 @@ def predict(
                     result = running(part) if call is None else call(running, part)
                     outputs.put(k, _output(result), start, size)
     return outputs.all
+
+
+def multi_sample(model: nn.Module, x: Any, samples: int, *, seed: int | None = None) -> Tensor:
+    """The model's outputs under ``samples`` draws, [samples, N, ...], with gradients, in one forward.
+
+    Element k is what the model returns under ``fixed_noise(seed, sample=k, model=model,
+    draw="activations")``: each layer uses its own estimator. The rows of x are repeated for each draw. Modules
+    of other kinds see samples * N rows at once, and local reparameterization forms its products for all draws
+    together.
+
+    A model whose rows do not go through it side by side runs ``samples`` times instead: one in which batch
+    norms are in training mode, or with modules in weight space that are not linear layers, convolutions or
+    embeddings. (What mixes rows in another way is not seen.)
+
+    Args: x, a tensor [N, ...] or tuples, lists and dicts of tensors; ``seed`` as in ``predict``. A model that
+    returns a tuple gives its first element. Raises TypeError and ValueError as ``predict`` does, and
+    ValueError for an output whose rows are not x's.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"multi_sample: model must be a torch.nn.Module, got {type(model).__name__}")
+    count = integer(samples)
+    if count is None or count < 1:
+        raise ValueError(f"multi_sample: samples must be an int >= 1, got {samples!r}")
+    if seed is None:
+        seed = int(torch.randint(0, _INT64_MAX, ()).item())
+    x = _tensors_for(model, x)
+    if not _side_by_side(model):
+        outputs = []
+        for k in range(count):
+            with fixed_noise(seed, k, model=model, draw="activations"):
+                outputs.append(_output(model(x)))
+        return torch.stack(outputs)
+    rows = _rows(x)
+    with fixed_noise(seed, model=model, draw="activations").all_samples(count):
+        output = _output(model(_map(lambda t: _repeated(t, count), x)))
+    if output.dim() == 0 or output.shape[0] % (count * max(rows, 1)):
+        raise ValueError(
+            "multi_sample: the first dimension of the output must be that of the rows, got output "
+            f"{list(output.shape)} for {count} draws of {rows} rows"
+        )
+    return output.unflatten(0, (count, -1)) if rows else output.new_empty((count, *output.shape))
+
+
+def _repeated(t: Any, count: int) -> Any:
+    # torch.cat keeps the memory format, which numbers noise; Tensor.repeat does not.
+    return torch.cat([t] * count) if isinstance(t, Tensor) and t.dim() > 0 else t
+
+
+def _side_by_side(model: nn.Module) -> bool:
+    """Whether the draws of a forward may be parts of one batch."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            return False
+        if isinstance(module, RandomModule) and (
+            not isinstance(module, BayesianLayer) or isinstance(module, BBB.BBBEmbeddingBag)
+        ):
+            return False
+    return True

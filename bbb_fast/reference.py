@@ -236,7 +236,18 @@ def _lrt_noise(v: Tensor, eps: Tensor) -> Tensor:
 
 
 def lrt_sample(m: Tensor, v: Tensor, rng: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """m + sqrt(v) * eps in m's dtype, stored in ``memory_format``, in whose order the noise is numbered."""
+    """m + sqrt(v) * eps in m's dtype, stored in ``memory_format``, in whose order the noise is numbered.
+
+    An ``rng`` with a row for each of several draws: of equal parts of the first dimension.
+    """
+    if rng.dim() == 2:
+        if m.dim() == 0 or m.shape[0] % len(rng):
+            raise ValueError(
+                f"lrt_sample_: with {len(rng)} draws, the first dimension must be a multiple of that, got "
+                f"{list(m.shape)}"
+            )
+        parts = zip(*(t.tensor_split(len(rng)) for t in (m, v)), rng.unbind(), strict=True)
+        return in_format(torch.cat([lrt_sample(*part, memory_format) for part in parts]), memory_format)
     acc = accumulate_dtype(m)
     eps = normal_like(m, rng, memory_format).to(acc)
     return in_format((m.to(acc) + _lrt_noise(v.to(acc), eps)).to(m.dtype), memory_format)

@@ -72,12 +72,15 @@ inline void check_dtype(const char* op, const Name& name, const at::Tensor& t, a
       dtype_name(t.scalar_type()));
 }
 
-inline void check_rng(const char* op, const at::Tensor& rng, at::Device device) {
+// several: whether rng may have a row for each of several draws.
+inline void check_rng(const char* op, const at::Tensor& rng, at::Device device, bool several = false) {
   TORCH_CHECK_TYPE(
       rng.scalar_type() == at::kLong, op, ": rng must be int64 (seed, stream), got ",
       dtype_name(rng.scalar_type()));
+  const bool rows = several && rng.dim() == 2 && rng.size(0) > 0 && rng.size(1) == 2;
   TORCH_CHECK_VALUE(
-      rng.dim() == 1 && rng.size(0) == 2, op, ": rng must have shape [2] (seed, stream), got ", rng.sizes());
+      rows || (rng.dim() == 1 && rng.size(0) == 2), op, ": rng must have shape [2] (seed, stream)",
+      several ? ", or a row for each of several draws" : "", ", got ", rng.sizes());
   check_strided(op, "rng", rng);
   check_device(op, "rng", rng, device);
 }
@@ -201,7 +204,23 @@ inline void check_lrt_sample(
   TORCH_CHECK_VALUE(
       m.numel() == 0 || (m.is_non_overlapping_and_dense() && same_order(m, v)), op, ": ", name,
       " and v must be dense with the same strides, got ", m.strides(), " and ", v.strides());
-  check_rng(op, rng, m.device());
+  check_rng(op, rng, m.device(), true);
+  if (rng.dim() == 2) {
+    // Each draw's part is a piece of memory.
+    const bool whole = m.dim() > 0 && m.size(0) % rng.size(0) == 0;
+    TORCH_CHECK_VALUE(
+        whole, op, ": with ", rng.size(0), " draws, the first dimension must be a multiple of that, got ",
+        m.sizes());
+    TORCH_CHECK_VALUE(
+        m.numel() == 0 || m.size(0) == 1 || m.stride(0) * m.size(0) == m.numel(), op,
+        ": with several draws, the first dimension must be the outermost in memory, got strides ",
+        m.strides());
+  }
+}
+
+// How many draws an rng names: each of an equal part of what is drawn, in the order of memory.
+inline int64_t draw_count(const at::Tensor& rng) {
+  return rng.dim() == 2 ? rng.size(0) : 1;
 }
 
 inline void check_square_backward(

@@ -7,7 +7,7 @@
 
 namespace bbb_fast {
 
-void Layer::check(const char* op, int64_t out_features) const {
+void Layer::check(const char* op, int64_t out_features, bool several_draws) const {
   check_floating(op, "input", input);
   check_posterior(op, "W_", W_mu, W_rho, input.device());
   const auto in = input.scalar_type();
@@ -25,7 +25,7 @@ void Layer::check(const char* op, int64_t out_features) const {
         bias_mu->dim() == 1 && bias_mu->size(0) == out_features, op, ": bias_mu must have shape [",
         out_features, "], got ", bias_mu->sizes());
   }
-  check_rng(op, rng, input.device());
+  check_rng(op, rng, input.device(), several_draws);
   check_prior(op, prior_mu, prior_sigma);
 }
 

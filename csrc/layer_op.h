@@ -41,7 +41,8 @@ struct Layer {
   double prior_mu;
   double prior_sigma;
 
-  void check(const char* op, int64_t out_features) const;
+  // several_draws: whether rng may have a row for each of several draws, of equal parts of the batch.
+  void check(const char* op, int64_t out_features, bool several_draws) const;
   // What the backward op is given besides; `output` is the shape of the forward's.
   void check_backward(
       const char* op,
@@ -168,7 +169,7 @@ class LayerOp {
     const auto product = product_of(geometry...);
     const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
     product.check(op.c_str(), input, W_mu);
-    layer.check(op.c_str(), product.out_features(W_mu));
+    layer.check(op.c_str(), product.out_features(W_mu), Estimator::kOperands == Operands::mean_and_variance);
     return Estimator::forward(op.c_str(), product, layer, with_kl, option);
   }
 
@@ -191,7 +192,7 @@ class LayerOp {
     const auto product = product_of(geometry...);
     const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
     product.check(op.c_str(), input, W_mu);
-    layer.check(op.c_str(), product.out_features(W_mu));
+    layer.check(op.c_str(), product.out_features(W_mu), Estimator::kOperands == Operands::mean_and_variance);
     const auto output = product.output_sizes(input, W_mu);
     layer.check_backward(op.c_str(), output, grad, kept, output_mask);
     Estimator::check_kept(op.c_str(), layer, output, kept);

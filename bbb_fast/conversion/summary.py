@@ -61,8 +61,8 @@ class Summary:
         text = [cells(line) for line in lines]
         text.insert(1, "  ".join("-" * w for w in widths))
         text.append(
-            f"KL {self.kl:.6g} over {self.bayesian_parameters:,} weights; {self.other_parameters:,} parameters "
-            "are not Bayesian"
+            f"KL {self.kl:.6g} over {self.bayesian_parameters:,} weights; "
+            f"{self.other_parameters:,} parameters are not Bayesian"
         )
         return "\n".join(line.rstrip() for line in text)
 

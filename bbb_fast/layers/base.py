@@ -398,7 +398,10 @@ class BayesianLayer(BayesianModule):
             rng, estimator = draw_rng(input.device), self.estimator
         else:
             # Only in weight space is one draw one function.
-            rng, estimator = draw.pinned.rng(self, input.device), "bbb"
+            estimator = "bbb" if draw.pinned.draw == "weights" else self.estimator
+            if draw.pinned.at_once:
+                return self._outputs(estimator, input, draw.pinned.rngs(self, input.device), shape)
+            rng = draw.pinned.rng(self, input.device)
         if input.is_nested or input.layout is not torch.strided:
             if estimator == "bbb" and self._takes_any_layout and not input.is_nested:
                 mu, rho = zip(*self.posterior(), strict=True)
@@ -409,6 +412,16 @@ class BayesianLayer(BayesianModule):
         return self._draw_output(
             estimator, input, self._parameters_in_order(), rng, **shape, **self._options(estimator)
         )
+
+    def _outputs(self, estimator: str, input: Tensor, rngs: Tensor, shape: dict[str, Any]) -> Tensor:
+        """Several draws, each of an equal part of the rows."""
+        options = {**shape, **self._options(estimator)}
+        parameters = self._parameters_in_order()
+        if estimator == "lrt":
+            # The products are the same for all draws.
+            return self._draw_output(estimator, input, parameters, rngs, **options)
+        parts = zip(input.tensor_split(len(rngs)), rngs.unbind(), strict=True)
+        return torch.cat([self._draw_output(estimator, x, parameters, rng, **options) for x, rng in parts])
 
 
 def kl_of_layers(layers: Sequence[BayesianLayer]) -> Tensor:

@@ -86,13 +86,15 @@ class _Rows(BayesianLayer):
             eps = eps * (index != self.padding_idx).unsqueeze(-1)
         return (mu.to(wide) + reference.softplus(rho.to(wide)) * eps).to(mu.dtype)
 
-    def _rng(self, sample: bool) -> Tensor | None:
-        """The draw that a forward uses; None for the means."""
+    def _rngs(self, sample: bool) -> Tensor | None:
+        """A row for each draw that a forward takes, of equal parts of its input; None for the means."""
         draw = self.wanted_draw() if sample else None
         if draw is None or draw.means:
             return None
         device = self.W_mu.device
-        return draw_rng(device) if draw.pinned is None else draw.pinned.rng(self, device)
+        if draw.pinned is not None and draw.pinned.at_once:
+            return draw.pinned.rngs(self, device)
+        return (draw_rng(device) if draw.pinned is None else draw.pinned.rng(self, device)).unsqueeze(0)
 
     def _shape_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"
@@ -110,11 +112,14 @@ class BBBEmbedding(_Rows):
 
     def forward(self, input: Tensor, sample: bool = True) -> Tensor:
         """The rows ``input`` of one draw, in eval mode too; of the means where ``sample`` is False."""
-        rng = self._rng(sample)
-        if rng is None:
+        rngs = self._rngs(sample)
+        if rngs is None:
             options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
             return F.embedding(input, self.W_mu, *options)
-        return self._drawn(input, rng)
+        if len(rngs) == 1:
+            return self._drawn(input, rngs[0])
+        parts = zip(input.tensor_split(len(rngs)), rngs.unbind(), strict=True)
+        return torch.cat([self._drawn(*part) for part in parts])
 
 
 class BBBEmbeddingBag(_Rows):
@@ -160,14 +165,14 @@ class BBBEmbeddingBag(_Rows):
         sample: bool = True,
     ) -> Tensor:
         """The bags of ``input``'s rows of one draw; of the means where ``sample`` is False."""
-        rng = self._rng(sample)
+        rngs = self._rngs(sample)
         options: dict[str, Any] = {
             "mode": self.mode,
             "per_sample_weights": per_sample_weights,
             "include_last_offset": self.include_last_offset,
             "padding_idx": self.padding_idx,
         }
-        if rng is None:
+        if rngs is None:
             return F.embedding_bag(
                 input,
                 self.W_mu,
@@ -180,4 +185,4 @@ class BBBEmbeddingBag(_Rows):
         if self.padding_idx is not None:
             found = (rows == self.padding_idx).nonzero()
             options["padding_idx"] = int(found) if found.numel() else None
-        return F.embedding_bag(at.view_as(input), self._drawn(rows, rng), offsets, **options)
+        return F.embedding_bag(at.view_as(input), self._drawn(rows, rngs[0]), offsets, **options)

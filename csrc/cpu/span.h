@@ -35,6 +35,14 @@ struct Span {
 
   Span() = default;
   explicit Span(const at::Tensor& t) : data(t.data_ptr()), dtype(t.scalar_type()), numel(t.numel()) {}
+
+  // Part k of `count` equal ones.
+  Span part(int64_t k, int64_t count) const {
+    Span result = *this;
+    result.numel = numel / count;
+    result.data = static_cast<char*>(data) + k * result.numel * static_cast<int64_t>(c10::elementSize(dtype));
+    return result;
+  }
 };
 
 // Memory to be written as a whole. Past the dispatcher, whose microsecond a small layer pays several times.
