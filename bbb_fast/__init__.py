@@ -1,10 +1,10 @@
 """Fast Bayesian layers for PyTorch: fused sampling, local reparameterization and closed-form KL."""
 
-from . import functional, layers, metrics, models, reference
+from . import functional, layers, metrics, models, priors, reference
 from ._backend import backend, build_info, set_backend
 from ._noise import fixed_noise, posterior_means
 from ._version import __version__ as __version__
-from .conversion import convert, posterior_to_prior, summary, to_deterministic
+from .conversion import convert, posterior_to_prior, prune, sparsity, summary, to_deterministic
 from .inference import multi_sample, predict
 from .losses import ELBO, get_beta, kl_loss
 
@@ -24,8 +24,11 @@ __all__ = [
     "posterior_means",
     "posterior_to_prior",
     "predict",
+    "priors",
+    "prune",
     "reference",
     "set_backend",
+    "sparsity",
     "summary",
     "to_deterministic",
 ]

@@ -189,9 +189,9 @@ def multi_sample(model: nn.Module, x: Any, samples: int, *, seed: int | None = N
     """The model's outputs under ``samples`` draws, [samples, N, ...], with gradients, in one forward.
 
     Element k is what the model returns under ``fixed_noise(seed, sample=k, model=model,
-    draw="activations")``: each layer uses its own estimator. The rows of x are repeated for each draw. Modules
-    of other kinds see samples * N rows at once, and local reparameterization forms its products for all draws
-    together.
+    draw="activations")``: each layer uses its own estimator. The rows of x are repeated for each draw, so
+    modules of other kinds see samples * N rows at once, and local reparameterization forms its products for
+    all draws together.
 
     A model whose rows do not go through it side by side runs ``samples`` times instead: one in which batch
     norms are in training mode, or with modules in weight space that are not linear layers, convolutions or

@@ -121,7 +121,8 @@ def softplus(rho: Tensor) -> Tensor:
     return torch.logaddexp(rho, torch.zeros((), dtype=rho.dtype, device=rho.device))
 
 
-def _log_softplus(rho: Tensor) -> Tensor:
+def log_softplus(rho: Tensor) -> Tensor:
+    """ln(sigma), finite for every finite rho."""
     # Below -30, ln(sigma) = rho - e^rho / 2 + ..., whose second term no dtype here can hold; taking the
     # logarithm of sigma would meet denormals and zeros. The clamp keeps the branch not taken finite; it
     # ends apart from the branch taken, since releases of torch differ in its gradient there.
@@ -223,7 +224,7 @@ def kl_divergence(
         m_p = m_p.double() if isinstance(m_p, Tensor) else float(m_p)
         s_p = s_p.double() if isinstance(s_p, Tensor) else float(s_p)
         log_prior = s_p.log() if isinstance(s_p, Tensor) else math.log(s_p)
-        log_ratio = _log_softplus(r) - log_prior
+        log_ratio = log_softplus(r) - log_prior
         total = total + 0.5 * ((softplus(r) / s_p) ** 2 - 1 - 2 * log_ratio + ((m - m_p) / s_p) ** 2).sum()
     return total.to(accumulate_dtype(*mu))
 

@@ -303,6 +303,9 @@ def kl_divergence(
 ) -> Tensor:
     """See :func:`bbb_fast.functional.kl_divergence`. Every term is formed in float64."""
 
+def log_softplus(rho: Tensor) -> Tensor:
+    """ln(sigma), finite for every finite rho."""
+
 def lrt_conv1d(
     input: Tensor,
     W_mu: Tensor,

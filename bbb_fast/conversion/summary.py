@@ -125,4 +125,6 @@ def _prior(term: Term) -> str:
             return "a tensor" if value.dim() else f"{float(value):.4g}"
         return value if isinstance(value, str) else f"{value:.4g}"
 
+    if term.prior is not None:
+        return str(term.prior)
     return f"N({shown(term.prior_mu)}, {shown(term.prior_sigma)}^2)"

@@ -14,7 +14,7 @@ from .. import _backend, functional, routes
 from .._checks import FLOAT_DTYPES, factory
 from .._layer_functions import ESTIMATORS
 from .._noise import FREE, RandomModule, draw_rng, rank_offset
-from ..priors import BIAS_KEYS, DEFAULT_PRIORS, PriorValue, empirical_sigma, resolve_priors
+from ..priors import BIAS_KEYS, DEFAULT_PRIORS, Prior, PriorValue, empirical_sigma, resolve_priors
 from ..routes import VarianceDtype
 
 # W_mu, W_rho, bias_mu, bias_rho.
@@ -68,6 +68,7 @@ class Term(NamedTuple):
     rho: Tensor
     prior_mu: PriorValue
     prior_sigma: PriorValue
+    prior: Prior | None = None  # another kind, in the place of the two
 
 
 class BayesianModule(RandomModule):
@@ -77,6 +78,8 @@ class BayesianModule(RandomModule):
     estimator: str
     posterior_mu_initial: tuple[float, float]
     posterior_rho_initial: tuple[float, float]
+    # Of another kind than N(prior_mu, prior_sigma^2).
+    prior: Prior | None = None
 
     def posterior(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The (mu, rho) pairs of the module itself."""
@@ -182,6 +185,7 @@ class BayesianLayer(BayesianModule):
         factory(type(self).__name__, device, dtype)
         self.recompute_weight = recompute_weight
         self.variance_dtype = variance_dtype
+        self.prior = resolved["prior"]
         self.posterior_mu_initial = resolved["posterior_mu_initial"]
         self.posterior_rho_initial = resolved["posterior_rho_initial"]
 
@@ -284,15 +288,17 @@ class BayesianLayer(BayesianModule):
     def _prior_numbers(self) -> tuple[float, float] | None:
         """The prior of weight and bias, if it is one and of numbers."""
         mu, sigma = self.prior_mu, self.prior_sigma
-        own = self.bias_prior_mu is None and self.bias_prior_sigma is None
+        own = self.bias_prior_mu is None and self.bias_prior_sigma is None and self.prior is None
         plain = own and not isinstance(mu, Tensor) and not isinstance(sigma, (Tensor, str))
         return (mu, sigma) if plain else None
 
     def terms(self) -> list[Term]:
         priors = [(self.prior_mu, self.prior_sigma), self._bias_prior()]
-        return [Term(*pair, *prior) for pair, prior in zip(self.posterior(), priors, strict=False)]
+        pairs = zip(self.posterior(), priors, strict=False)
+        return [Term(*pair, *numbers, self.prior) for pair, numbers in pairs]
 
     def set_priors(self, priors: Sequence[tuple[PriorValue, PriorValue]]) -> None:
+        self.prior = None
         for name, (mu, sigma) in zip(("prior", "bias_prior"), priors, strict=False):
             self._put(f"{name}_mu", mu)
             self._put(f"{name}_sigma", sigma)
@@ -319,7 +325,7 @@ class BayesianLayer(BayesianModule):
         for name, default in (("recompute_weight", False), ("variance_dtype", None)):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)}")
-        for name, default in {**DEFAULT_PRIORS, **dict.fromkeys(BIAS_KEYS)}.items():
+        for name, default in {"prior": None, **DEFAULT_PRIORS, **dict.fromkeys(BIAS_KEYS)}.items():
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 parts.append(f"{name}=[{', '.join(map(str, value.shape))}]")
@@ -444,11 +450,17 @@ def kl_of_layers(layers: Sequence[BayesianLayer]) -> Tensor:
 def kl_of_terms(terms: Sequence[Term]) -> Tensor:
     """The sum of their KLs: one call for all tensors of a device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[Term]] = {}
+    parts = []
     for term in terms:
+        if term.prior is not None:
+            parts.append(term.prior.kl(term.mu, term.rho))
+            continue
         if isinstance(term.prior_sigma, str):
             term = term._replace(prior_sigma=empirical_sigma(term.mu, term.rho, term.prior_mu))
         groups.setdefault((term.mu.device, term.mu.dtype), []).append(term)
-    parts = [functional.kl_divergence(*map(list, zip(*group, strict=True))) for group in groups.values()]
+    for group in groups.values():
+        mu, rho, prior_mu, prior_sigma, _ = zip(*group, strict=True)
+        parts.append(functional.kl_divergence(mu, rho, prior_mu, prior_sigma))
     total = parts[0]
     for part in parts[1:]:
         total = total + part.to(total.device)

@@ -67,6 +67,7 @@ class WeightSpace(BayesianModule):
                 if not self._means_from_module:
                     mu.normal_(*self.posterior_mu_initial)
         self.set_priors([(resolved["prior_mu"], resolved["prior_sigma"])] * len(names))
+        self.prior = resolved["prior"]
 
     def reset_parameters(self) -> None:
         """Draws rho anew, and the means from ``posterior_mu_initial``, or as the module itself does."""
@@ -94,11 +95,12 @@ class WeightSpace(BayesianModule):
     def terms(self) -> list[Term]:
         values = [getattr(self, name) for name in self._prior_names()]
         return [
-            Term(*pair, mu, sigma)
+            Term(*pair, mu, sigma, self.prior)
             for pair, mu, sigma in zip(self.posterior(), values[::2], values[1::2], strict=True)
         ]
 
     def set_priors(self, priors: Sequence[tuple[PriorValue, PriorValue]]) -> None:
+        self.prior = None
         names = iter(self._prior_names())
         for mu, sigma in priors:
             self._put(next(names), mu)
@@ -162,7 +164,7 @@ class WeightSpace(BayesianModule):
         return value
 
     def extra_repr(self) -> str:
-        return f"estimator={self.estimator!r}"
+        return f"estimator={self.estimator!r}" + ("" if self.prior is None else f", prior={self.prior}")
 
 
 class Around(WeightSpace):

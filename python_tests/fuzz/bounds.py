@@ -37,7 +37,7 @@ def _positive_kl(
     for m, r, m_p, s_p in zip(mu, rho, prior_mu, prior_sigma, strict=True):
         m, r = m.double(), r.double()
         squares = 0.5 * ((reference.softplus(r) / s_p) ** 2 + ((m + abs(m_p)) / s_p) ** 2)
-        log_sigma = reference._log_softplus(r)
+        log_sigma = reference.log_softplus(r)
         log_prior = torch.tensor(s_p, dtype=torch.float64).log()
         value = value + (squares + (log_sigma - log_prior).abs() + 0.5).sum().detach()
         slope = slope + (squares + log_sigma).sum()
