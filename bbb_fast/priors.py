@@ -81,7 +81,7 @@ class ScaleMixture(Prior):
     """p(w) = pi N(0, sigma1^2) + (1 - pi) N(0, sigma2^2): a wide and a narrow Gaussian.
 
     Blundell et al., "Weight uncertainty in neural networks", ICML 2015, section 3.3. The KL has no closed
-    form: each call estimates it from one draw of the weights (ln q(w) - ln p(w), unbiased, and of either sign).
+    form: each call estimates it from one draw of the weights, ln q(w) - ln p(w), unbiased and of either sign.
 
     Args: ``pi`` in (0, 1); ``sigma1`` and ``sigma2`` > 0. Raises ValueError otherwise.
     """

@@ -46,7 +46,8 @@ def _noise(model: nn.Module, threshold: float) -> Iterator[tuple[str, Tensor, Te
             for k, (mu, rho) in enumerate(module.posterior()):
                 if mu.dim() >= 2:
                     label = name if k == 0 else f"{name}[{k}]"
-                    yield label, mu, rho, LogUniform().log_alpha(mu, rho) > threshold
+                    pruned = (mu == 0) & (rho <= _NO_NOISE)
+                    yield label, mu, rho, pruned | (LogUniform().log_alpha(mu, rho) > threshold)
 
 
 @torch.no_grad()
