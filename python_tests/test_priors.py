@@ -168,7 +168,7 @@ def test_empirical_sigma(backend: str, family: ModuleType) -> None:
 
 
 def test_log_uniform_is_the_kl_up_to_a_constant() -> None:
-    """Against numerical integration over the multiplicative noise: differences agree within the stated error."""
+    """Against integration over the multiplicative noise: differences agree within the stated error."""
     alphas = torch.logspace(-4, 4, 33, dtype=torch.float64)
     prior = LogUniform()
     mu = torch.ones(33, dtype=torch.float64)
