@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import NamedTuple, TypeVar
 
@@ -92,19 +92,17 @@ class RandomModule(nn.Module):
     # Whether the last forward drew freely; and of a replica, what it was made under, and of which module.
     _drew_freely: bool = True
     _origin: tuple[Draw, RandomModule] | None = None
-    # How many blocks of streams its noise needs.
-    _stream_blocks: int = 1
 
-    def _drawn_parameter(self) -> Tensor | None:
-        """A parameter that is drawn: modules that share it are one draw under fixed_noise."""
-        return None
+    def _drawn_parameters(self) -> Sequence[Tensor]:
+        """The means that it draws, each with a stream of its own; those that modules share are one draw."""
+        return ()
 
     def _replicate_for_data_parallel(self) -> RandomModule:
         replica = super()._replicate_for_data_parallel()
         draw = self.wanted_draw()
         if draw.pinned is not None:
             # In this thread, where the model around the layer can be told.
-            draw.pinned.number(self)
+            draw.pinned._place(self)
         replica.__dict__.update(_drew_freely=False, _origin=(draw, self))
         return replica
 
@@ -210,18 +208,25 @@ def _outermost_call(since: FrameType | None) -> nn.Module | None:
     return found
 
 
-def _rows(seed: int, number: int, first: int, count: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The ``rng`` of layer ``number`` for each of ``count`` samples from ``first`` on."""
+class _Place(NamedTuple):
+    """A module's streams: the first of the block that is its own, and those of the means it draws."""
+
+    own: int
+    streams: tuple[int, ...]
+
+
+def _rows(seed: int, stream: int, first: int, count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The ``rng`` of a stream for each of ``count`` samples from ``first`` on."""
     if device.type == "cpu":
-        numbers = [[seed, (k << 32) + (number << 8)] for k in range(first, first + count)]
+        numbers = [[seed, (k << 32) + stream] for k in range(first, first + count)]
         return torch.tensor(numbers, device=device).unbind()
     # Formed on the device: a copy from the host would wait for it, and could not be captured in a CUDA graph.
     rows = torch.empty(count, 2, dtype=torch.int64, device=device)
     rows[:, 0].fill_(seed)
     if count == 1:
-        rows[:, 1].fill_((first << 32) + (number << 8))
+        rows[:, 1].fill_((first << 32) + stream)
     else:
-        torch.arange(first, first + count, out=rows[:, 1]).mul_(1 << 32).add_(number << 8)
+        torch.arange(first, first + count, out=rows[:, 1]).mul_(1 << 32).add_(stream)
     return rows.unbind()
 
 
@@ -238,7 +243,7 @@ class fixed_noise(_DrawContext):
     the context; a layer outside it is counted on when its own model is first called. (A function compiled
     around the model, or ``model.forward`` called past ``model(...)``, hides it: layers are numbered in the
     order of their first use then, so give ``model`` where they run in another order than they are
-    registered in.)
+    registered in.) A weight that several layers share is one draw.
 
     ``draw="activations"`` lets each layer use its own estimator instead: the noise is pinned, but that of
     local reparameterization and Flipout belongs to the rows of a batch, so that one draw is no function.
@@ -275,10 +280,10 @@ class fixed_noise(_DrawContext):
         # A tensor, so that one torch.compile graph serves every seed and sample.
         self._rng = torch.tensor([seed, sample << 32], device="cpu")
         # By id, for which torch.compile guards: by module it would take one layer's number for all.
-        self._numbers: dict[int, int] = {}
-        self._blocks = 0
-        self._numbered: list[tuple[nn.Module, Tensor | None]] = []
-        self._shared: dict[int, RandomModule] = {}
+        self._places: dict[int, _Place] = {}
+        self._of_mean: dict[int, int] = {}
+        self._seen: list[tuple[nn.Module, Sequence[Tensor]]] = []
+        self._next = 0
         if model is not None:
             if not isinstance(model, nn.Module):
                 raise TypeError(f"fixed_noise: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -294,8 +299,8 @@ class fixed_noise(_DrawContext):
         return draw
 
     def rngs(self, module: RandomModule, device: torch.device) -> Tensor:
-        """The ``rng`` of each draw, [count, 2]."""
-        return torch.stack(_rows(self.seed, self.number(module), 0, self._count_of_samples, device))
+        """As ``rng``, of each draw: [count, 2]."""
+        return torch.stack(_rows(self.seed, self._place(module).own, 0, self._count_of_samples, device))
 
     def samples(self, count: int) -> Iterator[fixed_noise]:
         """The draws 0 ... count - 1 of the seed, for predictions: no backward follows."""
@@ -306,13 +311,15 @@ class fixed_noise(_DrawContext):
             draw.__dict__.update(shared, sample=k, _rng=rng)
             yield draw
 
-    def _row(self, number: int, device: torch.device) -> Tensor:
+    def _row(self, stream: int, device: torch.device) -> Tensor:
+        if is_compiling():
+            return (self._rng + torch.tensor([0, stream], device="cpu")).to(device)
         if self._rngs is None:
-            return _rows(self.seed, number, self.sample, 1, device)[0]
+            return _rows(self.seed, stream, self.sample, 1, device)[0]
         # A tensor from numbers takes longer than a small layer's product; here all draws' are formed at once.
-        key = number, device
+        key = stream, device
         if key not in self._rngs:
-            self._rngs[key] = _rows(self.seed, number, 0, self._count_of_samples, device)
+            self._rngs[key] = _rows(self.seed, stream, 0, self._count_of_samples, device)
         return self._rngs[key][self.sample]
 
     def _inside(self, outer: Draw) -> Draw:
@@ -325,35 +332,42 @@ class fixed_noise(_DrawContext):
                     self._count(module)
 
     def _count(self, module: RandomModule) -> None:
-        if id(module) not in self._numbers:
-            shared = module._drawn_parameter()
-            if shared is not None and id(shared) in self._shared:
-                self._numbers[id(module)] = self._numbers[id(self._shared[id(shared)])]
-            else:
-                self._numbers[id(module)] = self._blocks
-                self._blocks += module._stream_blocks
-                if shared is not None:
-                    self._shared[id(shared)] = module
-            # As long as they are here, no other module or parameter has their id.
-            self._numbered.append((module, shared))
+        if id(module) in self._places:
+            return
+        means = module._drawn_parameters()
+        own = self._next
+        for k, mean in enumerate(means):
+            self._of_mean.setdefault(id(mean), own + k)
+        # As long as they are here, no other module or parameter has their id.
+        self._seen.append((module, means))
+        self._next = own + STREAMS_A_BLOCK * max(1, -(-len(means) // STREAMS_A_BLOCK))
+        streams = tuple(self._of_mean[id(mean)] for mean in means)
+        self._places[id(module)] = _Place(own, streams)
 
-    def number(self, module: RandomModule) -> int:
-        """The module's place among those that draw, in the model that it is a part of."""
+    def _place(self, module: RandomModule) -> _Place:
         if is_compiling():
             self._count(module)
-            return self._numbers[id(module)]
+            return self._places[id(module)]
         if module._origin is not None:
             module = module._origin[1]
-        if id(module) not in self._numbers:
+        if id(module) not in self._places:
             self._add(_outermost_call(_state.place.caller) or module)
             # A layer that is no registered part of what is called.
             self._count(module)
-        return self._numbers[id(module)]
+        return self._places[id(module)]
+
+    def number(self, module: RandomModule) -> int:
+        """The module's place among those that draw, in the model that it is a part of."""
+        return self._place(module).own // STREAMS_A_BLOCK
 
     def rng(self, module: RandomModule, device: torch.device) -> Tensor:
-        """The ``rng`` of the module's forwards."""
-        number = self.number(module)
-        # 2^8 streams a layer: its tensors take consecutive ones.
-        if is_compiling():
-            return (self._rng + torch.tensor([0, number << 8], device="cpu")).to(device)
-        return self._row(number, device)
+        """The ``rng`` of what the module draws for itself: activations, masks."""
+        return self._row(self._place(module).own, device)
+
+    def rng_and_streams(self, module: RandomModule, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+        """The ``rng`` of the module's first weight, and the streams of all from there on.
+
+        0, 1, 2 and so on, but for weights that another module has too, which have the streams of there.
+        """
+        streams = self._place(module).streams
+        return self._row(streams[0], device), tuple(s - streams[0] for s in streams)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import unrelated
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.prune import l1_unstructured
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from bbb_fast import (
@@ -521,3 +522,150 @@ def test_models_of_transformers() -> None:
         torch.testing.assert_close(
             predict(net, ids, 2, seed=1, batch_size=1, call=lambda m, x: m(x).logits), y
         )
+
+
+# ---------------------------------------------------------------- what was once wrong
+
+
+class Decoder(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.w = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w.t()
+
+
+class SharedByKinds(nn.Module):
+    """Ties of a layer and a module in weight space, of biases alone, of weights with biases apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.bias = self.a.bias
+        self.c.weight = self.a.weight
+        self.rnn, self.other = nn.GRUCell(4, 4), nn.GRUCell(4, 4)
+        self.other.weight_hh = self.rnn.weight_hh
+        self.decode = Decoder(self.embed.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c(self.b(self.a(self.embed(x)).tanh()).tanh())
+        return self.decode(self.other(h, self.rnn(h)))
+
+
+def test_ties_of_all_kinds_are_one_draw() -> None:
+    net, x = quietly(SharedByKinds().eval(), others="weights"), torch.randint(0, 9, (5,))
+    for sample in (0, 2):
+        drawn = to_deterministic(net, seed=1, sample=sample)
+        assert drawn.b.bias is drawn.a.bias and drawn.c.weight is drawn.a.weight
+        assert drawn.decode.w is drawn.embed.weight and drawn.other.weight_hh is drawn.rnn.weight_hh
+        with fixed_noise(1, sample, model=net), torch.no_grad():
+            torch.testing.assert_close(net(x), drawn(x), rtol=1e-4, atol=1e-5)
+        assert unrelated(drawn.a.bias - net.a.bias_mu, drawn.c.bias - net.c.bias_mu)
+    found = summary(net)
+    assert sum(row.kl for row in found.rows if row.kl is not None) == pytest.approx(float(kl_loss(net)))
+
+
+def test_types_do_not_change_the_order() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(3))
+            self.b = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+            self.c = nn.Parameter(torch.full((3,), 100.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.a.double(), self.b, self.c.double()]) + x
+
+    net = nn.Sequential(WeightSpace(Mixed()))
+    x = torch.zeros(3, dtype=torch.float64)
+    with fixed_noise(1, model=net):
+        torch.testing.assert_close(to_deterministic(net, seed=1)(x), net(x))
+
+
+def test_modules_under_several_names_and_in_lists() -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+            self.head = self.body[0]
+            self.plain = [self.body[0], {"second": self.body[1]}]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain[1]["second"](self.plain[0](x))
+
+    model, x = Aliased(), torch.randn(4, 3)
+    net = quietly(model)
+    assert net.plain[0] is net.head is net.body[0] and unrelated(net(x), net(x))
+    assert torch.equal(to_deterministic(net)(x), model(x)) and type(model.plain[0]) is nn.Linear
+    only = quietly(model, include="head")
+    assert (
+        type(only.body[0]) is BBB_LRT.BBBLinear
+        and type(only.body[1]) is nn.Linear
+        and unrelated(only(x), only(x))
+    )
+    assert type(quietly(model, exclude=model.body[1]).body[1]) is nn.Linear
+    with pytest.raises(ValueError, match="include='haed' is none of the model's modules"):
+        convert(model, include="haed")
+
+
+def test_converting_in_two_steps_keeps_ties() -> None:
+    model = Tied()
+    net = quietly(quietly(model, include="embed"), include="head")
+    assert net.embed.W_mu is net.head.W_mu and net.embed.W_rho is net.head.W_rho
+    torch.testing.assert_close(kl_loss(net), net.embed.kl_loss())
+
+
+def test_the_inside_of_attention_is_left_to_it() -> None:
+    class SelfAttention(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    x = torch.randn(2, 3, 8)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    net = quietly(layer, include=nn.Linear)
+    assert type(net.linear1) is BBB_LRT.BBBLinear and type(net.self_attn) is nn.MultiheadAttention
+    assert unrelated(net(x), net(x))
+    with pytest.warns(UserWarning, match="SelfAttention"):
+        assert convert(nn.Sequential(SelfAttention(8, 2)))(x).shape == x.shape
+    assert unrelated(*(quietly(SelfAttention(8, 2), others="weights")(x) for _ in range(2)))
+
+
+def test_pruned_and_old_weight_norm() -> None:
+    x = torch.randn(4, 3)
+    pruned = nn.Sequential(nn.Linear(3, 3))
+    l1_unstructured(pruned[0], "weight", 0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        normed = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)))
+    for model in (pruned, normed):
+        for _ in range(2):
+            net = quietly(model)
+            assert type(net[0]) is WeightSpace
+            with posterior_means():
+                torch.testing.assert_close(net(x), model(x))
+            assert unrelated(net(x), net(x))
+            torch.testing.assert_close(to_deterministic(net)(x), model(x))
+            model(x)
+
+
+def test_wrappers_are_refused() -> None:
+    with pytest.raises(TypeError, match="convert the model inside DataParallel and wrap the result"):
+        convert(nn.DataParallel(nn.Linear(3, 3)))
+
+
+def test_hooks_of_modules_in_weight_space() -> None:
+    net = quietly(nn.GRUCell(3, 2))
+    calls: list[int] = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    to_deterministic(net)(torch.randn(2, 3))
+    assert calls == [1]
+
+
+def test_summary_of_what_has_no_numbers() -> None:
+    lazy = summary(nn.Sequential(nn.LazyLinear(3)))
+    assert "not initialised" in lazy.rows[0].shape
+    with torch.device("meta"):
+        meta = summary(quietly(nn.Linear(3, 2)))
+    assert meta.rows[0].kl is None and meta.bayesian_parameters == 8

@@ -165,3 +165,34 @@ def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
 
 def test_repr() -> None:
     assert repr(BBB.BBBEmbedding(11, 6, 2)) == "BBBEmbedding(11, 6, padding_idx=2, estimator='bbb')"
+
+
+def test_frequencies_of_a_bag(backend: str) -> None:
+    """A row's gradient is divided by how often it was looked up, as torch.nn.Embedding's is."""
+    index = torch.tensor([[1, 1, 1, 2]])
+    layer = layer_of("BBBEmbeddingBag", mode="sum", scale_grad_by_freq=True)
+    point = nn.Embedding(11, 6, scale_grad_by_freq=True)
+    with fixed_noise(3):
+        layer(index).sum().backward()
+    point(index).sum().backward()
+    torch.testing.assert_close(layer.W_mu.grad, point.weight.grad)
+
+
+def test_one_empirical_sigma_around_the_padding(backend: str) -> None:
+    layer = layer_of(padding_idx=4, priors={"prior_sigma": "empirical"})
+    rows = [k for k in range(11) if k != 4]
+    whole = layer_of(priors={"prior_sigma": "empirical"})
+    whole.W_mu, whole.W_rho = (
+        nn.Parameter(layer.W_mu[rows].detach()),
+        nn.Parameter(layer.W_rho[rows].detach()),
+    )
+    torch.testing.assert_close(layer.kl_loss(), whole.kl_loss())
+
+
+@pytest.mark.parametrize("embedding_first", [False, True])
+def test_a_padded_table_tied_to_the_output(backend: str, embedding_first: bool) -> None:
+    """The output's layer draws all rows: all have a part in the KL, in either order."""
+    embedding, out = layer_of(padding_idx=2), BBB.BBBLinear(6, 11, bias=False)
+    out.W_mu, out.W_rho = embedding.W_mu, embedding.W_rho
+    model = nn.Sequential(embedding, out) if embedding_first else nn.Sequential(out, embedding)
+    torch.testing.assert_close(kl_loss(model), out.kl_loss())

@@ -86,7 +86,7 @@ WAYS = [
     "parent",
     "hook",
 ]
-COPIED = {"bound method", "partial", "containers", "key", "parent", "hook"}
+COPIED = {"bound method", "partial", "containers", "key", "weak reference", "parent", "hook"}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -281,3 +281,30 @@ def test_pruning(family: ModuleType) -> None:
     assert (drawn[2] == 0).all() and drawn[0, 1] == 0 and (drawn != 0).sum() == 7
     assert prune(model).layers["0"] == (5, 12)
     assert kl_loss(model).isfinite()
+
+
+def test_tensors_are_each_layers_own(family: ModuleType) -> None:
+    """Neither the caller's tensor nor another layer's."""
+    s = torch.tensor(0.1)
+    model = nn.Sequential(*(family.BBBLinear(3, 3, priors={"prior_sigma": s}) for _ in range(2)))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state["0.prior_sigma"], state["1.prior_sigma"] = torch.tensor(0.5), torch.tensor(2.0)
+    model.load_state_dict(state)
+    assert [float(layer.prior_sigma) for layer in model] == [0.5, 2.0] and float(s) == pytest.approx(0.1)
+    fresh = family.BBBLinear(3, 3, priors={"prior_sigma": s})
+    fresh.load_state_dict({**fresh.state_dict(), "prior_sigma": torch.rand(3, 3) + 0.1})
+    assert fresh.prior_sigma.shape == (3, 3)
+
+
+def test_kl_of_parametrized_layers(backend: str, family: ModuleType) -> None:
+    """Their means are formed when asked for: none may be taken for another's."""
+
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 1.0
+
+    model = nn.Sequential(*(family.BBBLinear(10, 10) for _ in range(50)))
+    before = kl_loss(model)
+    for layer in model:
+        nn.utils.parametrize.register_parametrization(layer, "W_mu", Same())
+    torch.testing.assert_close(kl_loss(model), before)

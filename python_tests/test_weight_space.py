@@ -174,7 +174,7 @@ class Tied(nn.Module):
 
 def test_any_module(backend: str) -> None:
     layer = WeightSpace(Tied())
-    assert [key for key in layer.rho] == ["table:weight", "norm:weight", "norm:bias"]
+    assert list(layer.rho._parameters) == ["table:weight", "norm:weight", "norm:bias"]
     x = torch.tensor([1, 5, 5])
     with fixed_noise(4):
         y = layer(x, scale=2.0)["logits"]
@@ -325,3 +325,136 @@ def test_in_a_transformer_of_torch_nn(backend: str, training: bool) -> None:
         expected = plain(x, src_key_padding_mask=mask)
     torch.testing.assert_close(means[0], expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(means[1, :3], expected[1, :3], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what was once wrong
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, how: bool | None) -> None:
+        super().__init__()
+        self.a, self.how = nn.Linear(4, 4), how
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.a(x).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how is None:
+            return self.body(x)
+        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=self.how)
+
+
+@pytest.mark.parametrize("how", [False, True])
+def test_a_checkpoint_within_finds_the_drawn_weights(backend: str, how: bool) -> None:
+    grads = []
+    for kind in (None, how):
+        torch.manual_seed(1)
+        layer, x = WeightSpace(Checkpointed(kind)), torch.randn(2, 4, requires_grad=True)
+        with fixed_noise(1):
+            y = layer(x)
+        y.sum().backward()
+        if how and kind is not None:  # of tensors that are no arguments, a reentrant checkpoint gives none
+            continue
+        grads.append([p.grad for p in layer.parameters()])
+    for a, b in zip(grads[0], grads[-1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Slow(nn.Linear):
+    """Waits within its forward, until it is told to go on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            self.entered.set()
+            assert self.go_on.wait(10)
+        return super().forward(x)
+
+
+def test_another_threads_forward_is_not_seen() -> None:
+    """While it runs, a state_dict, the means, the KL and predictions are what they are without it."""
+    inner = Slow(3, 3)
+    # Shared by copies, as functions are.
+    Slow.entered, Slow.go_on = threading.Event(), threading.Event()
+    layer, x = WeightSpace(inner), torch.eye(3)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    mean, kl, seen = layer(x, sample=False), kl_loss(layer), predict(layer, x, 2, seed=1)
+    thread = threading.Thread(target=lambda: layer(x))
+    thread.start()
+    try:
+        assert Slow.entered.wait(10)
+        assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+        assert torch.equal(layer(x, sample=False), mean) and torch.equal(kl_loss(layer), kl)
+        assert torch.equal(predict(layer, x, 2, seed=1), seen)
+    finally:
+        Slow.go_on.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", ["GRUCell", "MultiheadAttention", "LSTM"])
+def test_functional_calls(backend: str, kind: str) -> None:
+    """Parameters that are given, and gradients by torch.func."""
+    layer, _, x = made(kind)
+    given = {k: v.detach() * 1.5 for k, v in layer.named_parameters()}
+    with fixed_noise(2):
+        y = first(torch.func.functional_call(layer, given, x))
+    other = copy.deepcopy(layer)
+    other.load_state_dict(given, strict=False)
+    with fixed_noise(2):
+        torch.testing.assert_close(y, first(other(*x)))
+    with fixed_noise(2):
+        grads = torch.func.grad(lambda p: first(torch.func.functional_call(layer, p, x)).sum())(given)
+    with fixed_noise(2):
+        expected = torch.autograd.grad(first(other(*x)).sum(), list(other.parameters()))
+    for (name, _), g in zip(other.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(grads[name], g)
+
+
+def test_names_that_dicts_have(backend: str) -> None:
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys, self.values = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.keys.t()).softmax(-1) @ self.values
+
+    layer = WeightSpace(Memory())
+    assert layer(torch.randn(2, 3)).shape == (2, 2) and len(layer.posterior()) == 2
+
+
+def test_other_methods_draw_too(backend: str) -> None:
+    class Both(nn.Linear):
+        def encode(self, x: Tensor) -> Tensor:
+            return self(x).tanh()
+
+    layer, x = WeightSpace(Both(3, 2)), torch.randn(4, 3)
+    with fixed_noise(1):
+        torch.testing.assert_close(layer.encode(x), layer(x).tanh())
+    assert unrelated(layer.encode(x), layer.encode(x))
+
+
+def test_what_a_forward_stores_stays(backend: str) -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+            self.calls = 0
+            self.register_buffer("total", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.calls += 1
+            self.total = self.total + y.detach().sum(0)
+            self.last = y
+            return y
+
+    layer = WeightSpace(Counting())
+    y = [layer(torch.randn(4, 3)) for _ in range(2)]
+    assert layer.module.calls == 2 and layer.module.last is y[1]
+    torch.testing.assert_close(layer.module.total, y[0].sum(0) + y[1].sum(0))
+
+
+def test_a_tensor_is_no_prior_of_all_parameters() -> None:
+    with pytest.raises(
+        ValueError, match=r"priors\['prior_sigma'\] must be a number, as it is of all parameters"
+    ):
+        WeightSpace(nn.Linear(3, 2), {"prior_sigma": torch.ones(2, 3)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -47,16 +46,27 @@ def convert(
             its root mean square over the tensor (of zeros: 0.1). Krishnan, Subedar and Tickoo, "Specifying
             weight priors in Bayesian deep neural networks with empirical Bayes" (MOPED), AAAI 2020.
         include, exclude: names (fnmatch patterns, as "features.*"), module types, functions
-            ``(name, module) -> bool``, or several of these: convert only what ``include`` says, and nothing
-            that ``exclude`` says, nor anything below it.
-        others: "weights" puts every other module with parameters of its own into weight space, norms too;
-            "keep" leaves it. A warning names the kinds that are left, but for norms; ``summary`` lists all.
+            ``(name, module) -> bool``, modules of the model, or several of these: convert only what
+            ``include`` says, by any of its names, with all below it, and nothing that ``exclude`` says, nor
+            anything below that.
+        others: "weights" puts every other module with parameters of its own into weight space, norms too, if
+            it has a forward and nothing Bayesian in it; "keep" leaves it. A warning names the kinds that are
+            left, but for norms; ``summary`` lists all.
         variance_dtype: of the lrt layers.
 
-    Raises TypeError for what is no module, ValueError for an unknown estimator or value.
+    Weight decay pulls rho to 0, a sigma of 0.69: give the posteriors' parameters none.
+
+    Raises TypeError for what is no module, and for one in DataParallel, DistributedDataParallel or
+    FullyShardedDataParallel, ValueError for an unknown estimator or value.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if rules.is_wrapper(module):
+            raise TypeError(
+                f"convert: convert the model inside {type(module).__name__} and wrap the result, so that it "
+                "knows the new parameters"
+            )
     if estimator not in rules.FAMILIES:
         raise ValueError(f"convert: estimator must be one of {', '.join(rules.FAMILIES)}, got {estimator!r}")
     if others not in ("keep", "weights"):
@@ -64,18 +74,33 @@ def convert(
     if moped_delta is not None and not 0 < float(moped_delta) < float("inf"):
         raise ValueError(f"convert: moped_delta must be > 0, got {moped_delta!r}")
     resolve_priors(priors)
+    if estimator != "lrt" and variance_dtype is not None:
+        raise ValueError(f"convert: variance_dtype is an option of lrt, and the estimator is {estimator}")
+    wanted = None if include is None else _selected(model, _selection("include", include))
+    if wanted is not None and not wanted:
+        raise ValueError(f"convert: include={include!r} is none of the model's modules")
+    unwanted = _selected(model, _selection("exclude", exclude))
+    copied = rules.copy_of(model)
+    of_original = dict(zip(model.modules(), copied.modules(), strict=True))
     work = _Conversion(
         rules.FAMILIES[estimator],
         priors,
         moped_delta,
-        None if include is None else _selection("include", include),
-        _selection("exclude", exclude),
+        set(of_original.values()) if wanted is None else {of_original[m] for m in wanted},
+        {of_original[m] for m in unwanted},
         others,
-        variance_dtype if estimator == "lrt" else None,
+        variance_dtype,
     )
-    if estimator != "lrt" and variance_dtype is not None:
-        raise ValueError(f"convert: variance_dtype is an option of lrt, and the estimator is {estimator}")
-    return work.run(copy.deepcopy(model))
+    return work.run(copied)
+
+
+def _selected(model: nn.Module, select: rules.Select) -> set[nn.Module]:
+    """The modules that are selected by any of their names, and those below them."""
+    found: set[nn.Module] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module not in found and select(name, module):
+            found.update(module.modules())
+    return found
 
 
 def _selection(label: str, wanted: Wanted) -> rules.Select:
@@ -84,6 +109,8 @@ def _selection(label: str, wanted: Wanted) -> rules.Select:
         return lambda name, _: fnmatch.fnmatchcase(name, wanted)
     if isinstance(wanted, type):
         return lambda _, module: isinstance(module, wanted)
+    if isinstance(wanted, nn.Module):
+        return lambda _, module: module is wanted
     if callable(wanted):
         return lambda name, module: bool(wanted(name, module))
     if isinstance(wanted, Iterable):
@@ -103,44 +130,52 @@ class _Conversion:
         family: Any,
         priors: Mapping[str, Any] | None,
         moped_delta: float | None,
-        include: rules.Select | None,
-        exclude: rules.Select,
+        included: set[nn.Module],
+        excluded: set[nn.Module],
         others: str,
         variance_dtype: VarianceDtype,
     ) -> None:
         self._family, self._priors, self._moped_delta = family, priors, moped_delta
-        self._include, self._exclude = include, exclude
+        self._included, self._excluded = included, excluded
         self._others, self._variance_dtype = others, variance_dtype
         # By the module it stands for: one that is registered twice stays one.
         self._made: dict[nn.Module, nn.Module] = {}
-        # By the id of a mean: its rho, and its prior.
+        # By the id of a mean: its rho.
         self._rhos: dict[int, nn.Parameter] = {}
         self._left: set[str] = set()
 
     def run(self, model: nn.Module) -> nn.Module:
-        model = self._converted("", model, self._include is None)
+        for module in model.modules():
+            if isinstance(module, BayesianModule):
+                self._rhos.update((id(mu), rho) for mu, rho in module.posterior())
+        model = self._converted(model)
+        replaced = {id(old): new for old, new in self._made.items() if new is not old}
+        for module in model.modules():
+            rules.point_to(module, replaced)
         if self._left:
+            also = "" if self._others == "weights" else "others='weights' makes what it can Bayesian, "
             warnings.warn(
                 f"convert: left as they are, with parameters of their own: {', '.join(sorted(self._left))}; "
-                "others='weights' makes them Bayesian, summary(model) lists what is not",
+                f"{also}summary(model) lists what is not",
                 stacklevel=3,
             )
         return model
 
-    def _converted(self, name: str, module: nn.Module, included: bool) -> nn.Module:
+    def _converted(self, module: nn.Module) -> nn.Module:
         """What stands for the module: itself, with what is below it converted, or a Bayesian one."""
         if module in self._made:
             return self._made[module]
-        if self._exclude(name, module) or isinstance(module, BayesianModule):
+        if module in self._excluded or isinstance(module, BayesianModule):
             return module
-        included = included or (self._include is not None and self._include(name, module))
+        included = module in self._included
         made = self._bayesian(module) if included else None
         if made is None:
             self._made[module] = module
-            for child_name, child in list(module._modules.items()):
-                if child is not None:
-                    whole = f"{name}.{child_name}" if name else child_name
-                    module._modules[child_name] = self._converted(whole, child, included)
+            # Attention reads its inner layer's weight by itself.
+            whole = isinstance(module, nn.MultiheadAttention)
+            for name, child in list(module._modules.items()):
+                if child is not None and not whole:
+                    module._modules[name] = self._converted(child)
             made = self._other(module) if included else module
         self._made[module] = made
         return made
@@ -190,7 +225,7 @@ class _Conversion:
         for buffer, value in list(layer._buffers.items()):
             # Of tensors in priors, which the layer on the meta device has no numbers of.
             if value is not None:
-                layer._put(buffer, self._priors[buffer].detach().to(module.weight))
+                layer._put(buffer, self._priors[buffer].detach().to(module.weight, copy=True))
         return self._dressed(layer, module)
 
     def _rho(self, mean: nn.Parameter) -> nn.Parameter:
@@ -205,9 +240,9 @@ class _Conversion:
     def _dressed(self, made: BayesianModule, module: nn.Module) -> nn.Module:
         """With what the module had besides weights, its mode and hooks; and the prior by its weights."""
         if isinstance(made, WeightSpace):
-            for key in list(made.rho):
-                mean = made.module.get_parameter(key.replace(":", "."))
-                made.rho[key] = self._rhos.setdefault(id(mean), made.rho[key])
+            own = made.rho._parameters
+            for key, (mean, rho) in zip(list(own), made.posterior(), strict=True):
+                own[key] = self._rhos.setdefault(id(mean), rho)
         else:
             rules.move_hooks(module, made)
         made.training = module.training

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import functional
 from .._noise import fixed_noise
 from ..layers import WeightSpace
-from ..layers.base import BayesianLayer, BayesianModule
+from ..layers.base import BayesianModule
 from . import rules
 
 
@@ -25,9 +23,13 @@ def to_deterministic(model: nn.Module, *, seed: int | None = None, sample: int =
         raise TypeError(f"to_deterministic: model must be a torch.nn.Module, got {type(model).__name__}")
     draw = None if seed is None else fixed_noise(seed, sample, model=model)
     originals = list(model.modules())
-    copied = copy.deepcopy(model)
+    copied = rules.copy_of(model)
     work = _Replacement(draw, dict(zip(copied.modules(), originals, strict=True)))
-    return work.of(copied)
+    made = work.of(copied)
+    replaced = {id(old): new for old, new in work.made.items() if new is not old}
+    for module in made.modules():
+        rules.point_to(module, replaced)
+    return made
 
 
 class _Replacement:
@@ -35,63 +37,49 @@ class _Replacement:
 
     def __init__(self, draw: fixed_noise | None, originals: dict[nn.Module, nn.Module]) -> None:
         self._draw, self._originals = draw, originals
-        self._made: dict[nn.Module, nn.Module] = {}
-        # By the id of a mean in the copy: the parameter in its place.
-        self._weights: dict[int, nn.Parameter] = {}
+        self.made: dict[nn.Module, nn.Module] = {}
 
     def of(self, module: nn.Module) -> nn.Module:
-        if module in self._made:
-            return self._made[module]
-        if isinstance(module, WeightSpace):
-            self._made[module] = self._inside(module)
-        elif isinstance(module, BayesianLayer):
-            self._made[module] = self._twin(module)
+        if module in self.made:
+            return self.made[module]
+        self.made[module] = module
+        if isinstance(module, BayesianModule):
+            self._take_draw(module)
+            self.made[module] = (
+                self._inside(module) if isinstance(module, WeightSpace) else self._twin(module)
+            )
         else:
-            self._made[module] = module
             for name, child in list(module._modules.items()):
                 if child is not None:
                     module._modules[name] = self.of(child)
-        return self._made[module]
+        return self.made[module]
 
-    def _drawn(self, module: BayesianModule) -> list[Tensor]:
-        """The weights in the place of the means, in their order."""
-        pairs = module.posterior()
+    @torch.no_grad()
+    def _take_draw(self, module: BayesianModule) -> None:
+        """Puts the draw, if there is one, into the place of the means, which modules may share."""
         if self._draw is None:
-            return [mu.detach() for mu, _ in pairs]
+            return
+        # Of the original: the copy's means may hold the draw already.
         original = self._originals[module]
-        with torch.no_grad():
-            rng = self._draw.rng(original, pairs[0][0].device)
-            if isinstance(module, WeightSpace):
-                return list(module.draw(rng).values())
-            mus, rhos = zip(*pairs, strict=True)
-            drawn, _ = functional.sample_weights(mus, rhos, rng)
-            if getattr(module, "padding_idx", None) is not None:
-                drawn[0][module.padding_idx] = mus[0][module.padding_idx]
-            return drawn
+        pairs = original.posterior()
+        rng, streams = self._draw.rng_and_streams(original, pairs[0][0].device)
+        padding = getattr(original, "padding_idx", None)
+        for (mean, _), (mu, rho), stream in zip(module.posterior(), pairs, streams, strict=True):
+            own = rng + torch.tensor([0, stream], device=rng.device)
+            drawn = functional.sample_weight(mu, rho, own.to(mu.device))
+            if padding is not None:
+                drawn[padding] = mu[padding]
+            mean.copy_(drawn)
 
-    def _parameter(self, mean: nn.Parameter, value: Tensor) -> nn.Parameter:
-        if id(mean) not in self._weights:
-            if self._draw is None:
-                self._weights[id(mean)] = mean
-            else:
-                like = torch.empty_like(mean).copy_(value)
-                self._weights[id(mean)] = nn.Parameter(like, requires_grad=mean.requires_grad)
-        return self._weights[id(mean)]
-
-    def _twin(self, layer: BayesianLayer) -> nn.Module:
+    def _twin(self, layer: BayesianModule) -> nn.Module:
         kind, options = rules.twin_of(layer)
         twin = kind(**options, device="meta", dtype=layer.W_mu.dtype)
-        names = ("weight", "bias")
-        for name, (mean, _), value in zip(names, layer.posterior(), self._drawn(layer), strict=False):
-            setattr(twin, name, self._parameter(mean, value))
+        for name, (mean, _) in zip(("weight", "bias"), layer.posterior(), strict=False):
+            setattr(twin, name, mean)
         twin.train(layer.training)
         rules.move_hooks(layer, twin)
         return twin
 
     def _inside(self, layer: WeightSpace) -> nn.Module:
-        module = layer.module
-        if self._draw is not None:
-            with torch.no_grad():
-                for (mean, _), value in zip(layer.posterior(), self._drawn(layer), strict=True):
-                    mean.copy_(value)
-        return module
+        rules.move_hooks(layer, layer.module)
+        return layer.module

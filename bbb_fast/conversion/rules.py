@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..layers import BBB, BBB_LRT, Flipout, shapes
@@ -14,6 +16,7 @@ from ..layers.base import BayesianLayer, BayesianModule
 from ..layers.weight_space import Around
 
 Select = Callable[[str, nn.Module], bool]
+
 
 FAMILIES: dict[str, ModuleType] = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}
 
@@ -58,6 +61,14 @@ def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     return own == [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it keeps lists of the parameters that there were when it was made."""
+    # Whoever has one has imported it; importing it here would take a second.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return isinstance(module, kinds if fsdp is None else (*kinds, fsdp.FullyShardedDataParallel))
+
+
 def is_lazy(module: nn.Module) -> bool:
     return any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters())
 
@@ -69,9 +80,9 @@ def may_be_whole(module: nn.Module) -> bool:
 
 
 def is_parametrized(module: nn.Module) -> bool:
-    """By ``torch.nn.utils.parametrize``, or by a hook that forms the weight at each forward (weight_norm)."""
-    old = any(hasattr(hook, "compute_weight") for hook in module._forward_pre_hooks.values())
-    return old or parametrize.is_parametrized(module)
+    """By ``torch.nn.utils.parametrize``, or by a hook that forms the weight at each forward (prune)."""
+    formed = isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
+    return formed or parametrize.is_parametrized(module)
 
 
 def product_options(module: Any, kind: type[nn.Module]) -> dict[str, Any]:
@@ -108,5 +119,38 @@ def twin_of(layer: BayesianLayer) -> tuple[type[nn.Module], dict[str, Any]]:
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
     """The hooks of forward and backward; those of state_dict know other names."""
     for slot, value in vars(source).items():
-        if slot.startswith(("_forward_", "_backward_")) or slot == "_is_full_backward_hook":
-            target.__dict__[slot] = value
+        if slot.startswith(("_forward_", "_backward_")):
+            vars(target)[slot] = type(value)({**vars(target)[slot], **value})
+        elif slot == "_is_full_backward_hook" and value is not None:
+            vars(target)[slot] = value
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """``copy.deepcopy``, also where a module keeps a tensor with a graph: a weight that a hook forms."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def point_to(module: nn.Module, replaced: dict[int, nn.Module]) -> None:
+    """Replaces modules in a module's other attributes, and in lists, tuples and dicts there."""
+
+    def moved(value: Any) -> Any:
+        if id(value) in replaced:
+            return replaced[id(value)]
+        if type(value) is dict:
+            return {key: moved(v) for key, v in value.items()}
+        return type(value)(map(moved, value)) if type(value) in (list, tuple) else value
+
+    def reaches(value: Any) -> bool:
+        if id(value) in replaced:
+            return True
+        inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+        return any(map(reaches, inner))
+
+    for name, value in list(vars(module).items()):
+        if name != "_modules" and reaches(value):
+            vars(module)[name] = moved(value)

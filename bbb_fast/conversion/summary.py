@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.base import BayesianModule, Term, kl_of_terms
-from ..layers.kl import kl_loss
+from ..reference import softplus
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ class Summary:
         return "\n".join(line.rstrip() for line in text)
 
 
+@torch.no_grad()
 def summary(model: nn.Module) -> Summary:
     """A row for each module of ``model`` that has parameters; what several share counts in the first.
 
@@ -75,47 +75,52 @@ def summary(model: nn.Module) -> Summary:
     if not isinstance(model, nn.Module):
         raise TypeError(f"summary: model must be a torch.nn.Module, got {type(model).__name__}")
     rows: list[Row] = []
-    counted: set[int] = set()
+    # By id; kept, as a parametrized layer forms its means when it is asked.
+    counted: dict[int, Tensor] = {}
     inside: set[nn.Module] = set()
     weights = others = 0
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if module in inside:
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        if isinstance(module, BayesianModule):
+            inside.update(module.modules())
+            row = _bayesian_row(name, module, counted)
+            weights += row.parameters
+        else:
+            own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+            counted.update((id(p), p) for p in own)
+            if not own:
                 continue
-            if isinstance(module, BayesianModule):
-                inside.update(module.modules())
-                row = _bayesian_row(name, module, counted)
-                weights += row.parameters
-            else:
-                own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
-                counted.update(map(id, own))
-                if not own:
-                    continue
-                shape = ", ".join(str(list(p.shape)) for p in own)
-                row = Row(name, type(module).__name__, sum(p.numel() for p in own), shape)
-                others += row.parameters
-            rows.append(row)
-        return Summary(tuple(rows), float(kl_loss(model)), weights, others)
+            lazy = nn.parameter.UninitializedParameter
+            shape = ", ".join("not initialised" if isinstance(p, lazy) else str(list(p.shape)) for p in own)
+            size = sum(0 if isinstance(p, lazy) else p.numel() for p in own)
+            row = Row(name, type(module).__name__, size, shape)
+            others += row.parameters
+        rows.append(row)
+    return Summary(tuple(rows), sum(row.kl or 0.0 for row in rows), weights, others)
 
 
-def _bayesian_row(name: str, module: BayesianModule, counted: set[int]) -> Row:
-    pairs = module.posterior()
+def _bayesian_row(name: str, module: BayesianModule, counted: dict[int, Tensor]) -> Row:
+    pairs, terms = module.posterior(), module.terms()
     fresh = [pair for pair in pairs if id(pair[0]) not in counted]
-    counted.update(id(mu) for mu, _ in pairs)
-    terms = module.terms() if len(fresh) == len(pairs) else []
-    sigmas = [F.softplus(rho.double()) for _, rho in pairs]
+    owners = {id(mu) for mu, _ in fresh}
+    of_fresh = [t for t in terms if id(t.mu if t.mu._base is None else t.mu._base) in owners]
+    counted.update((id(mu), mu) for mu, _ in pairs)
+    sigmas = [softplus(rho.double()) for _, rho in pairs]
     count = sum(s.numel() for s in sigmas)
     ratios = [(mu.double().abs() / s).sum() for (mu, _), s in zip(pairs, sigmas, strict=True)]
+    # A model on the meta device has no numbers.
+    known = pairs[0][0].device.type != "meta"
     return Row(
         name,
         type(module).__name__,
         sum(mu.numel() for mu, _ in fresh),
         ", ".join(str(list(mu.shape)) for mu, _ in pairs[:2]) + (", ..." if len(pairs) > 2 else ""),
         module.estimator,
-        "; ".join(dict.fromkeys(_prior(term) for term in module.terms())),
-        float(kl_of_terms(terms)) if terms else 0.0,
-        float(sum(s.sum() for s in sigmas)) / max(count, 1),
-        float(sum(ratios)) / max(count, 1),
+        "; ".join(dict.fromkeys(_prior(term) for term in terms)),
+        (float(kl_of_terms(of_fresh)) if of_fresh else 0.0) if known else None,
+        float(sum(s.sum() for s in sigmas)) / max(count, 1) if known else None,
+        float(sum(ratios)) / max(count, 1) if known else None,
     )
 
 

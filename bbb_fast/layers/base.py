@@ -125,7 +125,8 @@ class BayesianModule(RandomModule):
         # A checkpoint of a module whose priors were tensors brings them along.
         for name in self._prior_names():
             value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and name not in self._buffers:
+            mine = self._buffers.get(name)
+            if isinstance(value, Tensor) and (mine is None or mine.dim() == 0):
                 like = self.posterior()[0][0]
                 self._put(name, torch.empty_like(value, device=like.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -209,7 +210,7 @@ class BayesianLayer(BayesianModule):
                             f"{type(self).__name__}: priors['{name}_{kind}'] must have shape {list(shape)}, "
                             f"got {list(value.shape)}"
                         )
-                    value = value.to(self.W_mu.device, self.W_mu.dtype)
+                    value = value.to(self.W_mu.device, self.W_mu.dtype, copy=True)
                 self._put(f"{name}_{kind}", value)
         self.reset_parameters()
 
@@ -268,8 +269,10 @@ class BayesianLayer(BayesianModule):
         except KeyError:
             return self.W_mu, self.W_rho, self.bias_mu, self.bias_rho
 
-    def _drawn_parameter(self) -> Tensor | None:
-        return self._parameters.get("W_mu")
+    def _drawn_parameters(self) -> Sequence[Tensor]:
+        return [
+            self._parameters[name] for name in ("W_mu", "bias_mu") if self._parameters.get(name) is not None
+        ]
 
     def _prior_names(self) -> list[str]:
         return ["prior_mu", "prior_sigma", *BIAS_KEYS]
@@ -407,7 +410,12 @@ class BayesianLayer(BayesianModule):
             estimator = "bbb" if draw.pinned.draw == "weights" else self.estimator
             if draw.pinned.at_once:
                 return self._outputs(estimator, input, draw.pinned.rngs(self, input.device), shape)
-            rng = draw.pinned.rng(self, input.device)
+            if estimator == "bbb" and self._drawn_parameters():
+                rng, streams = draw.pinned.rng_and_streams(self, input.device)
+                if streams != tuple(range(len(streams))):
+                    return self._output_of_shared(input, rng, streams, shape)
+            else:
+                rng = draw.pinned.rng(self, input.device)
         if input.is_nested or input.layout is not torch.strided:
             if estimator == "bbb" and self._takes_any_layout and not input.is_nested:
                 mu, rho = zip(*self.posterior(), strict=True)
@@ -418,6 +426,16 @@ class BayesianLayer(BayesianModule):
         return self._draw_output(
             estimator, input, self._parameters_in_order(), rng, **shape, **self._options(estimator)
         )
+
+    def _output_of_shared(
+        self, input: Tensor, rng: Tensor, streams: Sequence[int], shape: dict[str, Any]
+    ) -> Tensor:
+        """The output of a weight or a bias that is another layer's too, and has the draw it has there."""
+        weights = []
+        for (mu, rho), stream in zip(self.posterior(), streams, strict=True):
+            own = rng + torch.tensor([0, stream], device=rng.device)
+            weights.append(functional.sample_weight(mu, rho, own, dtype=input.dtype))
+        return self._mean_output(input, weights[0], weights[1] if len(weights) > 1 else None, **shape)
 
     def _outputs(self, estimator: str, input: Tensor, rngs: Tensor, shape: dict[str, Any]) -> Tensor:
         """Several draws, each of an equal part of the rows."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from .._checks import integer
 from .._noise import draw_rng
+from ..priors import empirical_sigma
 from .base import BayesianLayer, Term
 
 __all__ = ["BBBEmbedding", "BBBEmbeddingBag"]
@@ -70,11 +71,19 @@ class _Rows(BayesianLayer):
         if self.padding_idx is None:
             return [term]
 
-        def part(rows: slice) -> Term:
-            return Term(*(t[rows] if isinstance(t, Tensor) and t.dim() == 2 else t for t in term))
-
         parts = (slice(None, self.padding_idx), slice(self.padding_idx + 1, None))
-        return [part(rows) for rows in parts if self.W_mu[rows].numel() > 0]
+
+        def of_rows(t: Any, rows: slice) -> Any:
+            return t[rows] if isinstance(t, Tensor) and t.dim() == 2 else t
+
+        if isinstance(term.prior_sigma, str):
+            # One of all these rows.
+            drawn = ([of_rows(t, rows) for rows in parts] for t in term[:3])
+            mu, rho, prior_mu = (
+                torch.cat(t) if isinstance(t[0], Tensor) and t[0].dim() else t[0] for t in drawn
+            )
+            term = term._replace(prior_sigma=empirical_sigma(mu, rho, prior_mu))
+        return [Term(*(of_rows(t, rows) for t in term)) for rows in parts if self.W_mu[rows].numel() > 0]
 
     def _drawn(self, index: Tensor, rng: Tensor) -> Tensor:
         """Rows ``index`` of the draw that ``rng`` names: the same wherever, and however often, they are."""
@@ -94,7 +103,8 @@ class _Rows(BayesianLayer):
         device = self.W_mu.device
         if draw.pinned is not None and draw.pinned.at_once:
             return draw.pinned.rngs(self, device)
-        return (draw_rng(device) if draw.pinned is None else draw.pinned.rng(self, device)).unsqueeze(0)
+        rng = draw_rng(device) if draw.pinned is None else draw.pinned.rng_and_streams(self, device)[0]
+        return rng.unsqueeze(0)
 
     def _shape_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"
@@ -181,8 +191,11 @@ class BBBEmbeddingBag(_Rows):
                 sparse=self.sparse,
                 **options,
             )
-        rows, at = torch.unique(input, return_inverse=True)
+        # Every place has a row of its own.
+        rows = self._drawn(input.reshape(-1), rngs[0])
+        at = torch.arange(len(rows), device=input.device).view(input.shape)
         if self.padding_idx is not None:
-            found = (rows == self.padding_idx).nonzero()
-            options["padding_idx"] = int(found) if found.numel() else None
-        return F.embedding_bag(at.view_as(input), self._drawn(rows, rngs[0]), offsets, **options)
+            at = torch.where(input == self.padding_idx, len(rows), at)
+            rows = F.pad(rows, (0, 0, 0, 1))
+            options["padding_idx"] = len(rows) - 1
+        return F.embedding_bag(at, rows, None if offsets is None else offsets.to(at.dtype), **options)

@@ -24,20 +24,20 @@ def kl_loss(model: nn.Module) -> Tensor:
     groups: dict[tuple[torch.device, torch.dtype], list[BayesianLayer]] = {}
     terms: list[Term] = []
     parts: list[Tensor] = []
-    counted: set[int] = set()
-    for module in _with_kl(model, set(), root=True):
+    # By id, of tensors that are kept meanwhile: a parametrized layer forms its means when it is asked.
+    counted: dict[int, Tensor] = {}
+    # Layers that leave rows out come last: another that shares their weight may count all.
+    for module in sorted(_with_kl(model, set(), root=True), key=_leaves_rows_out):
         if not isinstance(module, BayesianModule):
             parts.append(module.kl_loss())
             continue
-        mus = [id(mu) for mu, _ in module.posterior()]
-        whole = isinstance(module, BayesianLayer) and counted.isdisjoint(mus)
-        if whole:
-            W_mu = module._parameters_in_order()[0]
-            groups.setdefault((W_mu.device, W_mu.dtype), []).append(module)
+        means = [mu for mu, _ in module.posterior()]
+        if isinstance(module, BayesianLayer) and not any(id(mu) in counted for mu in means):
+            groups.setdefault((means[0].device, means[0].dtype), []).append(module)
         else:
             # Tied parameters, as of an embedding and the output's layer.
-            terms += [term for term in module.terms() if _owner(term.mu) not in counted]
-        counted.update(mus)
+            terms += [term for term in module.terms() if id(_owner(term.mu)) not in counted]
+        counted.update((id(mu), mu) for mu in means)
     parts += [kl_of_layers(group) for group in groups.values()]
     if terms:
         parts.append(kl_of_terms(terms))
@@ -50,9 +50,19 @@ def kl_loss(model: nn.Module) -> Tensor:
     return total
 
 
-def _owner(mu: Tensor) -> int:
+def _owner(mu: Tensor) -> Tensor:
     """The parameter that a term is of, or a part of."""
-    return id(mu if mu._base is None else mu._base)
+    return mu if mu._base is None else mu._base
+
+
+def _leaves_rows_out(module: Any) -> bool:
+    return getattr(module, "padding_idx", None) is not None
+
+
+def _has_kl(module: nn.Module) -> bool:
+    """Whether it has a ``kl_loss()`` of its own, and not a loss of that name."""
+    found = getattr(module, "kl_loss", None)
+    return callable(found) and not isinstance(found, nn.Module)
 
 
 def _with_kl(module: nn.Module, seen: set[nn.Module], root: bool = False) -> Iterator[Any]:
@@ -60,7 +70,7 @@ def _with_kl(module: nn.Module, seen: set[nn.Module], root: bool = False) -> Ite
     if module in seen:
         return
     seen.add(module)
-    if isinstance(module, BayesianModule) or (not root and hasattr(module, "kl_loss")):
+    if isinstance(module, BayesianModule) or (not root and _has_kl(module)):
         yield module
         return
     for child in module.children():

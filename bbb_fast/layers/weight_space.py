@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch.compiler import is_compiling
 from torch.func import functional_call
 
 from .. import functional
-from .._noise import STREAMS_A_BLOCK, draw_rng
+from .._copies import Copies, NotCopiedError
+from .._noise import draw_rng
 from ..priors import PriorValue, resolve_priors
 from .base import BayesianModule, DrawnAtEachForward, Term
 
@@ -58,14 +61,21 @@ class WeightSpace(BayesianModule):
         self.posterior_mu_initial = resolved["posterior_mu_initial"]
         self.posterior_rho_initial = resolved["posterior_rho_initial"]
         self._means_from_module = priors is None or "posterior_mu_initial" not in priors
-        self.rho = nn.ParameterDict()
+        self.rho = nn.Module()
         with torch.no_grad():
             for n in names:
                 mu = module.get_parameter(n)
                 rho = torch.empty_like(mu).normal_(*self.posterior_rho_initial)
-                self.rho[_key(n)] = nn.Parameter(rho, requires_grad=mu.requires_grad)
+                self.rho.register_parameter(_key(n), nn.Parameter(rho, requires_grad=mu.requires_grad))
                 if not self._means_from_module:
                     mu.normal_(*self.posterior_mu_initial)
+        for kind in ("mu", "sigma"):
+            value = resolved[f"prior_{kind}"]
+            if isinstance(value, Tensor) and value.dim():
+                raise ValueError(
+                    f"{name}: priors['prior_{kind}'] must be a number, as it is of all parameters, got a "
+                    f"tensor {list(value.shape)}; set_priors takes one for each"
+                )
         self.set_priors([(resolved["prior_mu"], resolved["prior_sigma"])] * len(names))
         self.prior = resolved["prior"]
 
@@ -84,13 +94,18 @@ class WeightSpace(BayesianModule):
                 reset()
 
     def _names(self) -> list[str]:
-        return [key.replace(":", ".") for key in self.rho]
+        return [key.replace(":", ".") for key in self.rho._parameters]
 
     def posterior(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        return [(self.module.get_parameter(key.replace(":", ".")), rho) for key, rho in self.rho.items()]
+        # Not get_parameter: within torch.func and in replicas they are plain tensors.
+        means = (operator.attrgetter(name)(self.module) for name in self._names())
+        return list(zip(means, self.rho._parameters.values(), strict=True))
+
+    def _drawn_parameters(self) -> list[Tensor]:
+        return [mu for mu, _ in self.posterior()]
 
     def _prior_names(self) -> list[str]:
-        return [f"prior_{kind}:{key}" for key in self.rho for kind in ("mu", "sigma")]
+        return [f"prior_{kind}:{key}" for key in self.rho._parameters for kind in ("mu", "sigma")]
 
     def terms(self) -> list[Term]:
         values = [getattr(self, name) for name in self._prior_names()]
@@ -102,53 +117,65 @@ class WeightSpace(BayesianModule):
     def set_priors(self, priors: Sequence[tuple[PriorValue, PriorValue]]) -> None:
         self.prior = None
         names = iter(self._prior_names())
-        for mu, sigma in priors:
-            self._put(next(names), mu)
-            self._put(next(names), sigma)
+        for (mean, _), prior in zip(self.posterior(), priors, strict=True):
+            for value in prior:
+                own = value.to(mean, copy=True) if isinstance(value, Tensor) else value
+                self._put(next(names), own)
 
-    @property
-    def _stream_blocks(self) -> int:
-        return -(-len(self.rho) // STREAMS_A_BLOCK)
-
-    def draw(self, rng: Tensor) -> dict[str, Tensor]:
-        """All weights by name, drawn with ``rng``, each with a stream of its own from ``rng[1]`` on."""
-        groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-        pairs = dict(zip(self._names(), self.posterior(), strict=True))
-        for name, (mu, _) in pairs.items():
-            groups.setdefault((mu.device, mu.dtype), []).append(name)
+    def draw(self, rng: Tensor, streams: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """All weights by name, drawn with ``rng``: the k-th of stream ``rng[1] + streams[k]`` (or k)."""
+        names, pairs = self._names(), self.posterior()
+        streams = range(len(names)) if streams is None else streams
         drawn: dict[str, Tensor] = {}
-        for (device, _), names in groups.items():
-            mus, rhos = zip(*(pairs[name] for name in names), strict=True)
-            own = rng + torch.tensor([0, len(drawn)], device=rng.device) if drawn else rng
-            weights, _ = functional.sample_weights(mus, rhos, own.to(device))
-            drawn.update(zip(names, weights, strict=True))
+        k = 0
+        while k < len(names):
+            # As many in one call as have a type, a device, and streams behind each other.
+            where, first = (pairs[k][0].device, pairs[k][0].dtype), streams[k]
+            stop = k + 1
+            while (
+                stop < len(names)
+                and (pairs[stop][0].device, pairs[stop][0].dtype) == where
+                and streams[stop] == first + stop - k
+            ):
+                stop += 1
+            mus, rhos = zip(*pairs[k:stop], strict=True)
+            own = rng + torch.tensor([0, first], device=rng.device) if first else rng
+            weights, _ = functional.sample_weights(mus, rhos, own.to(where[0]))
+            drawn.update(zip(names[k:stop], weights, strict=True))
+            k = stop
         return drawn
 
     def forward(self, *args: Any, sample: bool = True, **options: Any) -> Any:
         """The module's forward with drawn weights; with its means where ``sample`` is False."""
+        return self._run("__call__", args, options, sample)
+
+    def _run(self, method: str, args: tuple[Any, ...], options: dict[str, Any], sample: bool = True) -> Any:
         draw = self.wanted_draw() if sample else None
         if draw is None or draw.means:
-            return self.module(*args, **options)
+            return getattr(self.module, method)(*args, **options)
         device = self.posterior()[0][0].device
-        rng = draw_rng(device) if draw.pinned is None else draw.pinned.rng(self, device)
-        weights = self.draw(rng)
-        with self._alone():
-            return functional_call(self.module, weights, args, options)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        # functional_call puts the weights into the module's place for parameters while it runs.
+        if draw.pinned is None:
+            weights = self.draw(draw_rng(device))
+        else:
+            weights = self.draw(*draw.pinned.rng_and_streams(self, device))
         if is_compiling():
-            yield
-            return
-        lock = self.__dict__.get("_lock")
-        if lock is None:
-            lock = self.__dict__.setdefault("_lock", threading.RLock())
-        with lock:
-            yield
+            return functional_call(self.module, weights, args, options)
+        return self._run_with(weights, method, args, options)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+    def _run_with(
+        self, weights: dict[str, Tensor], method: str, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        # On copies of the module objects: threads do not see each other's weights, a state_dict has the means
+        # at any time, and a checkpoint within finds the same weights again in backward.
+        tensors = {id(mu): weights[n] for n, (mu, _) in zip(self._names(), self.posterior(), strict=True)}
+        try:
+            copies = Copies(self.module, tensors)
+        except NotCopiedError:
+            with _one_at_a_time, _in_place(self.module, weights):
+                return getattr(self.module, method)(*args, **options)
+        result = getattr(copies.model, method)(*args, **options)
+        copies.keep_what_was_stored()
+        return result
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -161,6 +188,9 @@ class WeightSpace(BayesianModule):
         value = getattr(module, name)
         if isinstance(value, nn.Parameter):
             return DrawnAtEachForward(f"{type(self).__name__}.{name}", value)
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            # A method of the module runs with a draw, as its forward does.
+            return lambda *args, **options: self._run(name, args, options)
         return value
 
     def extra_repr(self) -> str:
@@ -183,6 +213,16 @@ class Around(WeightSpace):
         return layer
 
 
+# Modules that are not copied get the weights into their parameters' place while they run.
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def _in_place(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    with torch.nn.utils.stateless._reparametrize_module(module, weights, tie_weights=True):
+        yield
+
+
 def _key(name: str) -> str:
-    # A ParameterDict takes no dot; ":" is in no attribute's name.
+    # A parameter's name has no dot; ":" is in no attribute's name.
     return name.replace(".", ":")
