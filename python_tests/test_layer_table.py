@@ -70,7 +70,6 @@ DASHES: dict[tuple[str, str], str] = {
     **{("compile", name): "torch.compile takes no recurrent modules of torch.nn" for name in RECURRENT},
     **{("vmap", name): "torch.func.vmap takes no recurrent modules of torch.nn" for name in RECURRENT},
     ("vmap", "BBBLSTMCell"): "torch.func.vmap does not take torch's LSTM cell",
-    ("vmap", "BBBEmbeddingBag"): "torch.func.vmap does not take torch.unique",
 }
 
 
