@@ -167,16 +167,18 @@ def tests(*names: str, isa: str, before: tuple[str, ...] = ()) -> str:
         env["BBB_FAST_ISA"] = isa
     # opcheck is about the registration of ops, the same everywhere, and slow.
     options = ("-p", "no:cacheprovider", "--tb=short", "-o", "addopts=", "-k", "not opcheck")
+    if not before:
+        options += ("-n", "2")
     text = run(*before, sys.executable, "-c", start, isa, *options, *files, env=env)
     return text.strip().splitlines()[-1].strip("= ")
 
 
 def avx2() -> str:
-    return tests("layers", *OP_TESTS[1:], isa="avx2")
+    return tests("layers", "flipout", *OP_TESTS[1:], isa="avx2")
 
 
 def base() -> str:
-    return tests("layers", *OP_TESTS[1:], isa="base")
+    return tests("layers", "flipout", *OP_TESTS[1:], isa="base")
 
 
 def cross(compiler: str) -> tuple[list[str], dict[str, str]]:

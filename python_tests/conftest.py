@@ -28,6 +28,7 @@ torch.set_num_threads(1)
 
 _device = pytest.StashKey[str]()
 _launched_before = pytest.StashKey[int]()
+_launched_by_workers = pytest.StashKey[int]()
 
 
 def _instruction_sets(config: pytest.Config) -> list[str | None]:
@@ -120,13 +121,26 @@ def _replace_kernels(config: pytest.Config, library: str) -> None:
 
 
 def _launches(config: pytest.Config) -> int:
-    """Launches by the tests since the library was loaded."""
-    return torch.ops.bbb_fast_blocks.launches() - config.stash[_launched_before]
+    """Launches by the tests since the library was loaded, those of worker processes included."""
+    own = torch.ops.bbb_fast_blocks.launches() - config.stash[_launched_before]
+    return own + config.stash.get(_launched_by_workers, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """A worker of pytest-xdist has ended: what it counted."""
+    counted = getattr(node, "workeroutput", {}).get("launches", 0)
+    stash = node.config.stash
+    stash[_launched_by_workers] = stash.get(_launched_by_workers, 0) + counted
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A run with replaced kernels that never reached them must not pass."""
     config = session.config
+    if hasattr(config, "workeroutput"):
+        if _launched_before in config.stash:
+            config.workeroutput["launches"] = _launches(config)
+        return
     if _launched_before in config.stash and not config.option.collectonly and _launches(config) == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
