@@ -171,10 +171,9 @@ class _Conversion:
         made = self._bayesian(module) if included else None
         if made is None:
             self._made[module] = module
-            # Attention reads its inner layer's weight by itself.
-            whole = isinstance(module, nn.MultiheadAttention)
+            reads = isinstance(module, rules.READERS)
             for name, child in list(module._modules.items()):
-                if child is not None and not whole:
+                if child is not None and not reads:
                     module._modules[name] = self._converted(child)
             made = self._other(module) if included else module
         self._made[module] = made
@@ -183,9 +182,11 @@ class _Conversion:
     def _bayesian(self, module: nn.Module) -> nn.Module | None:
         """The layer in the place of a module of a kind that there are layers for."""
         kind = rules.kind_of(module)
-        if kind is None or rules.is_lazy(module) or getattr(module, "max_norm", None) is not None:
+        if kind is None or rules.is_lazy(module) or rules.is_complex(module):
             return None
-        if rules.is_parametrized(module):
+        if getattr(module, "max_norm", None) is not None:
+            return None
+        if rules.is_parametrized(module) or kind not in rules.LAYERS:
             return self._dressed(WeightSpace(module, self._without_means()), module)
         if kind in rules.WHOLE:
             return self._dressed(rules.WHOLE[kind].of(module, self._without_means()), module)
@@ -193,7 +194,8 @@ class _Conversion:
 
     def _other(self, module: nn.Module) -> nn.Module:
         """What becomes of any other module, whose children have been converted."""
-        if not any(p.is_floating_point() for p in module.parameters(recurse=False)):
+        within = module.parameters(recurse=isinstance(module, rules.READERS))
+        if not any(p.is_floating_point() or p.is_complex() for p in within):
             return module
         if self._others == "weights" and rules.may_be_whole(module):
             return self._dressed(WeightSpace(module, self._without_means()), module)
@@ -240,6 +242,7 @@ class _Conversion:
     def _dressed(self, made: BayesianModule, module: nn.Module) -> nn.Module:
         """With what the module had besides weights, its mode and hooks; and the prior by its weights."""
         if isinstance(made, WeightSpace):
+            made.rho.training = module.training
             own = made.rho._parameters
             for key, (mean, rho) in zip(list(own), made.posterior(), strict=True):
                 own[key] = self._rhos.setdefault(id(mean), rho)

@@ -36,6 +36,13 @@ WHOLE: dict[type[nn.Module], type[Around]] = {
     kind: getattr(BBB, f"BBB{kind.__name__}")
     for kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
 }
+LAYERS = {**PRODUCTS, **TABLES, **WHOLE}
+# Their forward reads the weights of a layer within them, which therefore has to stay what it is.
+READERS: tuple[type[nn.Module], ...] = tuple(
+    getattr(nn, name)
+    for name in ("MultiheadAttention", "LinearCrossEntropyLoss")  # the second since torch 2.13
+    if hasattr(nn, name)
+)
 # Normalisation: few parameters, whose noise would act on all of a layer at once.
 NORMS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,
@@ -48,7 +55,7 @@ NORMS: tuple[type[nn.Module], ...] = (
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
     """The kind of torch.nn that a module computes as: its class, or one whose forward it has inherited."""
-    for kind in (*PRODUCTS, *TABLES, *WHOLE):
+    for kind in (*LAYERS, *READERS):
         if isinstance(module, kind) and _computes_as(module, kind):
             return kind
     return None
@@ -73,10 +80,16 @@ def is_lazy(module: nn.Module) -> bool:
     return any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters())
 
 
+def is_complex(module: nn.Module) -> bool:
+    """Whether it has complex parameters, which there are no posteriors over."""
+    return any(p.is_complex() for p in module.parameters())
+
+
 def may_be_whole(module: nn.Module) -> bool:
-    """Whether WeightSpace can take it: it has a forward, numbers, and nothing Bayesian in it."""
+    """Whether WeightSpace can take it: it has a forward, real numbers, and nothing Bayesian in it."""
     runs = getattr(type(module), "forward", None) is not nn.Module.forward
-    return runs and not is_lazy(module) and not any(isinstance(m, BayesianModule) for m in module.modules())
+    real = any(p.is_floating_point() for p in module.parameters())
+    return runs and real and not is_lazy(module) and not any(isinstance(m, BayesianModule) for m in module.modules())
 
 
 def is_parametrized(module: nn.Module) -> bool:
