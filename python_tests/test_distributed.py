@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,10 +21,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from bbb_fast import ELBO, fixed_noise, functional, kl_loss
+from bbb_fast import ELBO, convert, fixed_noise, functional, kl_loss
 from bbb_fast._noise import posterior_means
 from bbb_fast.layers import BBB, BBB_LRT, ModuleWrapper
-from bbb_fast.layers.base import BayesianLayer
+from bbb_fast.layers.base import BayesianLayer, BayesianModule
 
 pytestmark = pytest.mark.cpu_only("gloo")
 
@@ -39,18 +40,43 @@ class Model(ModuleWrapper):
         self.last = BBB_LRT.BBBLinear(3, 1)
 
 
-def _model() -> Model:
+class Converted(nn.Module):
+    """Of the layers that ``Model`` has not, with what is run in weight space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signs = convert(
+            nn.Sequential(nn.Linear(4, 6), nn.ConvTranspose1d(1, 2, 3, padding=1)), "flipout"
+        )
+        self.words = convert(nn.Embedding(5, 4))
+        self.recurrent = convert(nn.GRU(6, 5, batch_first=True))
+        # Without a bias: its gradient at the keys is nothing but rounding, of which Adam takes the sign.
+        self.attention = convert(nn.MultiheadAttention(5, 1, bias=False, batch_first=True))
+        self.last = convert(nn.Sequential(nn.LayerNorm(9), nn.Linear(9, 1)), others="weights")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        linear, transposed = self.signs
+        y, _ = self.recurrent(transposed(linear(x).unsqueeze(1)))
+        y = self.attention(y, y, y, need_weights=False)[0].mean(1)
+        words = self.words((x[:, :2] > 0).long().sum(1))
+        return self.last(torch.cat((y, words), 1)), kl_loss(self)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"layers": Model, "converted": Converted}
+
+
+def _model(name: str = "layers") -> nn.Module:
     torch.manual_seed(0)
-    return Model()
+    return MODELS[name]()
 
 
 def _whole(t: Tensor) -> Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
-def _by_layers(model: Model, **options: Any) -> Model:
+def _by_layers(model: nn.Module, **options: Any) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, BayesianLayer):
+        if isinstance(module, BayesianModule):
             fully_shard(module, **options)
     return fully_shard(model, **options)
 
@@ -60,7 +86,7 @@ def _mesh(*shape: int) -> Any:
 
 
 # How two ranks may share a model out.
-SHARINGS: dict[str, Callable[[Model], nn.Module]] = {
+SHARINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "layers": _by_layers,
     "root": fully_shard,
     "layers, kept": lambda m: _by_layers(m, reshard_after_forward=False),
@@ -89,10 +115,10 @@ def _train(model: nn.Module, x: Tensor, kl_inside: bool, pinned: bool) -> list[f
     return kls
 
 
-def _sharded_training(rank: int, sharing: str, kl_inside: bool, pinned: bool) -> dict[str, Any]:
+def _sharded_training(rank: int, name: str, sharing: str, kl_inside: bool, pinned: bool) -> dict[str, Any]:
     torch.manual_seed(7)
     x = torch.randn(12, 4)
-    plain, model = _model(), SHARINGS[sharing](_model())
+    plain, model = _model(name), SHARINGS[sharing](_model(name))
     expected = _train(plain, x, kl_inside, pinned)
     kls = _train(model, x[6 * rank : 6 * rank + 6], kl_inside, pinned)
     result: dict[str, Any] = {"kl": (kls, expected)}
@@ -157,10 +183,12 @@ def _placements(rank: int) -> dict[str, Any]:
     pairs.append((kl, functional.kl_divergence(mu, rho)))
     layer = BBB.BBBLinear(3, 5)
     errors = []
-    flat = FullyShardedDataParallel(BBB.BBBLinear(3, 5), device_id=torch.device("cpu"))
-    pieces = FullyShardedDataParallel(
-        BBB.BBBLinear(3, 5), use_orig_params=True, device_id=torch.device("cpu")
-    )
+
+    def fsdp(module: nn.Module, **options: Any) -> nn.Module:
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **options)
+
+    flat, pieces = fsdp(BBB.BBBLinear(3, 5)), fsdp(BBB.BBBLinear(3, 5), use_orig_params=True)
+    flat_cell, pieces_of_cell = fsdp(BBB.BBBGRUCell(3, 5)), fsdp(BBB.BBBGRUCell(3, 5), use_orig_params=True)
     shard = distribute_tensor(mu, mesh, [Shard(0)])
     for call in (
         lambda: functional.kl_divergence(shard, rho),
@@ -170,6 +198,8 @@ def _placements(rank: int) -> dict[str, Any]:
         lambda: kl_loss(flat),
         lambda: kl_loss(pieces),
         lambda: pieces.module.kl_loss(),
+        lambda: kl_loss(flat_cell),
+        lambda: kl_loss(pieces_of_cell),
     ):
         try:
             errors.append(repr(call()))
@@ -195,12 +225,19 @@ def _ddp(rank: int) -> dict[str, Any]:
     return {"draws": draws, "pinned": pinned, "model": model.state_dict()}
 
 
-def _training_cases() -> list[tuple[str, bool, bool]]:
+def _training_cases() -> list[tuple[str, str, bool, bool]]:
     inside, outside = True, False
-    cases = [(sharing, where, False) for sharing in SHARINGS for where in (inside, outside)]
+    cases = [
+        (name, sharing, where, False)
+        for name in MODELS
+        for sharing in SHARINGS
+        for where in (inside, outside)
+    ]
     # Of the older FSDP the KL is to be had within the forward only.
-    cases = [case for case in cases if not (case[0].startswith("fsdp1") and case[1] is outside)]
-    return [*cases, ("layers", outside, True), ("root", inside, True)]
+    cases = [case for case in cases if not (case[1].startswith("fsdp1") and case[2] is outside)]
+    for name in MODELS:
+        cases += [(name, "layers", outside, True), (name, "root", inside, True), (name, "ddp", inside, True)]
+    return cases
 
 
 def _worker(rank: int, folder: str) -> None:
@@ -238,11 +275,13 @@ def test_data_parallel(ranks: list[dict[str, Any]]) -> None:
         assert torch.equal(value, b["model"][name]), name
 
 
-@pytest.mark.parametrize(("sharing", "kl_inside", "pinned"), _training_cases())
-def test_sharded_training(ranks: list[dict[str, Any]], sharing: str, kl_inside: bool, pinned: bool) -> None:
+@pytest.mark.parametrize(("name", "sharing", "kl_inside", "pinned"), _training_cases())
+def test_sharded_training(
+    ranks: list[dict[str, Any]], name: str, sharing: str, kl_inside: bool, pinned: bool
+) -> None:
     """Three steps on two ranks' halves of a batch are three steps of one process on the whole of it."""
     for rank in ranks:
-        result = rank["training"][sharing, kl_inside, pinned]
+        result = rank["training"][name, sharing, kl_inside, pinned]
         kls, expected = result["kl"]
         assert kls == pytest.approx(expected, rel=1e-6)
         for sharded, plain in result["parameters"]:
@@ -266,8 +305,11 @@ def test_placements(ranks: list[dict[str, Any]]) -> None:
         assert kl == "TypeError: kl_divergence: mu and rho must both be DTensors, or neither"
         for error, name in [(linear, "bbb_linear: W_mu"), (weight, "sample_weights: mu"), (input_, "input")]:
             assert error.startswith("NotImplementedError: ") and f"{name} is a DTensor" in error
+        assert len(pieces) == 5
         for error in pieces:
-            assert error.startswith("RuntimeError: BBBLinear: FullyShardedDataParallel has the parameters in")
+            assert re.match(
+                "RuntimeError: BBB(Linear|GRUCell): FullyShardedDataParallel has the param", error
+            )
 
 
 def test_importing_stays_light() -> None:

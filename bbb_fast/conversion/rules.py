@@ -89,7 +89,8 @@ def may_be_whole(module: nn.Module) -> bool:
     """Whether WeightSpace can take it: it has a forward, real numbers, and nothing Bayesian in it."""
     runs = getattr(type(module), "forward", None) is not nn.Module.forward
     real = any(p.is_floating_point() for p in module.parameters())
-    return runs and real and not is_lazy(module) and not any(isinstance(m, BayesianModule) for m in module.modules())
+    bayesian = any(isinstance(m, BayesianModule) for m in module.modules())
+    return runs and real and not bayesian and not is_lazy(module)
 
 
 def is_parametrized(module: nn.Module) -> bool:

@@ -71,6 +71,15 @@ class Term(NamedTuple):
     prior: Prior | None = None  # another kind, in the place of the two
 
 
+def is_freed(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is one that FullyShardedDataParallel (use_orig_params=False) holds elsewhere.
+
+    It leaves an attribute without memory in its place; with use_orig_params, a flat piece.
+    """
+    t = module.__dict__.get(name)
+    return t is not None and t.numel() > 0 and t.untyped_storage().size() == 0
+
+
 class BayesianModule(RandomModule):
     """A module with a posterior over weights, q(w) = N(mu, softplus(rho)^2), and a prior."""
 
@@ -103,6 +112,12 @@ class BayesianModule(RandomModule):
         it and through the last output of a layer forms both gradients in one pass over the parameters.
         """
         return kl_of_terms(self.terms())
+
+    def _in_pieces(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__}: FullyShardedDataParallel has the parameters in pieces here; ask for "
+            "the KL within the forward of the wrapped module, or use fully_shard"
+        )
 
     def set_flag(self, name: str, value: Any) -> None:
         """Sets an attribute, as ``ModuleWrapper.set_flag`` does for a whole model."""
@@ -250,15 +265,8 @@ class BayesianLayer(BayesianModule):
         )
 
     def _check_whole(self) -> None:
-        # FullyShardedDataParallel leaves a flat piece of a parameter in its place, or (use_orig_params=False)
-        # an attribute without memory.
-        W_mu = self.W_mu
-        freed = "W_mu" in self.__dict__ and W_mu.numel() > 0 and W_mu.untyped_storage().size() == 0
-        if W_mu.dim() < 2 or freed:
-            raise RuntimeError(
-                f"{type(self).__name__}: FullyShardedDataParallel has the parameters in pieces here; ask for "
-                "the KL within the forward of the wrapped module, or use fully_shard"
-            )
+        if self.W_mu.dim() < 2 or is_freed(self, "W_mu"):
+            raise self._in_pieces()
 
     def _parameters_in_order(self) -> _Parameters:
         # Past nn.Module's __getattr__, which takes half a microsecond each; but not for a parameter that

@@ -18,7 +18,7 @@ from .. import functional
 from .._copies import Copies, NotCopiedError
 from .._noise import draw_rng
 from ..priors import PriorValue, resolve_priors
-from .base import BayesianModule, DrawnAtEachForward, Term
+from .base import BayesianModule, DrawnAtEachForward, Term, is_freed
 
 __all__ = ["Around", "WeightSpace"]
 
@@ -61,6 +61,8 @@ class WeightSpace(BayesianModule):
         self.posterior_mu_initial = resolved["posterior_mu_initial"]
         self.posterior_rho_initial = resolved["posterior_rho_initial"]
         self._means_from_module = priors is None or "posterior_mu_initial" not in priors
+        # Not read off rho's parameters: FullyShardedDataParallel takes them out of there.
+        self._shapes = {n: module.get_parameter(n).shape for n in names}
         self.rho = nn.Module()
         with torch.no_grad():
             for n in names:
@@ -93,19 +95,21 @@ class WeightSpace(BayesianModule):
             if reset is not None:
                 reset()
 
-    def _names(self) -> list[str]:
-        return [key.replace(":", ".") for key in self.rho._parameters]
-
     def posterior(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        # Not get_parameter: within torch.func and in replicas they are plain tensors.
-        means = (operator.attrgetter(name)(self.module) for name in self._names())
-        return list(zip(means, self.rho._parameters.values(), strict=True))
+        pairs = []
+        for name, shape in self._shapes.items():
+            key = _key(name)
+            # Not get_parameter: within torch.func and in replicas they are plain tensors.
+            pairs.append((operator.attrgetter(name)(self.module), getattr(self.rho, key)))
+            if pairs[-1][1].shape != shape or is_freed(self.rho, key):
+                raise self._in_pieces()
+        return pairs
 
     def _drawn_parameters(self) -> list[Tensor]:
         return [mu for mu, _ in self.posterior()]
 
     def _prior_names(self) -> list[str]:
-        return [f"prior_{kind}:{key}" for key in self.rho._parameters for kind in ("mu", "sigma")]
+        return [f"prior_{kind}:{_key(name)}" for name in self._shapes for kind in ("mu", "sigma")]
 
     def terms(self) -> list[Term]:
         values = [getattr(self, name) for name in self._prior_names()]
@@ -124,7 +128,7 @@ class WeightSpace(BayesianModule):
 
     def draw(self, rng: Tensor, streams: Sequence[int] | None = None) -> dict[str, Tensor]:
         """All weights by name, drawn with ``rng``: the k-th of stream ``rng[1] + streams[k]`` (or k)."""
-        names, pairs = self._names(), self.posterior()
+        names, pairs = list(self._shapes), self.posterior()
         streams = range(len(names)) if streams is None else streams
         drawn: dict[str, Tensor] = {}
         k = 0
@@ -167,7 +171,7 @@ class WeightSpace(BayesianModule):
     ) -> Any:
         # On copies of the module objects: threads do not see each other's weights, a state_dict has the means
         # at any time, and a checkpoint within finds the same weights again in backward.
-        tensors = {id(mu): weights[n] for n, (mu, _) in zip(self._names(), self.posterior(), strict=True)}
+        tensors = {id(mu): weights[n] for n, (mu, _) in zip(self._shapes, self.posterior(), strict=True)}
         try:
             copies = Copies(self.module, tensors)
         except NotCopiedError:
