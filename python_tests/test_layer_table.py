@@ -58,10 +58,13 @@ CASES |= {
     ("BBBRNNCell", "bbb"): Case(lambda: BBB.BBBRNNCell(5, 3), rows(5)),
     ("BBBLSTMCell", "bbb"): Case(lambda: BBB.BBBLSTMCell(5, 3), rows(5)),
     ("BBBGRUCell", "bbb"): Case(lambda: BBB.BBBGRUCell(5, 3), rows(5)),
+    ("BBBBilinear", "bbb"): Case(lambda: BBB.BBBBilinear(5, 4, 3), lambda: (*rows(5)(), *rows(4)())),
     ("BBBMultiheadAttention", "bbb"): Case(
         lambda: BBB.BBBMultiheadAttention(8, 2, batch_first=True), lambda: (torch.randn(4, 6, 8),) * 3
     ),
-    ("WeightSpace", "bbb"): Case(lambda: WeightSpace(nn.Bilinear(5, 4, 3)), lambda: (*rows(5)(), *rows(4)())),
+    ("WeightSpace", "bbb"): Case(
+        lambda: WeightSpace(nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3))), rows(5)
+    ),
 }
 RECURRENT = ("BBBRNN", "BBBLSTM", "BBBGRU")
 

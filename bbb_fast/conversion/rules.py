@@ -34,7 +34,10 @@ TABLES: dict[type[nn.Module], type[BayesianLayer]] = {
 }
 WHOLE: dict[type[nn.Module], type[Around]] = {
     kind: getattr(BBB, f"BBB{kind.__name__}")
-    for kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
+    for kind in (
+        *(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell),
+        *(nn.Bilinear, nn.MultiheadAttention),
+    )
 }
 LAYERS = {**PRODUCTS, **TABLES, **WHOLE}
 # Their forward reads the weights of a layer within them, which therefore has to stay what it is.

@@ -2,6 +2,7 @@
 
 from . import shapes
 from .attention import BBBMultiheadAttention
+from .bilinear import BBBBilinear
 from .embedding import BBBEmbedding, BBBEmbeddingBag
 from .estimators import BayesByBackprop
 from .recurrent import BBBGRU, BBBLSTM, BBBRNN, BBBGRUCell, BBBLSTMCell, BBBRNNCell
@@ -10,6 +11,7 @@ __all__ = [
     "BBBGRU",
     "BBBLSTM",
     "BBBRNN",
+    "BBBBilinear",
     "BBBConv1d",
     "BBBConv2d",
     "BBBConv3d",
