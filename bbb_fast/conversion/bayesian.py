@@ -56,6 +56,9 @@ def convert(
 
     Weight decay pulls rho to 0, a sigma of 0.69: give the posteriors' parameters none.
 
+    A ``nn.TransformerEncoder`` of Bayesian layers never takes torch.nn's fast path of eval mode, which writes
+    zeros for padded tokens: it has numbers there, as torch.nn has in train mode.
+
     Raises TypeError for what is no module, and for one in DataParallel, DistributedDataParallel or
     FullyShardedDataParallel, ValueError for an unknown estimator or value.
     """
