@@ -1,16 +1,14 @@
 // bbb_linear and bbb_conv: a product with weights drawn from the posterior (Blundell et al., "Weight
 // uncertainty in neural networks", ICML 2015), for every device.
-#include "checks.h"
+#include "kept_draw.h"
 #include "layer_op.h"
 
 namespace bbb_fast {
 namespace {
 
-struct WeightSpace {
+struct WeightSpace : KeepsDraw {
   static constexpr const char* kName = "bbb";
   static constexpr Operands kOperands = Operands::weight;
-  using Option = bool;  // recompute_weight
-  static bool keeps(bool recompute_weight) { return !recompute_weight; }
 
   template <class Product>
   static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
@@ -23,13 +21,6 @@ struct WeightSpace {
         weights.size() > 1 ? OptionalTensor(weights[1]) : std::nullopt);
     output = in_format(output, product.output_format(layer.input, layer.W_mu));
     return {std::move(output), std::move(weights[0]), std::move(kl)};
-  }
-
-  static void check_kept(
-      const char* op, const Layer& layer, at::IntArrayRef /*output*/, const OptionalTensor& kept) {
-    if (!has(kept)) return;
-    check_dtype(op, "kept", *kept, layer.input.scalar_type());
-    check_shape(op, "kept", *kept, layer.W_mu.sizes());
   }
 
   template <class Product>

@@ -1,7 +1,7 @@
 // flipout_linear and flipout_conv: y = x mu + b_mu + ((x s) (sigma eps) + sigma_b eps_b) r with one draw of
 // eps for the batch and random signs s and r of each row and channel (Wen, Vicol, Ba, Tran and Grosse,
 // "Flipout", ICLR 2018, eq. 4), for every device.
-#include "checks.h"
+#include "kept_draw.h"
 #include "layer_op.h"
 
 namespace bbb_fast {
@@ -10,11 +10,9 @@ namespace {
 // The noise of the weight and of the bias takes the streams before (bbb.cpp).
 constexpr int64_t kInputSigns = 2, kOutputSigns = 3;
 
-struct Flipout {
+struct Flipout : KeepsDraw {
   static constexpr const char* kName = "flipout";
   static constexpr Operands kOperands = Operands::mean_and_noise;
-  using Option = bool;  // recompute_weight
-  static bool keeps(bool recompute_weight) { return !recompute_weight; }
 
   // sigma eps of the weight and of the bias.
   static std::tuple<std::vector<at::Tensor>, at::Tensor> deviations(
@@ -40,13 +38,6 @@ struct Flipout {
     const at::Tensor deviation = product.forward(flipped, drawn[0], b_drawn);
     add_flipped_(y, in_format(deviation, format), layer.rng, kOutputSigns, Product::kChannelDim);
     return {std::move(y), std::move(drawn[0]), std::move(kl)};
-  }
-
-  static void check_kept(
-      const char* op, const Layer& layer, at::IntArrayRef /*output*/, const OptionalTensor& kept) {
-    if (!has(kept)) return;
-    check_dtype(op, "kept", *kept, layer.input.scalar_type());
-    check_shape(op, "kept", *kept, layer.W_mu.sizes());
   }
 
   template <class Product>

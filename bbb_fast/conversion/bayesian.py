@@ -57,7 +57,7 @@ def convert(
     Weight decay pulls rho to 0, a sigma of 0.69: give the posteriors' parameters none.
 
     A ``nn.TransformerEncoder`` of Bayesian layers never takes torch.nn's fast path of eval mode, which writes
-    zeros for padded tokens: it has numbers there, as torch.nn has in train mode.
+    zeros for padded tokens: it has numbers there, as torch.nn has where it records gradients.
 
     Raises TypeError for what is no module, and for one in DataParallel, DistributedDataParallel or
     FullyShardedDataParallel, ValueError for an unknown estimator or value.
