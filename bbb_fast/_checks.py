@@ -58,13 +58,15 @@ def strided(op: str, name: str, t: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor, not a sparse or nested one")
 
 
-def rng(op: str, rng: Tensor, device: torch.device, several: bool = False) -> None:
-    """``several``: whether it may have a row for each of several draws."""
+def rng(op: str, rng: Tensor, device: torch.device, draws: bool = False, of_batch: bool = False) -> None:
+    """``draws``: whether it may name several, [S, 2]; ``of_batch``: of the whole batch each, [S, 1, 2]."""
     if rng.dtype != torch.int64:
         raise TypeError(f"{op}: rng must be int64 (seed, stream), got {rng.dtype}")
-    rows = several and rng.dim() == 2 and rng.shape[0] > 0 and rng.shape[1] == 2
-    if not rows and list(rng.shape) != [2]:
-        also = ", or a row for each of several draws" if several else ""
+    pairs = rng.dim() > 0 and rng.shape[0] > 0 and rng.shape[-1] == 2
+    batch = of_batch and rng.dim() == 3 and rng.shape[1] == 1
+    if not pairs or not (rng.dim() == 1 or (draws and rng.dim() == 2) or batch):
+        several = ", or [S, 2] or [S, 1, 2] for S draws" if of_batch else ", or [S, 2] for S draws"
+        also = several if draws else ""
         raise ValueError(f"{op}: rng must have shape [2] (seed, stream){also}, got {_shape(rng)}")
     strided(op, "rng", rng)
     same_device(op, "rng", rng, device)
@@ -167,7 +169,17 @@ def layer(
             raise TypeError(f"{op}: all parameters must have one dtype, got {W_mu.dtype} and {bias_mu.dtype}")
         if list(bias_mu.shape) != [out_features]:
             raise ValueError(f"{op}: bias_mu must have shape [{out_features}], got {_shape(bias_mu)}")
-    rng(op, rng_, input.device, op.startswith("lrt"))
+    rng(op, rng_, input.device, draws=True, of_batch=True)
+    if rng_.dim() > 1:
+        if input.dim() < 2:
+            raise ValueError(
+                f"{op}: with several draws, input must have a batch dimension, got {_shape(input)}"
+            )
+        if rng_.dim() == 2 and input.shape[0] % len(rng_):
+            raise ValueError(
+                f"{op}: with {len(rng_)} draws, the first dimension of input must be a multiple of that, got "
+                f"{_shape(input)}"
+            )
     prior(op, prior_mu, prior_sigma)
 
 

@@ -96,9 +96,8 @@ ESTIMATORS = {
             """
             m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
             numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-            are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
-            Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
-            eq. 6.
+            are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
+            NeurIPS 2015, eq. 6.
             """,
             Option(
                 "variance_dtype",
@@ -128,7 +127,9 @@ ESTIMATORS = {
 
 _ARGUMENTS = """\
     bias_mu, bias_rho: [{out}], or both None.
-    rng: int64 [2], seed and stream.
+    rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+        first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+        in the output's first dimension, S times as long.
     {geometry}prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
     with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
         the output's in one pass too."""

@@ -230,6 +230,40 @@ def _rows(seed: int, stream: int, first: int, count: int, device: torch.device) 
     return rows.unbind()
 
 
+class Repeated(NamedTuple):
+    """A tensor, and one that holds its rows once for each draw."""
+
+    once: Tensor
+    all: Tensor
+
+    @classmethod
+    def of(cls, t: Tensor, count: int) -> Repeated:
+        # torch.cat keeps the memory format, which numbers noise; Tensor.repeat does not.
+        repeated = torch.cat([t] * count)
+        same_order = t.layout is torch.strided and t.stride() == repeated.stride()
+        return cls(t if same_order else repeated[: t.shape[0]], repeated)
+
+    def part_of(self, t: Tensor) -> Tensor | None:
+        """One draw's part of ``t``, if that is ``all`` or shows its memory in the same order."""
+        if t is self.all:
+            return self.once if t.is_inference() or t._version == 0 else None
+        if type(t) is not Tensor or is_compiling() or t.requires_grad or self.all.requires_grad:
+            return None
+        if t.is_inference() or t._version != 0 or t.numel() != self.all.numel() or t.numel() == 0:
+            return None
+        if t.dtype != self.all.dtype or t.device != self.all.device or t.storage_offset() != 0:
+            return None
+        rows = t.shape[0] * len(self.once) // len(self.all)
+        if t.stride(0) * t.shape[0] != t.numel() or rows * len(self.all) != t.shape[0] * len(self.once):
+            return None
+        try:
+            if t.untyped_storage().data_ptr() != self.all.untyped_storage().data_ptr():
+                return None
+        except (NotImplementedError, RuntimeError):
+            return None  # of a transform, which have none
+        return self.once.as_strided((rows, *t.shape[1:]), t.stride(), self.once.storage_offset())
+
+
 class fixed_noise(_DrawContext):
     """Context manager that pins the draw: inside, every layer uses one function sample.
 
@@ -289,14 +323,28 @@ class fixed_noise(_DrawContext):
                 raise TypeError(f"fixed_noise: model must be a torch.nn.Module, got {type(model).__name__}")
             self._add(model)
 
-    # Whether all draws are taken in one forward, of equal parts of the rows.
+    # Whether all draws are taken in one forward, of equal parts of the rows; and what is the same in each.
     at_once: bool = False
+    _inputs: tuple[Repeated, ...] = ()
 
-    def all_samples(self, count: int) -> fixed_noise:
-        """The draws 0 ... count - 1 of the seed in one forward, whose rows come in as many equal parts."""
+    def all_samples(self, count: int, inputs: Sequence[Repeated] = ()) -> fixed_noise:
+        """The draws 0 ... count - 1 of the seed in one forward, whose rows come in as many equal parts.
+
+        ``inputs``: of which all parts are the same.
+        """
         draw = object.__new__(fixed_noise)
-        draw.__dict__.update(self.__dict__, at_once=True, _count_of_samples=count, _rngs={})
+        draw.__dict__.update(
+            self.__dict__, at_once=True, _count_of_samples=count, _rngs={}, _inputs=tuple(inputs)
+        )
         return draw
+
+    def once(self, input: Tensor) -> Tensor | None:
+        """One draw's part of a layer's input, if it is known to be that of all draws."""
+        for repeated in self._inputs:
+            part = repeated.part_of(input)
+            if part is not None:
+                return part
+        return None
 
     def rngs(self, module: RandomModule, device: torch.device) -> Tensor:
         """As ``rng``, of each draw: [count, 2]."""

@@ -22,6 +22,12 @@ def _normal(size: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
     return rng.new_empty(size, dtype=dtype)
 
 
+def _of_each_draw(t: Tensor, rng: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """Room for what is formed of ``t``: of each draw that an rng [2], [S, 2] or [S, 1, 2] names."""
+    draws = () if rng is None or rng.dim() == 1 else (rng.shape[0],)
+    return t.new_empty((*draws, *t.shape), dtype=dtype)
+
+
 def _contiguous_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -36,7 +42,7 @@ def _sample_weights(
     dtype: torch.dtype | None,
     centered: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
-    weights = [_contiguous_like(m, dtype) for m in mu]
+    weights = [_of_each_draw(m, rng, dtype) for m in mu]
     return weights, mu[0].new_empty((), dtype=accumulate_dtype(*mu))
 
 
@@ -73,7 +79,7 @@ def _posterior_backward_out(
 ) -> Tensor:
     if again is None:
         return mu[0].new_empty(0, dtype=torch.float32)
-    return _contiguous_like(mu[0], again)
+    return _of_each_draw(mu[0], rng, again)
 
 
 def _variance(
@@ -175,7 +181,10 @@ def _forward(estimator: str, product: str) -> Callable[..., Any]:
         if estimator == "lrt":
             kept = shapes.output(op, variance_dtype_for(input, option), input, W_mu, *geometry)
         else:
-            kept = _contiguous_like(W_mu, input.dtype)
+            kept = _of_each_draw(W_mu, rng, input.dtype)
+        if rng.dim() == 3:
+            # Draws of the whole batch.
+            y = torch.cat([y] * len(rng))
         return y, kept, W_mu.new_empty((), dtype=accumulate_dtype(W_mu))
 
     return fake

@@ -96,14 +96,15 @@ def sample_weights(
     Blundell et al., "Weight uncertainty in neural networks", ICML 2015, section 3.2.
 
     Returns the weights, shaped like ``mu``, in ``dtype`` (default: mu's), and the scalar KL in float32
-    (float64 for float64). Differentiable in mu and rho through both results.
+    (float64 for float64). An ``rng`` [S, 2] names S draws, which take one pass over mu and rho (on the CPU)
+    and have a dimension before the others: [S, ...]. Differentiable in mu and rho through both results.
     """
     mu, rho = list(mu), list(rho)
     refuse_sharded("sample_weights", mu=mu[0] if mu else None)
     if mu and use_native(mu[0].device):
         return _native.sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype)
     device = _checks.posteriors("sample_weights", mu, rho)
-    _checks.rng("sample_weights", rng, device)
+    _checks.rng("sample_weights", rng, device, draws=True)
     _checks.prior("sample_weights", prior_mu, prior_sigma)
     _checks.optional_dtype("sample_weights", "dtype", dtype)
     return reference.sample_weights(mu, rho, rng, prior_mu, prior_sigma, with_kl, dtype)

@@ -63,7 +63,9 @@ def bbb_conv1d(
         W_mu, W_rho: [out_channels, in_channels / groups, K], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv1d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
@@ -99,7 +101,9 @@ def bbb_conv2d(
         W_mu, W_rho: [out_channels, in_channels / groups, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
@@ -135,7 +139,9 @@ def bbb_conv3d(
         W_mu, W_rho: [out_channels, in_channels / groups, kD, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv3d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
@@ -172,7 +178,9 @@ def bbb_conv_transpose1d(
         W_mu, W_rho: [in_channels, out_channels / groups, K], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, output_padding, groups, dilation: as in
             ``torch.nn.functional.conv_transpose1d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
@@ -210,7 +218,9 @@ def bbb_conv_transpose2d(
         W_mu, W_rho: [in_channels, out_channels / groups, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, output_padding, groups, dilation: as in
             ``torch.nn.functional.conv_transpose2d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
@@ -248,7 +258,9 @@ def bbb_conv_transpose3d(
         W_mu, W_rho: [in_channels, out_channels / groups, kD, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, output_padding, groups, dilation: as in
             ``torch.nn.functional.conv_transpose3d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
@@ -280,7 +292,9 @@ def bbb_linear(
         input: [..., in_features]; any number of batch dimensions, possibly empty.
         W_mu, W_rho: [out_features, in_features], of input's dtype, or float32 under a narrower input.
         bias_mu, bias_rho: [out_features], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
             the output's in one pass too.
@@ -325,7 +339,9 @@ def flipout_conv1d(
         W_mu, W_rho: [out_channels, in_channels / groups, K], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv1d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
@@ -366,7 +382,9 @@ def flipout_conv2d(
         W_mu, W_rho: [out_channels, in_channels / groups, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
@@ -407,7 +425,9 @@ def flipout_conv3d(
         W_mu, W_rho: [out_channels, in_channels / groups, kD, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv3d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
@@ -449,7 +469,9 @@ def flipout_conv_transpose1d(
         W_mu, W_rho: [in_channels, out_channels / groups, K], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, output_padding, groups, dilation: as in
             ``torch.nn.functional.conv_transpose1d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
@@ -492,7 +514,9 @@ def flipout_conv_transpose2d(
         W_mu, W_rho: [in_channels, out_channels / groups, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, output_padding, groups, dilation: as in
             ``torch.nn.functional.conv_transpose2d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
@@ -535,7 +559,9 @@ def flipout_conv_transpose3d(
         W_mu, W_rho: [in_channels, out_channels / groups, kD, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, output_padding, groups, dilation: as in
             ``torch.nn.functional.conv_transpose3d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
@@ -572,7 +598,9 @@ def flipout_linear(
         input: [..., in_features]; any number of batch dimensions, possibly empty.
         W_mu, W_rho: [out_features, in_features], of input's dtype, or float32 under a narrower input.
         bias_mu, bias_rho: [out_features], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
             the output's in one pass too.
@@ -621,16 +649,17 @@ def lrt_conv1d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
-    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
-    eq. 6.
+    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
+    NeurIPS 2015, eq. 6.
 
     Args:
         input: [N, in_channels, L], or without N, of any memory format.
         W_mu, W_rho: [out_channels, in_channels / groups, K], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv1d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
@@ -663,16 +692,17 @@ def lrt_conv2d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
-    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
-    eq. 6.
+    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
+    NeurIPS 2015, eq. 6.
 
     Args:
         input: [N, in_channels, H, W], or without N, of any memory format.
         W_mu, W_rho: [out_channels, in_channels / groups, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
@@ -705,16 +735,17 @@ def lrt_conv3d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
-    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
-    eq. 6.
+    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
+    NeurIPS 2015, eq. 6.
 
     Args:
         input: [N, in_channels, D, H, W], or without N, of any memory format.
         W_mu, W_rho: [out_channels, in_channels / groups, kD, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv3d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
@@ -748,16 +779,17 @@ def lrt_conv_transpose1d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
-    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
-    eq. 6.
+    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
+    NeurIPS 2015, eq. 6.
 
     Args:
         input: [N, in_channels, L], or without N, of any memory format.
         W_mu, W_rho: [in_channels, out_channels / groups, K], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, output_padding, groups, dilation: as in
             ``torch.nn.functional.conv_transpose1d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
@@ -792,16 +824,17 @@ def lrt_conv_transpose2d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
-    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
-    eq. 6.
+    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
+    NeurIPS 2015, eq. 6.
 
     Args:
         input: [N, in_channels, H, W], or without N, of any memory format.
         W_mu, W_rho: [in_channels, out_channels / groups, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, output_padding, groups, dilation: as in
             ``torch.nn.functional.conv_transpose2d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
@@ -836,16 +869,17 @@ def lrt_conv_transpose3d(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
-    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
-    eq. 6.
+    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
+    NeurIPS 2015, eq. 6.
 
     Args:
         input: [N, in_channels, D, H, W], or without N, of any memory format.
         W_mu, W_rho: [in_channels, out_channels / groups, kD, kH, kW], of input's dtype, or float32
             under a narrower input.
         bias_mu, bias_rho: [out_channels], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         stride, padding, output_padding, groups, dilation: as in
             ``torch.nn.functional.conv_transpose3d``.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
@@ -875,15 +909,16 @@ def lrt_linear(
 
     m = product(x, W_mu) + b_mu, v = product(x^2, sigma_W^2) + sigma_b^2, y = m + sqrt(v) * eps, eps
     numbered in the order in which the output lies in memory. Where v = 0 the noise and its gradient
-    are 0. An ``rng`` [S, 2] names S draws, of equal parts of the input's first dimension. Kingma,
-    Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
-    eq. 6.
+    are 0. Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
+    NeurIPS 2015, eq. 6.
 
     Args:
         input: [..., in_features]; any number of batch dimensions, possibly empty.
         W_mu, W_rho: [out_features, in_features], of input's dtype, or float32 under a narrower input.
         bias_mu, bias_rho: [out_features], or both None.
-        rng: int64 [2], seed and stream.
+        rng: int64 [2], seed and stream. [S, 2] names S draws, each of an equal part of the input's
+            first dimension; [S, 1, 2] S draws of the whole input each, whose outputs follow each other
+            in the output's first dimension, S times as long.
         prior_mu, prior_sigma: the prior N(prior_mu, prior_sigma^2) of the KL.
         with_kl: also return KL(q || p), formed in the same pass over the parameters, its gradient with
             the output's in one pass too.
@@ -929,4 +964,5 @@ def sample_weights(
     Blundell et al., "Weight uncertainty in neural networks", ICML 2015, section 3.2.
 
     Returns the weights, shaped like ``mu``, in ``dtype`` (default: mu's), and the scalar KL in float32
-    (float64 for float64). Differentiable in mu and rho through both results."""
+    (float64 for float64). An ``rng`` [S, 2] names S draws, which take one pass over mu and rho (on the CPU)
+    and have a dimension before the others: [S, ...]. Differentiable in mu and rho through both results."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._checks import integer
 from ._eval_mode import in_eval_mode
-from ._noise import _INT64_MAX, RandomModule, fixed_noise
+from ._noise import _INT64_MAX, RandomModule, Repeated, fixed_noise
 from .layers import BBB
 from .layers.base import BayesianLayer
 
@@ -190,8 +190,9 @@ def multi_sample(model: nn.Module, x: Any, samples: int, *, seed: int | None = N
 
     Element k is what the model returns under ``fixed_noise(seed, sample=k, model=model,
     draw="activations")``: each layer uses its own estimator. The rows of x are repeated for each draw, so
-    modules of other kinds see samples * N rows at once, and local reparameterization forms its products for
-    all draws together.
+    modules of other kinds see samples * N rows at once. A layer reads its parameters once for all draws, and
+    local reparameterization forms its products for all of them together: one for all of them, in a layer
+    that the input reaches unchanged (or as a view).
 
     A model whose rows do not go through it side by side runs ``samples`` times instead: one in which batch
     norms are in training mode, or with modules in weight space that are not linear layers, convolutions or
@@ -216,19 +217,23 @@ def multi_sample(model: nn.Module, x: Any, samples: int, *, seed: int | None = N
                 outputs.append(_output(model(x)))
         return torch.stack(outputs)
     rows = _rows(x)
-    with fixed_noise(seed, model=model, draw="activations").all_samples(count):
-        output = _output(model(_map(lambda t: _repeated(t, count), x)))
+    repeated: list[Repeated] = []
+
+    def of_each_draw(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dim() == 0:
+            return t
+        repeated.append(Repeated.of(t, count))
+        return repeated[-1].all
+
+    inputs = _map(of_each_draw, x)
+    with fixed_noise(seed, model=model, draw="activations").all_samples(count, repeated):
+        output = _output(model(inputs))
     if output.dim() == 0 or output.shape[0] % (count * max(rows, 1)):
         raise ValueError(
             "multi_sample: the first dimension of the output must be that of the rows, got output "
             f"{list(output.shape)} for {count} draws of {rows} rows"
         )
     return output.unflatten(0, (count, -1)) if rows else output.new_empty((count, *output.shape))
-
-
-def _repeated(t: Any, count: int) -> Any:
-    # torch.cat keeps the memory format, which numbers noise; Tensor.repeat does not.
-    return torch.cat([t] * count) if isinstance(t, Tensor) and t.dim() > 0 else t
 
 
 def _side_by_side(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
@@ -148,7 +148,10 @@ def _draws(
     dtype: torch.dtype | None,
     centered: bool = False,
 ) -> list[Tensor]:
-    """mu + sigma * eps of each tensor, or sigma * eps, eps of stream ``rng[1] + k``."""
+    """mu + sigma * eps of each tensor, or sigma * eps, eps of stream ``rng[1] + k``; [S, ...] of S draws."""
+    if rng.dim() == 2:
+        draws = [_draws(mu, rho, own, dtype, centered) for own in rng.unbind()]
+        return [torch.stack(of_tensor) for of_tensor in zip(*draws, strict=True)]
     step = torch.tensor([0, 1], device=rng.device)
     draws = []
     for k, (m, r) in enumerate(zip(mu, rho, strict=True)):
@@ -237,18 +240,7 @@ def _lrt_noise(v: Tensor, eps: Tensor) -> Tensor:
 
 
 def lrt_sample(m: Tensor, v: Tensor, rng: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """m + sqrt(v) * eps in m's dtype, stored in ``memory_format``, in whose order the noise is numbered.
-
-    An ``rng`` with a row for each of several draws: of equal parts of the first dimension.
-    """
-    if rng.dim() == 2:
-        if m.dim() == 0 or m.shape[0] % len(rng):
-            raise ValueError(
-                f"lrt_sample_: with {len(rng)} draws, the first dimension must be a multiple of that, got "
-                f"{list(m.shape)}"
-            )
-        parts = zip(*(t.tensor_split(len(rng)) for t in (m, v)), rng.unbind(), strict=True)
-        return in_format(torch.cat([lrt_sample(*part, memory_format) for part in parts]), memory_format)
+    """m + sqrt(v) * eps in m's dtype, stored in ``memory_format``, in whose order the noise is numbered."""
     acc = accumulate_dtype(m)
     eps = normal_like(m, rng, memory_format).to(acc)
     return in_format((m.to(acc) + _lrt_noise(v.to(acc), eps)).to(m.dtype), memory_format)
@@ -343,7 +335,17 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return torch.convolution(x, weight, bias, *call.geometry)
 
-    output = _ESTIMATORS[call.estimator](product, input, parameters, rng, call)
+    estimator = _ESTIMATORS[call.estimator]
+    if rng.dim() == 1:
+        output = estimator(product, input, parameters, rng, call)
+    else:
+        # The same for each draw, of its part of the input or of all of it.
+        rngs = rng.reshape(-1, 2).unbind()
+        parts = [input] * len(rngs) if rng.dim() == 3 else input.tensor_split(len(rngs))
+        outputs = [
+            estimator(product, *part, call) for part in zip(parts, repeat(parameters), rngs, strict=False)
+        ]
+        output = in_format(torch.cat(outputs), _output_format(call))
     if not call.with_kl:
         return output, None
     return output, kl_divergence(*_posterior(parameters), call.prior_mu, call.prior_sigma)

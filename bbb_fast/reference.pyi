@@ -439,9 +439,7 @@ def lrt_linear(
     """See :func:`bbb_fast.functional.lrt_linear`."""
 
 def lrt_sample(m: Tensor, v: Tensor, rng: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """m + sqrt(v) * eps in m's dtype, stored in ``memory_format``, in whose order the noise is numbered.
-
-    An ``rng`` with a row for each of several draws: of equal parts of the first dimension."""
+    """m + sqrt(v) * eps in m's dtype, stored in ``memory_format``, in whose order the noise is numbered."""
 
 def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """See :func:`bbb_fast.functional.normal`."""

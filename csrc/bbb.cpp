@@ -13,13 +13,16 @@ struct WeightSpace : KeepsDraw {
   template <class Product>
   static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
       const char*, const Product& product, const Layer& layer, bool with_kl, bool) {
+    const Draws draws(layer.rng);
     auto [weights, kl] = sample_weights(
-        layer.mu(), layer.rho(), layer.rng, layer.prior_mu, layer.prior_sigma, with_kl,
+        layer.mu(), layer.rho(), draws.rngs(), layer.prior_mu, layer.prior_sigma, with_kl,
         layer.input.scalar_type());
-    at::Tensor output = product.forward(
-        product.arranged(layer.input, layer.input, weights[0]), weights[0],
-        weights.size() > 1 ? OptionalTensor(weights[1]) : std::nullopt);
-    output = in_format(output, product.output_format(layer.input, layer.W_mu));
+    const OptionalTensor biases = weights.size() > 1 ? OptionalTensor(weights[1]) : std::nullopt;
+    const at::Tensor x = product.arranged(layer.input, layer.input, draws.of_formed(weights[0], 0));
+    at::Tensor output = draws.outputs(product.output_format(layer.input, layer.W_mu), [&](int64_t k) {
+      return product.forward(
+          draws.of_input(x, k), draws.of_formed(weights[0], k), draws.of_formed(biases, k));
+    });
     return {std::move(output), std::move(weights[0]), std::move(kl)};
   }
 
@@ -29,15 +32,22 @@ struct WeightSpace : KeepsDraw {
     Backward(const Product& product, const Layer& layer, const at::Tensor& grad, const OptionalTensor& kept)
         : product_(product),
           layer_(layer),
+          draws_(layer.rng),
           weight_(kept.value_or(at::Tensor())),
           g_(product.arranged(grad, layer.input, layer.W_mu)),
           x_(product.arranged(layer.input, layer.input, layer.W_mu)) {}
 
-    OperandGradients operands(bool W, bool bias) const {
-      const at::Tensor like =
-          weight_.defined() ? weight_ : shaped_like(layer_.W_mu, layer_.input.scalar_type());
-      auto [none, g_W, g_bias] = product_.backward(g_, x_, like, {false, W, bias});
-      return {std::move(g_W), std::move(g_bias), {}, {}};
+    // Of `size` draws from `first` on.
+    OperandGradients operands(bool W, bool bias, int64_t first, int64_t size) const {
+      const at::Tensor like = shaped_like(layer_.W_mu, layer_.input.scalar_type());
+      OperandGradients grads;
+      for (int64_t k = first; k < first + size; ++k) {
+        auto [none, g_W, g_bias] =
+            product_.backward(draws_.of_output(g_, k), draws_.of_input(x_, k), like, {false, W, bias});
+        grads.W.push_back(std::move(g_W));
+        grads.bias.push_back(std::move(g_bias));
+      }
+      return grads;
     }
 
     std::optional<at::ScalarType> again() const {
@@ -49,16 +59,19 @@ struct WeightSpace : KeepsDraw {
       if (!weight.defined()) {
         // The same rng gives the same draw.
         weight = std::get<0>(sample_weights(
-            {layer_.W_mu}, {layer_.W_rho}, layer_.rng, layer_.prior_mu, layer_.prior_sigma, false,
+            {layer_.W_mu}, {layer_.W_rho}, draws_.rngs(), layer_.prior_mu, layer_.prior_sigma, false,
             layer_.input.scalar_type()))[0];
       }
-      const at::Tensor g_x = std::get<0>(product_.backward(g_, x_, weight, {true, false, false}));
-      return in_format(g_x, product_.output_format(layer_.input, layer_.W_mu));
+      return draws_.input_gradient(product_.output_format(layer_.input, layer_.W_mu), [&](int64_t k) {
+        const at::Tensor g = draws_.of_output(g_, k), x = draws_.of_input(x_, k);
+        return std::get<0>(product_.backward(g, x, draws_.of_formed(weight, k), {true, false, false}));
+      });
     }
 
    private:
     const Product& product_;
     const Layer& layer_;
+    const Draws draws_;
     at::Tensor weight_, g_, x_;
   };
 };

@@ -72,17 +72,31 @@ inline void check_dtype(const char* op, const Name& name, const at::Tensor& t, a
       dtype_name(t.scalar_type()));
 }
 
-// several: whether rng may have a row for each of several draws.
-inline void check_rng(const char* op, const at::Tensor& rng, at::Device device, bool several = false) {
+// Which rng an op takes: of one draw, [2]; or also of S draws, [S, 2]; or also of S draws of the whole batch
+// each, [S, 1, 2].
+enum class RngOf { one_draw, draws, draws_of_batch };
+
+inline void check_rng(
+    const char* op, const at::Tensor& rng, at::Device device, RngOf allowed = RngOf::one_draw) {
   TORCH_CHECK_TYPE(
       rng.scalar_type() == at::kLong, op, ": rng must be int64 (seed, stream), got ",
       dtype_name(rng.scalar_type()));
-  const bool rows = several && rng.dim() == 2 && rng.size(0) > 0 && rng.size(1) == 2;
+  const bool pairs = rng.dim() > 0 && rng.size(0) > 0 && rng.size(-1) == 2;
+  const bool batch = rng.dim() == 3 && rng.size(1) == 1 && allowed == RngOf::draws_of_batch;
   TORCH_CHECK_VALUE(
-      rows || (rng.dim() == 1 && rng.size(0) == 2), op, ": rng must have shape [2] (seed, stream)",
-      several ? ", or a row for each of several draws" : "", ", got ", rng.sizes());
+      pairs && (rng.dim() == 1 || (rng.dim() == 2 && allowed != RngOf::one_draw) || batch), op,
+      ": rng must have shape [2] (seed, stream)",
+      allowed == RngOf::draws            ? ", or [S, 2] for S draws"
+      : allowed == RngOf::draws_of_batch ? ", or [S, 2] or [S, 1, 2] for S draws"
+                                         : "",
+      ", got ", rng.sizes());
   check_strided(op, "rng", rng);
   check_device(op, "rng", rng, device);
+}
+
+// How many draws an rng [2] or [S, 2] names, or none.
+inline int64_t draw_count(const std::optional<at::Tensor>& rng) {
+  return rng && rng->defined() && rng->dim() == 2 ? rng->size(0) : 1;
 }
 
 inline void check_posterior(
@@ -140,6 +154,8 @@ inline void check_posterior_backward(
     at::TensorList grad_rho,
     std::optional<at::ScalarType> again) {
   check_posteriors(op, mu, rho);
+  if (rng && rng->defined()) check_rng(op, *rng, mu[0].device(), RngOf::draws);
+  const size_t draws = draw_count(rng);
   check_priors(op, mu.size(), prior_mu, prior_sigma);
   const auto check_gradient = [&](const char* name, size_t k, const at::Tensor& g) {
     check_floating(op, name, g);
@@ -148,26 +164,33 @@ inline void check_posterior_backward(
         g.sizes());
     check_device(op, name, g, mu[0].device());
   };
-  const auto check_count = [&](const char* name, size_t count) {
-    TORCH_CHECK_VALUE(count == mu.size(), op, ": got ", count, " ", name, " for ", mu.size(), " tensors");
+  const auto check_count = [&](const char* name, size_t count, size_t of_each = 1) {
+    TORCH_CHECK_VALUE(
+        count == mu.size() * of_each, op, ": got ", count, " ", name, " for ", mu.size(), " tensors",
+        of_each == 1 ? std::string() : " of " + std::to_string(of_each) + " draws");
   };
   const bool spread = !grad_spread.empty();
-  check_count("grad_w", grad_w.size());
-  if (spread) check_count("grad_spread", grad_spread.size());
+  check_count("grad_w", grad_w.size(), spread ? 1 : draws);
+  if (spread) check_count("grad_spread", grad_spread.size(), draws);
   check_count("grad_mu", grad_mu.size());
   check_count("grad_rho", grad_rho.size());
   bool any = false;
   for (size_t k = 0; k < mu.size(); ++k) {
-    const at::Tensor& g = grad_w[k];
-    if (g.defined()) {
-      check_gradient("grad_w", k, g);
-      any = true;
-    }
-    if (spread) {
-      TORCH_CHECK_VALUE(
-          g.defined() == grad_spread[k].defined(), op, ": give both grad_w and grad_spread of tensor ", k,
-          ", or neither");
-      if (g.defined()) check_gradient("grad_spread", k, grad_spread[k]);
+    const bool given = grad_w[spread ? k : k * draws].defined();
+    any |= given;
+    for (size_t draw = 0; draw < draws; ++draw) {
+      if (!spread || draw == 0) {
+        const at::Tensor& g = grad_w[spread ? k : k * draws + draw];
+        TORCH_CHECK_VALUE(
+            g.defined() == given, op, ": give grad_w of all draws of tensor ", k, ", or of none");
+        if (given) check_gradient("grad_w", k, g);
+      }
+      if (spread) {
+        const at::Tensor& g = grad_spread[k * draws + draw];
+        TORCH_CHECK_VALUE(
+            g.defined() == given, op, ": give both grad_w and grad_spread of tensor ", k, ", or neither");
+        if (given) check_gradient("grad_spread", k, g);
+      }
     }
     for (const at::Tensor& out : {grad_mu[k], grad_rho[k]}) {
       check_gradient("result", k, out);
@@ -189,7 +212,6 @@ inline void check_posterior_backward(
   TORCH_CHECK_VALUE(
       !any || spread || (rng && rng->defined()), op,
       ": gradients of weights need the rng they were drawn with");
-  if (rng && rng->defined()) check_rng(op, *rng, mu[0].device());
 }
 
 // Elementwise passes over two tensors run in memory order: both are dense with the same strides.
@@ -204,23 +226,7 @@ inline void check_lrt_sample(
   TORCH_CHECK_VALUE(
       m.numel() == 0 || (m.is_non_overlapping_and_dense() && same_order(m, v)), op, ": ", name,
       " and v must be dense with the same strides, got ", m.strides(), " and ", v.strides());
-  check_rng(op, rng, m.device(), true);
-  if (rng.dim() == 2) {
-    // Each draw's part is a piece of memory.
-    const bool whole = m.dim() > 0 && m.size(0) % rng.size(0) == 0;
-    TORCH_CHECK_VALUE(
-        whole, op, ": with ", rng.size(0), " draws, the first dimension must be a multiple of that, got ",
-        m.sizes());
-    TORCH_CHECK_VALUE(
-        m.numel() == 0 || m.size(0) == 1 || m.stride(0) * m.size(0) == m.numel(), op,
-        ": with several draws, the first dimension must be the outermost in memory, got strides ",
-        m.strides());
-  }
-}
-
-// How many draws an rng names: each of an equal part of what is drawn, in the order of memory.
-inline int64_t draw_count(const at::Tensor& rng) {
-  return rng.dim() == 2 ? rng.size(0) : 1;
+  check_rng(op, rng, m.device());
 }
 
 inline void check_square_backward(

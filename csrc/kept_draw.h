@@ -14,7 +14,7 @@ struct KeepsDraw {
       const char* op, const Layer& layer, at::IntArrayRef /*output*/, const OptionalTensor& kept) {
     if (!has(kept)) return;
     check_dtype(op, "kept", *kept, layer.input.scalar_type());
-    check_shape(op, "kept", *kept, layer.W_mu.sizes());
+    check_shape(op, "kept", *kept, Draws(layer.rng).formed_sizes(layer.W_mu.sizes()));
   }
 };
 

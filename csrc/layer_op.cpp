@@ -7,7 +7,7 @@
 
 namespace bbb_fast {
 
-void Layer::check(const char* op, int64_t out_features, bool several_draws) const {
+void Layer::check(const char* op, int64_t out_features) const {
   check_floating(op, "input", input);
   check_posterior(op, "W_", W_mu, W_rho, input.device());
   const auto in = input.scalar_type();
@@ -25,7 +25,14 @@ void Layer::check(const char* op, int64_t out_features, bool several_draws) cons
         bias_mu->dim() == 1 && bias_mu->size(0) == out_features, op, ": bias_mu must have shape [",
         out_features, "], got ", bias_mu->sizes());
   }
-  check_rng(op, rng, input.device(), several_draws);
+  check_rng(op, rng, input.device(), RngOf::draws_of_batch);
+  if (rng.dim() > 1) {
+    TORCH_CHECK_VALUE(
+        input.dim() > 1, op, ": with several draws, input must have a batch dimension, got ", input.sizes());
+    TORCH_CHECK_VALUE(
+        rng.dim() > 2 || input.size(0) % rng.size(0) == 0, op, ": with ", rng.size(0),
+        " draws, the first dimension of input must be a multiple of that, got ", input.sizes());
+  }
   check_prior(op, prior_mu, prior_sigma);
 }
 
@@ -52,6 +59,7 @@ void Layer::check_backward(
 
 PosteriorGradients posterior_gradients(
     const Layer& layer,
+    const at::Tensor& rngs,
     const OperandGradients& grads,
     const OptionalTensor& grad_kl,
     Operands formed_of,
@@ -68,15 +76,17 @@ PosteriorGradients posterior_gradients(
     return fresh;
   };
   for (size_t k = 0; k < mu.size(); ++k) {
-    grad_w.push_back(k == 0 ? grads.W : grads.bias);
-    grad_mu.push_back(reused(grad_w[k], mu[k]));
-    if (spread) grad_spread.push_back(k == 0 ? grads.W_spread : grads.bias_spread);
-    grad_rho.push_back(reused(spread ? grad_spread[k] : at::Tensor(), mu[k]));
+    const std::vector<at::Tensor>& own = k == 0 ? grads.W : grads.bias;
+    const std::vector<at::Tensor>& own_spread = k == 0 ? grads.W_spread : grads.bias_spread;
+    grad_mu.push_back(reused(own[0], mu[k]));
+    grad_rho.push_back(reused(spread ? own_spread[0] : at::Tensor(), mu[k]));
+    grad_w.insert(grad_w.end(), own.begin(), own.end());
+    grad_spread.insert(grad_spread.end(), own_spread.begin(), own_spread.end());
   }
   at::Tensor formed = posterior_backward_out(
       grad_w, grad_spread, grad_kl.value_or(at::Tensor()), mu, rho,
-      formed_of == Operands::mean_and_variance ? at::Tensor() : layer.rng, layer.prior_mus(),
-      layer.prior_sigmas(), grad_mu, grad_rho, again);
+      formed_of == Operands::mean_and_variance ? at::Tensor() : rngs, layer.prior_mus(), layer.prior_sigmas(),
+      grad_mu, grad_rho, again);
   for (at::Tensor& g : grad_rho) grad_mu.push_back(std::move(g));
   return {std::move(grad_mu), std::move(formed)};
 }

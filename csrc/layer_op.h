@@ -7,9 +7,11 @@
 //       <geometry>..., prior_mu, prior_sigma, output_mask) -> gradients of the first five
 //
 // kept is what the estimator may keep for backward: BBB the weight, LRT the variance of the output, Flipout
-// the weight's deviation from its mean.
+// the weight's deviation from its mean. Where rng names several draws (draws.h), BBB and Flipout keep theirs
+// of each, [S, ...], and LRT, of draws of the whole batch, the one variance that they share.
 #pragma once
 
+#include <ATen/ops/cat.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/function.h>
@@ -17,6 +19,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -24,6 +27,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "draws.h"
 #include "kl_node.h"
 #include "passes.h"
 #include "products.h"
@@ -41,8 +45,7 @@ struct Layer {
   double prior_mu;
   double prior_sigma;
 
-  // several_draws: whether rng may have a row for each of several draws, of equal parts of the batch.
-  void check(const char* op, int64_t out_features, bool several_draws) const;
+  void check(const char* op, int64_t out_features) const;
   // What the backward op is given besides; `output` is the shape of the forward's.
   void check_backward(
       const char* op,
@@ -69,9 +72,9 @@ enum class Operands { weight, mean_and_variance, mean_and_noise };
 
 // The gradients of the products' operands, undefined where not wanted, become those of the posteriors: in
 // place where the types allow, so that no more memory of the parameters' size is taken. W and bias are those
-// of the drawn weights or of the means.
+// of the weights of each draw, or of the means; the others of what each draw makes of sigma, or of sigma^2.
 struct OperandGradients {
-  at::Tensor W, bias, W_spread, bias_spread;
+  std::vector<at::Tensor> W, bias, W_spread, bias_spread;
 };
 struct PosteriorGradients {
   std::vector<at::Tensor> parameters;  // of mu, then of rho
@@ -79,6 +82,7 @@ struct PosteriorGradients {
 };
 PosteriorGradients posterior_gradients(
     const Layer& layer,
+    const at::Tensor& rngs,
     const OperandGradients& grads,
     const OptionalTensor& grad_kl,
     Operands formed_of,
@@ -169,7 +173,7 @@ class LayerOp {
     const auto product = product_of(geometry...);
     const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
     product.check(op.c_str(), input, W_mu);
-    layer.check(op.c_str(), product.out_features(W_mu), Estimator::kOperands == Operands::mean_and_variance);
+    layer.check(op.c_str(), product.out_features(W_mu));
     return Estimator::forward(op.c_str(), product, layer, with_kl, option);
   }
 
@@ -192,9 +196,9 @@ class LayerOp {
     const auto product = product_of(geometry...);
     const Layer layer{input, W_mu, W_rho, bias_mu, bias_rho, rng, prior_mu, prior_sigma};
     product.check(op.c_str(), input, W_mu);
-    layer.check(op.c_str(), product.out_features(W_mu), Estimator::kOperands == Operands::mean_and_variance);
+    layer.check(op.c_str(), product.out_features(W_mu));
     const auto output = product.output_sizes(input, W_mu);
-    layer.check_backward(op.c_str(), output, grad, kept, output_mask);
+    layer.check_backward(op.c_str(), Draws(rng).output_sizes(output), grad, kept, output_mask);
     Estimator::check_kept(op.c_str(), layer, output, kept);
     const bool W = output_mask[1] || output_mask[2];
     const bool bias = output_mask[3] || output_mask[4];
@@ -203,7 +207,7 @@ class LayerOp {
     if (W || bias) {
       // The pass over the parameters also forms what the input's gradient needs of them.
       const auto again = output_mask[0] && W ? through.again() : std::nullopt;
-      gradients = posterior_gradients(layer, through.operands(W, bias), grad_kl, Estimator::kOperands, again);
+      gradients = through_posterior(layer, through, W, bias, grad_kl, again);
     }
     const at::Tensor grad_input = output_mask[0] ? through.input(gradients.formed) : at::Tensor();
     return pick_gradients(grad_input, gradients.parameters, output_mask);
@@ -270,6 +274,38 @@ class LayerOp {
   static void implement_autograd(torch::Library& m) { m.impl(name().c_str(), &autograd); }
 
  private:
+  // Several draws' in groups: the gradients of all their weights at once would take as much memory as is kept
+  // of them.
+  template <class Through>
+  static PosteriorGradients through_posterior(
+      const Layer& layer,
+      const Through& through,
+      bool W,
+      bool bias,
+      const OptionalTensor& grad_kl,
+      const std::optional<at::ScalarType>& again) {
+    constexpr int64_t kGroup = 4;
+    const Draws draws(layer.rng);
+    const int64_t count = Estimator::kOperands == Operands::mean_and_variance ? 1 : draws.count();
+    PosteriorGradients sum;
+    std::vector<at::Tensor> formed;
+    for (int64_t first = 0; first < count; first += kGroup) {
+      const int64_t size = std::min(kGroup, count - first);
+      const auto own = first == 0 ? grad_kl : std::nullopt;
+      PosteriorGradients part = posterior_gradients(
+          layer, draws.rngs(first, size), through.operands(W, bias, first, size), own, Estimator::kOperands,
+          again);
+      if (again) formed.push_back(std::move(part.formed));
+      if (first == 0) {
+        sum = std::move(part);
+        continue;
+      }
+      for (size_t k = 0; k < sum.parameters.size(); ++k) sum.parameters[k].add_(part.parameters[k]);
+    }
+    if (again) sum.formed = formed.size() == 1 ? std::move(formed[0]) : at::cat(formed);
+    return sum;
+  }
+
   // Not a torch::autograd::Function: its bookkeeping takes longer than a small layer's product.
   struct Node : LayerNode {
     torch::autograd::SavedVariable input, W_mu, W_rho, bias_mu, bias_rho, kept, rng;

@@ -47,15 +47,22 @@ struct LocalReparameterization {
       b_mu = as_type(*layer.bias_mu, dtype);
       b_var = as_type(variances[1], pdtype);
     }
+    const Draws draws(layer.rng);
     const auto format = product.output_format(layer.input, layer.W_mu);
     const at::Tensor x = product.arranged(layer.input, layer.input, layer.W_mu);
     at::Tensor m = in_format(product.forward(x, as_type(layer.W_mu, dtype), b_mu), format);
     at::Tensor v = product.forward(as_type(square(x, vdtype), pdtype), as_type(variances[0], pdtype), b_var);
     v = in_format(as_type(v, vdtype), format);
-    lrt_sample_(m, v, layer.rng);
+    // Draws of the whole batch share the products.
+    if (draws.of_whole_batch()) m = in_format(draws.repeated(m), format);
+    for (int64_t k = 0; k < draws.count(); ++k) {
+      at::Tensor part = draws.of_output(m, k);
+      lrt_sample_(part, draws.of_input(v, k), draws.rng(k));
+    }
     return {std::move(m), std::move(v), std::move(kl)};
   }
 
+  // `output`: the sizes of what the products make of the input.
   static void check_kept(const char* op, const Layer&, at::IntArrayRef output, const OptionalTensor& kept) {
     TORCH_CHECK_VALUE(has(kept), op, ": kept, the variance of the output, is missing");
     check_shape(op, "kept", *kept, output);
@@ -72,20 +79,20 @@ struct LocalReparameterization {
       format_ = product.output_format(layer.input, layer.W_mu);
       const auto arranged = [&](const at::Tensor& t) { return product.arranged(t, layer.input, layer.W_mu); };
       const at::Tensor g = in_format(grad, format_);
-      g_v_ = arranged(as_type(lrt_sample_backward(g, v, layer.rng), pdtype_));
-      g_ = arranged(g);
+      g_v_ = arranged(as_type(variance_gradient(Draws(layer.rng), format_, g, v), pdtype_));
+      g_ = arranged(in_format(Draws(layer.rng).summed(g), format_));
       x_ = arranged(layer.input);
       x2_ = as_type(square(x_, vdtype_), pdtype_);
       W_ = as_type(layer.W_mu, layer.input.scalar_type());
     }
 
-    OperandGradients operands(bool W, bool bias) const {
+    // Of all draws, which share the weight's mean and variance.
+    OperandGradients operands(bool W, bool bias, int64_t, int64_t) const {
       const std::array<bool, 3> which{false, W, bias};
-      OperandGradients grads;
-      std::tie(std::ignore, grads.W, grads.bias) = product_.backward(g_, x_, W_, which);
-      std::tie(std::ignore, grads.W_spread, grads.bias_spread) =
+      auto [none, g_W, g_bias] = product_.backward(g_, x_, W_, which);
+      auto [none_either, g_W_var, g_bias_var] =
           product_.backward(g_v_, x2_, shaped_like(layer_.W_rho, pdtype_), which);
-      return grads;
+      return {{std::move(g_W)}, {std::move(g_bias)}, {std::move(g_W_var)}, {std::move(g_bias_var)}};
     }
 
     std::optional<at::ScalarType> again() const { return vdtype_; }
@@ -104,6 +111,14 @@ struct LocalReparameterization {
     }
 
    private:
+    // Of the variances, from that of all draws.
+    static at::Tensor variance_gradient(
+        const Draws& draws, at::MemoryFormat format, const at::Tensor& grad, const at::Tensor& v) {
+      return draws.input_gradient(format, [&](int64_t k) {
+        return lrt_sample_backward(draws.of_output(grad, k), draws.of_input(v, k), draws.rng(k));
+      });
+    }
+
     const Product& product_;
     const Layer& layer_;
     at::ScalarType vdtype_, pdtype_;

@@ -41,8 +41,15 @@ struct SampleWeightsNode : ag::Node {
     // As in a layer's node: a second derivative raises, else autograd is passed by.
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled()) guard.emplace();
+    std::vector<at::Tensor> grad_w;
+    for (const at::Tensor& g : at::TensorList(grads.data(), count)) {
+      const int64_t draws = rng_.dim() == 2 ? rng_.size(0) : 1;
+      for (int64_t k = 0; k < draws; ++k) {
+        grad_w.push_back(rng_.dim() == 2 && g.defined() ? g.select(0, k) : g);
+      }
+    }
     auto [result, g_rho] = posterior_backward(
-        {grads.data(), count}, grads[count], m, r, rng_, std::vector<double>(count, prior_mu),
+        grad_w, grads[count], m, r, rng_, std::vector<double>(count, prior_mu),
         std::vector<double>(count, prior_sigma));
     std::move(g_rho.begin(), g_rho.end(), std::back_inserter(result));
     return result;

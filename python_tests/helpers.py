@@ -113,6 +113,18 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
     def posterior_backward(grad: Tensor, mu: Tensor, rho: Tensor) -> list[Tensor]:
         return flat(ops.posterior_backward([grad], grad_kl, [mu], [rho], r, *([p] for p in prior)))
 
+    draws = torch.tensor([[1234, 5], [-6, 7], [8, -9]])
+
+    def several(mu: Tensor, rho: Tensor) -> list[Tensor]:
+        return flat(ops.sample_weights([mu], [rho], draws, *prior, True, other))
+
+    def backward_of_several(grad: Tensor, mu: Tensor, rho: Tensor) -> list[Tensor]:
+        out = [torch.empty_like(mu)], [torch.empty_like(rho)]
+        priors = ([p] for p in prior)
+        given = [grad, 0.5 * grad, 1 - grad]
+        again = ops.posterior_backward_out(given, [], grad_kl, [mu], [rho], draws, *priors, *out, other)
+        return [*flat(out), again]
+
     def kl_divergence(mu: Tensor, rho: Tensor) -> list[Tensor]:
         return [ops.kl_divergence([mu], [rho], *([p] for p in prior))]
 
@@ -133,8 +145,9 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
     ) -> list[Tensor]:
         out = [torch.empty_like(mu)], [torch.empty_like(rho)]
         priors = ([p] for p in prior)
+        of_draws = [grad_spread] if stream is None or stream.dim() == 1 else [grad_spread] * len(stream)
         again = ops.posterior_backward_out(
-            [grad], [grad_spread], grad_kl, [mu], [rho], stream, *priors, *out, other
+            [grad], of_draws, grad_kl, [mu], [rho], stream, *priors, *out, other
         )
         return [*flat(out), again]
 
@@ -160,6 +173,11 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
         "sample_weights, centered": Kernel(x, deviations),
         "posterior_backward, variance": Kernel({**y, "grad_spread": v}, partial(backward_of_spread, None)),
         "posterior_backward, noise": Kernel({**y, "grad_spread": v}, partial(backward_of_spread, r)),
+        "sample_weights, draws": Kernel(x, several),
+        "posterior_backward, draws": Kernel(y, backward_of_several),
+        "posterior_backward, noise of draws": Kernel(
+            {**y, "grad_spread": v}, partial(backward_of_spread, draws)
+        ),
         "variance": Kernel(x, variance),
         "square": Kernel({"input": narrow[0]}, lambda input: [ops.square(input, other)]),
         "square_backward_": Kernel(
@@ -185,6 +203,9 @@ KERNELS = {
     "sample_weights, centered": ("mu", "rho"),
     "posterior_backward, variance": ("grad", "mu", "rho", "grad_spread"),
     "posterior_backward, noise": ("grad", "mu", "rho", "grad_spread"),
+    "sample_weights, draws": ("mu", "rho"),
+    "posterior_backward, draws": ("grad", "mu", "rho"),
+    "posterior_backward, noise of draws": ("grad", "mu", "rho", "grad_spread"),
     "variance": ("mu", "rho"),
     "square": ("input",),
     "square_backward_": ("grad_input", "input", "grad"),

@@ -4,64 +4,219 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers import compare, conv_case, linear_case, rng, unrelated
+from helpers import compare, conv_case, linear_case, posterior, rng, unrelated
 from torch import Tensor, nn
 
 from bbb_fast import convert, fixed_noise, functional, kl_loss, multi_sample, reference
 from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, Flipout, ModuleWrapper
 from bbb_fast.models import BBBLeNet
+from bbb_fast.reference import conv_memory_format
 
-# ---------------------------------------------------------------- lrt ops with an rng for each draw
+# ---------------------------------------------------------------- ops whose rng names several draws
 
 SEVERAL = torch.tensor([[1, 2], [3, 4], [-5, 6]])
+ESTIMATORS = ("bbb", "lrt", "flipout")
+# Of equal parts of the batch, and of the whole batch each.
+RNGS = {"parts": SEVERAL, "whole": SEVERAL.unsqueeze(1)}
+SHAPES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "linear": (partial(linear_case, (6, 5), 7, 3), {}),
+    "conv1d": (partial(conv_case, 1, 6, 4, 6, (3,), (7,), groups=2), {"padding": 1, "groups": 2}),
+    "conv2d": (partial(conv_case, 2, 6, 4, 5, (3, 3), (7, 5)), {"padding": 1}),
+    "conv3d": (partial(conv_case, 3, 3, 2, 3, (2, 2, 2), (3, 3, 4)), {"stride": 2}),
+    "conv_transpose2d": (partial(conv_case, 2, 3, 5, 5, (3, 3), (4, 3)), {"stride": 2, "output_padding": 1}),
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_linear_takes_a_row_for_each_draw(isa: str, dtype: torch.dtype) -> None:
-    case = linear_case((6, 5), 7, 3, dtype=dtype)
-    compare(lambda: functional.lrt_linear(*case, SEVERAL), case, dtype, 2)
-    x, *parameters = case
-    y = functional.lrt_linear(*case, SEVERAL)
-    for k, part in enumerate(x.tensor_split(3)):
-        expected = functional.lrt_linear(part, *parameters, SEVERAL[k])
-        torch.testing.assert_close(
-            y[2 * k : 2 * k + 2], expected, rtol=1e-5, atol=2e-2 if dtype == torch.bfloat16 else 1e-5
-        )
+def part_of(x: Tensor, k: int, form: str) -> Tensor:
+    return x if form == "whole" else x.tensor_split(3)[k]
+
+
+@pytest.mark.parametrize("form", RNGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_native_equals_reference(isa: str, estimator: str, shape: str, form: str) -> None:
+    make, options = SHAPES[shape]
+    function = getattr(functional, f"{estimator}_{shape}")
+    for bias in (True, False):
+        case = make(bias=bias)
+        compare(partial(function, *case, RNGS[form], with_kl=True, **options), case, torch.float32, 4)
+
+
+@pytest.mark.parametrize("form", RNGS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(native: None, estimator: str, dtype: torch.dtype, form: str) -> None:
+    for name in ("linear", "conv2d"):
+        make, options = SHAPES[name]
+        for parameter_dtype in {dtype, torch.float32 if dtype != torch.float64 else dtype}:
+            case = make(dtype=dtype, parameter_dtype=parameter_dtype)
+            function = getattr(functional, f"{estimator}_{name}")
+            compare(partial(function, *case, RNGS[form], **options), case, dtype, 4)
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_conv_takes_a_row_for_each_draw(isa: str, last: bool) -> None:
-    """Each draw's noise is numbered from its first row on, in the order of memory."""
-    case = conv_case(2, 9, 4, 6, (3, 3), (7, 5))
+@pytest.mark.parametrize("form", RNGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_each_draw_is_that_of_its_own_rng(
+    backend: str, estimator: str, shape: str, form: str, last: bool
+) -> None:
+    """Outputs and gradients; each draw's noise is numbered from its first row on, in the order of memory."""
+    make, options = SHAPES[shape]
+    function = getattr(functional, f"{estimator}_{shape}")
+    case = make()
+    if last and case[0].dim() < 4:
+        pytest.skip("has one memory format")
     if last:
-        case[0] = case[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    compare(lambda: functional.lrt_conv2d(*case, SEVERAL, padding=1), case, torch.float32)
-    y = functional.lrt_conv2d(*case, SEVERAL, padding=1)
-    for k in range(3):
-        expected = functional.lrt_conv2d(case[0][3 * k : 3 * k + 3], *case[1:], SEVERAL[k], padding=1)
-        torch.testing.assert_close(y[3 * k : 3 * k + 3], expected, rtol=1e-5, atol=1e-5)
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        case[0] = case[0].detach().contiguous(memory_format=formats[case[0].dim()]).requires_grad_()
+    y = function(*case, RNGS[form], **options)
+    each = [function(part_of(case[0], k, form), *case[1:], SEVERAL[k], **options) for k in range(3)]
+    expected = torch.cat(each)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    if case[0].dim() > 3:
+        assert y.stride() == expected.contiguous(memory_format=conv_memory_format(*case[:2])).stride()
+    grad = torch.randn_like(y)
+    ours, theirs = (torch.autograd.grad(t, case, grad) for t in (y, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_opcheck(native: None) -> None:
+@pytest.mark.parametrize("form", RNGS)
+@pytest.mark.parametrize("estimator", ["bbb", "flipout"])
+def test_recomputed_draws(backend: str, estimator: str, form: str) -> None:
+    """Of every subset of gradients, and none of the input's."""
+    function = getattr(functional, f"{estimator}_linear")
+    case = linear_case((6,), 7, 3)
+    for wanted in (case, case[1:], case[:1], [case[0], case[2]], [case[4]]):
+        results = []
+        for recompute in (False, True):
+            y = function(*case, RNGS[form], recompute_weight=recompute)
+            results.append(torch.autograd.grad(y, wanted, torch.ones_like(y)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", RNGS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradcheck(native: None, estimator: str, form: str) -> None:
+    case = linear_case((6,), 3, 2, dtype=torch.float64)
+    function = getattr(functional, f"{estimator}_linear")
+    assert torch.autograd.gradcheck(lambda *args: function(*args, RNGS[form], with_kl=True), case)
+
+
+@pytest.mark.parametrize("form", RNGS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_opcheck(native: None, estimator: str, form: str) -> None:
+    option = None if estimator == "lrt" else False
+    op = getattr(torch.ops.bbb_fast, f"{estimator}_linear")
+    torch.library.opcheck(op, (*linear_case((6,), 4, 3), RNGS[form], 0.0, 0.1, True, option))
+    op = getattr(torch.ops.bbb_fast, f"{estimator}_conv")
+    case = conv_case(2, 3, 2, 3, (3, 3), (5, 4))
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    torch.library.opcheck(op, (*case, RNGS[form], *geometry, 0.0, 0.1, False, option))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_draws_of_nothing(backend: str, estimator: str) -> None:
+    """An empty batch, and layers without inputs or outputs."""
+    function = getattr(functional, f"{estimator}_linear")
+    for rows, i, o in ((0, 4, 3), (3, 0, 2), (3, 2, 0)):
+        case = linear_case((rows,), i, o)
+        for form, length in (("parts", rows), ("whole", 3 * rows)):
+            y = function(*case, RNGS[form])
+            assert y.shape == (length, o)
+            for t, g in zip(case, torch.autograd.grad(y.sum(), case), strict=True):
+                assert g.shape == t.shape
+                assert g.isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_wrong_draws(backend: str, estimator: str) -> None:
+    function = getattr(functional, f"{estimator}_linear")
+    with pytest.raises(ValueError, match="with 3 draws, the first dimension of input must be a multiple"):
+        function(*linear_case((7,), 4, 3), SEVERAL)
+    for wrong in (SEVERAL[:0], SEVERAL.reshape(3, 2, 1), SEVERAL.reshape(1, 3, 2), SEVERAL[None, None]):
+        with pytest.raises(ValueError, match=r"\[S, 2\] or \[S, 1, 2\] for S draws, got \["):
+            function(*linear_case((6,), 4, 3), wrong)
+    for rng_ in RNGS.values():
+        with pytest.raises(ValueError, match=r"with several draws, input must have a batch dimension, got"):
+            function(*linear_case((), 4, 3), rng_)
+
+
+@pytest.mark.parametrize("form", RNGS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_vmap(backend: str, estimator: str, form: str) -> None:
+    case = [t.detach() for t in linear_case((2, 6), 4, 3)]
+    function = getattr(functional, f"{estimator}_linear")
+    y = torch.func.vmap(lambda x: function(x, *case[1:], RNGS[form]))(case[0])
+    for k in range(2):
+        torch.testing.assert_close(y[k], function(case[0][k], *case[1:], RNGS[form]))
+
+
+def test_batched_gradients(native: None) -> None:
     case = linear_case((6,), 4, 3)
-    torch.library.opcheck(torch.ops.bbb_fast.lrt_linear, (*case, SEVERAL, 0.0, 0.1, True, None))
+    for estimator in ESTIMATORS:
+        y = getattr(functional, f"{estimator}_linear")(*case, SEVERAL)
+        grads = torch.randn(2, *y.shape)
+        batched = torch.autograd.grad(y, case, grads, retain_graph=True, is_grads_batched=True)
+        for k in range(2):
+            for a, b in zip(batched, torch.autograd.grad(y, case, grads[k], retain_graph=True), strict=True):
+                torch.testing.assert_close(a[k], b)
 
 
-@pytest.mark.parametrize("op", ["bbb", "flipout"])
-def test_other_estimators_take_one(backend: str, op: str) -> None:
-    with pytest.raises(ValueError, match=r"rng must have shape \[2\] \(seed, stream\), got \[3, 2\]"):
-        getattr(functional, f"{op}_linear")(*linear_case((6,), 4, 3), SEVERAL)
+# ---------------------------------------------------------------- sample_weights
 
 
-def test_rows_that_do_not_divide(backend: str) -> None:
-    with pytest.raises(ValueError, match="with 3 draws, the first dimension must be a multiple of that"):
-        functional.lrt_linear(*linear_case((7,), 4, 3), SEVERAL)
-    with pytest.raises(ValueError, match=r"or a row for each of several draws, got \[0, 2\]"):
-        functional.lrt_linear(*linear_case((6,), 4, 3), SEVERAL[:0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sample_weights_of_several_draws(isa: str, dtype: torch.dtype) -> None:
+    pairs = [posterior(5, 7, dtype=dtype), posterior(3, dtype=dtype), posterior(0, 2, dtype=dtype)]
+    mu, rho = zip(*pairs, strict=True)
+    leaves = [*mu, *rho]
+
+    def run() -> Any:
+        return functional.sample_weights(mu, rho, SEVERAL, 0.1, 0.3, True)
+
+    compare(run, leaves, dtype, 2)
+    weights, kl = run()
+    for k in range(3):
+        own, own_kl = functional.sample_weights(mu, rho, SEVERAL[k], 0.1, 0.3, True)
+        assert all(torch.equal(w[k], o) for w, o in zip(weights, own, strict=True))
+        assert torch.equal(kl, own_kl)
+    # Of some of the tensors alone.
+    g_mu, g_rho, *others = torch.autograd.grad(weights[1].sum(), [mu[1], rho[1], mu[0], rho[0]])
+    torch.testing.assert_close(g_mu, torch.full_like(mu[1], 3.0))
+    assert g_rho.abs().sum() > 0
+    assert not any(g.any() for g in others)
+
+
+def test_sample_weights_opcheck(native: None) -> None:
+    mu, rho = posterior(3, 4)
+    torch.library.opcheck(torch.ops.bbb_fast.sample_weights, ([mu], [rho], SEVERAL, 0.0, 0.1, True, None))
+    with pytest.raises(
+        ValueError, match=r"rng must have shape \[2\] \(seed, stream\), or \[S, 2\] for S draws"
+    ):
+        functional.sample_weights([mu], [rho], SEVERAL.unsqueeze(1))
+
+
+def test_gradients_are_counted(native: None) -> None:
+    mu, rho = (t.detach() for t in posterior(3, 4))
+    run = torch.ops.bbb_fast.posterior_backward_out
+    out, priors = ([torch.empty(3, 4)], [torch.empty(3, 4)]), ([0.0], [0.1])
+    g = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="got 2 grad_w for 1 tensors of 3 draws"):
+        run([g, g], [], None, [mu], [rho], SEVERAL, *priors, *out)
+    with pytest.raises(ValueError, match="got 1 grad_spread for 1 tensors of 3 draws"):
+        run([g], [g], None, [mu], [rho], SEVERAL, *priors, *out)
+    with pytest.raises(ValueError, match="give grad_w of all draws of tensor 0, or of none"):
+        run([g, None, g], [], None, [mu], [rho], SEVERAL, *priors, *out)
+    with pytest.raises(ValueError, match="give both grad_w and grad_spread of tensor 0, or neither"):
+        run([g], [g, g, None], None, [mu], [rho], SEVERAL, *priors, *out)
 
 
 # ---------------------------------------------------------------- the contexts

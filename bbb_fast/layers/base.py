@@ -417,15 +417,18 @@ class BayesianLayer(BayesianModule):
             # Only in weight space is one draw one function.
             estimator = "bbb" if draw.pinned.draw == "weights" else self.estimator
             if draw.pinned.at_once:
-                return self._outputs(estimator, input, draw.pinned.rngs(self, input.device), shape)
-            if estimator == "bbb" and self._drawn_parameters():
+                rng = draw.pinned.rngs(self, input.device)
+                once = draw.pinned.once(input)
+                if once is not None:
+                    input, rng = once, rng.unsqueeze(1)
+            elif estimator == "bbb" and self._drawn_parameters():
                 rng, streams = draw.pinned.rng_and_streams(self, input.device)
                 if streams != tuple(range(len(streams))):
                     return self._output_of_shared(input, rng, streams, shape)
             else:
                 rng = draw.pinned.rng(self, input.device)
         if input.is_nested or input.layout is not torch.strided:
-            if estimator == "bbb" and self._takes_any_layout and not input.is_nested:
+            if estimator == "bbb" and rng.dim() == 1 and self._takes_any_layout and not input.is_nested:
                 mu, rho = zip(*self.posterior(), strict=True)
                 weights, _ = functional.sample_weights(mu, rho, rng, dtype=input.dtype)
                 return self._mean_output(input, weights[0], weights[1] if len(weights) > 1 else None)
@@ -444,16 +447,6 @@ class BayesianLayer(BayesianModule):
             own = rng + torch.tensor([0, stream], device=rng.device)
             weights.append(functional.sample_weight(mu, rho, own, dtype=input.dtype))
         return self._mean_output(input, weights[0], weights[1] if len(weights) > 1 else None, **shape)
-
-    def _outputs(self, estimator: str, input: Tensor, rngs: Tensor, shape: dict[str, Any]) -> Tensor:
-        """Several draws, each of an equal part of the rows."""
-        options = {**shape, **self._options(estimator)}
-        parameters = self._parameters_in_order()
-        if estimator == "lrt":
-            # The products are the same for all draws.
-            return self._draw_output(estimator, input, parameters, rngs, **options)
-        parts = zip(input.tensor_split(len(rngs)), rngs.unbind(), strict=True)
-        return torch.cat([self._draw_output(estimator, x, parameters, rng, **options) for x, rng in parts])
 
 
 def kl_of_layers(layers: Sequence[BayesianLayer]) -> Tensor:

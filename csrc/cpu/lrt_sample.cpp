@@ -29,15 +29,11 @@ void lrt_sample_cpu(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
   check_lrt_sample("lrt_sample_", "m", m, v, rng);
   const at::Tensor numbers = rng.contiguous();
   const int64_t* seed_stream = numbers.const_data_ptr<int64_t>();
-  const int64_t draws = draw_count(rng);
-  for (int64_t k = 0; k < draws; ++k, seed_stream += 2) {
-    const Span mean = Span(m).part(k, draws);
-    const LrtSampleArgs args{
-        mean, Span(v).part(k, draws), mean, static_cast<uint64_t>(seed_stream[0]),
-        static_cast<uint64_t>(seed_stream[1])};
-    for_each_chunk(
-        mean.numel, [&](int64_t begin, int64_t end) { BBB_CALL(lrt_sample_chunks, args, begin, end) });
-  }
+  const LrtSampleArgs args{
+      Span(m), Span(v), Span(m), static_cast<uint64_t>(seed_stream[0]),
+      static_cast<uint64_t>(seed_stream[1])};
+  for_each_chunk(
+      m.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(lrt_sample_chunks, args, begin, end) });
 }
 
 at::Tensor lrt_sample_backward_cpu(const at::Tensor& grad, const at::Tensor& v, const at::Tensor& rng) {
@@ -45,16 +41,11 @@ at::Tensor lrt_sample_backward_cpu(const at::Tensor& grad, const at::Tensor& v, 
   const at::Tensor numbers = rng.contiguous();
   const int64_t* seed_stream = numbers.const_data_ptr<int64_t>();
   at::Tensor grad_v = fresh_like(v, v.scalar_type());
-  const int64_t draws = draw_count(rng);
-  for (int64_t k = 0; k < draws; ++k, seed_stream += 2) {
-    const Span variance = Span(v).part(k, draws);
-    const LrtSampleBackwardArgs args{
-        Span(grad).part(k, draws), variance, Span(grad_v).part(k, draws),
-        static_cast<uint64_t>(seed_stream[0]), static_cast<uint64_t>(seed_stream[1])};
-    for_each_chunk(variance.numel, [&](int64_t begin, int64_t end) {
-      BBB_CALL(lrt_sample_backward_chunks, args, begin, end)
-    });
-  }
+  const LrtSampleBackwardArgs args{
+      Span(grad), Span(v), Span(grad_v), static_cast<uint64_t>(seed_stream[0]),
+      static_cast<uint64_t>(seed_stream[1])};
+  for_each_chunk(
+      v.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(lrt_sample_backward_chunks, args, begin, end) });
   return grad_v;
 }
 

@@ -13,11 +13,10 @@ namespace bbb_fast {
 
 struct BackwardArgs {
   Span mu, rho;
-  Span grad_w, grad_spread;  // data is null where there is none
-  Span grad_mu, grad_rho;    // may be grad_w and grad_spread
-  Span again;                // what the forward formed; data is null where it is not wanted
-  bool noise;                // whether there is an rng
-  uint64_t seed, stream;
+  std::vector<Span> grad_w, grad_spread;  // of each draw, or one of what all share; empty where there is none
+  Span grad_mu, grad_rho;                 // may be in grad_w and grad_spread
+  std::vector<Span> again;                // what the forward formed, of each draw; empty where not wanted
+  std::vector<SeedStream> draws;          // empty where there was no noise
   f64::Prior prior;
   std::optional<double> grad_kl;
 };
@@ -45,12 +44,7 @@ at::Tensor posterior_backward_cpu(
   check_posterior_backward(
       "posterior_backward", grad_w, grad_spread, grad_kl, mu, rho, rng, prior_mu, prior_sigma, grad_mu,
       grad_rho, again);
-  uint64_t seed = 0, stream = 0;
-  if (has(rng)) {
-    const at::Tensor numbers = rng->contiguous();
-    seed = static_cast<uint64_t>(numbers.const_data_ptr<int64_t>()[0]);
-    stream = static_cast<uint64_t>(numbers.const_data_ptr<int64_t>()[1]);
-  }
+  const int64_t draws = draw_count(rng);
   std::optional<double> g_kl;
   if (has(grad_kl)) g_kl = grad_kl->item<double>();
   const auto dense_gradient = [](const at::Tensor& g, const at::Tensor& parameter) {
@@ -58,23 +52,35 @@ at::Tensor posterior_backward_cpu(
            : g.defined()                                         ? g.contiguous()
                                                                  : g;
   };
-  const auto span = [](const at::Tensor& g) { return g.defined() ? Span(g) : Span(); };
-  const at::Tensor formed = again ? fresh(mu[0].sizes(), *again) : at::detail::empty_cpu({0}, at::kFloat);
+  std::vector<int64_t> sizes = mu[0].sizes().vec();
+  if (has(rng) && rng->dim() == 2) sizes.insert(sizes.begin(), draws);
+  const at::Tensor formed = again ? fresh(sizes, *again) : at::detail::empty_cpu({0}, at::kFloat);
+  const bool spread = !grad_spread.empty();
   for (size_t k = 0; k < mu.size(); ++k) {
     const at::Tensor m = mu[k].contiguous(), r = rho[k].contiguous();
-    const at::Tensor g_w = dense_gradient(grad_w[k], m);
-    const at::Tensor g_s = dense_gradient(grad_spread.empty() ? at::Tensor() : grad_spread[k], m);
+    std::vector<at::Tensor> alive;
+    const auto spans = [&](at::TensorList list, int64_t count) {
+      std::vector<Span> result;
+      for (const at::Tensor& g : list.slice(k * count, count)) {
+        if (!g.defined()) break;
+        alive.push_back(dense_gradient(g, m));
+        result.emplace_back(alive.back());
+      }
+      return result;
+    };
+    std::vector<Span> of_formed;
+    if (again && k == 0) {
+      for (int64_t draw = 0; draw < draws; ++draw) of_formed.push_back(Span(formed).part(draw, draws));
+    }
     const BackwardArgs args{
         Span(m),
         Span(r),
-        span(g_w),
-        span(g_s),
+        spans(grad_w, spread ? 1 : draws),
+        spread ? spans(grad_spread, draws) : std::vector<Span>(),
         Span(grad_mu[k]),
         Span(grad_rho[k]),
-        again && k == 0 ? Span(formed) : Span(),
-        has(rng),
-        seed,
-        stream + k,
+        std::move(of_formed),
+        has(rng) ? seeds_and_streams(*rng, k) : std::vector<SeedStream>(),
         {prior_mu[k], prior_sigma[k]},
         g_kl};
     for_each_chunk(
@@ -97,82 +103,116 @@ enum class Through { kl, weight, variance, noise };
 // the mean and apart from it sigma^2, d sigma^2/drho = 2 sigma sigmoid(rho), or sigma eps; plus the KL's.
 template <Through kThrough, bool kKl>
 void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
-  const Noise noise(a.seed, a.stream);
+  const std::vector<Noise> noise = noises(a.draws);
   const Prior prior = make_prior(a.prior);
   const float grad_kl = static_cast<float>(a.grad_kl.value_or(0.0));
-  alignas(64) float mu_buffer[kTile], rho_buffer[kTile], w_buffer[kTile], s_buffer[kTile];
+  alignas(64) float mu_buffer[kTile], rho_buffer[kTile], g_buffer[kTile];
   alignas(64) float g_mu_buffer[kTile], g_rho_buffer[kTile], again_buffer[kTile];
-  constexpr bool kSpread = kThrough == Through::variance || kThrough == Through::noise;
-  constexpr bool kNoise = kThrough == Through::weight || kThrough == Through::noise;
-  const bool form = kThrough != Through::kl && a.again.data != nullptr;
+  const bool form = !a.again.empty();
   const int64_t stop = std::min(end * kChunk, a.mu.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
     const float* mu_tile = read_tile(a.mu, i, count, mu_buffer);
     const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
-    const float* w_tile = kThrough != Through::kl ? read_tile(a.grad_w, i, count, w_buffer) : nullptr;
-    const float* s_tile = kSpread ? read_tile(a.grad_spread, i, count, s_buffer) : nullptr;
+    // The gradients of the mean and of sigma (or of sigma^2), summed over the draws.
+    vquad g_mean[kQuads] = {}, g_sigma[kQuads] = {};
+    const auto add = [&](const Span& grad, vquad to[kQuads]) BBB_ALWAYS_INLINE {
+      const float* tile = read_tile(grad, i, count, g_buffer);
+      for (int q = 0; q < kQuads; ++q) to[q] += load_quad(tile + q * kQuad);
+    };
+    if constexpr (kThrough == Through::variance || kThrough == Through::noise) add(a.grad_w[0], g_mean);
+    if constexpr (kThrough == Through::variance) {
+      add(a.grad_spread[0], g_sigma);
+      if (form) {
+        float* again = write_tile(a.again[0], i, count, again_buffer);
+        for (int q = 0; q < kQuads; ++q) {
+          const vquad sigma = softplus(load_quad(rho_tile + q * kQuad)).value;
+          store(again + q * kQuad, sigma * sigma);
+        }
+        commit_tile(a.again[0], i, count, again);
+      }
+    }
+    if constexpr (kThrough == Through::weight || kThrough == Through::noise) {
+      for (size_t k = 0; k < noise.size(); ++k) {
+        const Span& grad = kThrough == Through::weight ? a.grad_w[k] : a.grad_spread[k];
+        const float* tile = read_tile(grad, i, count, g_buffer);
+        vquad z[kQuads];
+        noise[k].tile(i / 4, z);
+        for (int q = 0; q < kQuads; ++q) {
+          const vquad g = load_quad(tile + q * kQuad);
+          if constexpr (kThrough == Through::weight) g_mean[q] += g;
+          g_sigma[q] += g * z[q];
+        }
+        if (!form) continue;
+        float* again = write_tile(a.again[k], i, count, again_buffer);
+        for (int q = 0; q < kQuads; ++q) {
+          const vquad noise_part = softplus(load_quad(rho_tile + q * kQuad)).value * z[q];
+          const vquad mu = load_quad(mu_tile + q * kQuad);
+          store(again + q * kQuad, kThrough == Through::weight ? noise_part + mu : noise_part);
+        }
+        commit_tile(a.again[k], i, count, again);
+      }
+    }
+    // Written only now: they may be given gradients.
     float* g_mu_tile = write_tile(a.grad_mu, i, count, g_mu_buffer);
     float* g_rho_tile = write_tile(a.grad_rho, i, count, g_rho_buffer);
-    float* again_tile = form ? write_tile(a.again, i, count, again_buffer) : nullptr;
-    vquad z[kQuads];
-    if constexpr (kNoise) noise.tile(i / 4, z);
     for (int q = 0; q < kQuads; ++q) {
       const int at = q * kQuad;
-      const vquad mu = load_quad(mu_tile + at);
       const vquad rho = load_quad(rho_tile + at);
       const Sigma<vquad> s = softplus(rho);
       vquad derivative, ratio;
       softplus_derivative(rho, s, derivative, ratio);
       vquad g_mu = vquad{}, g_rho = vquad{};
-      if constexpr (kKl) kl_derivative(mu, s, derivative, ratio, prior, grad_kl, g_mu, g_rho);
-      if constexpr (kThrough == Through::weight) {
-        const vquad g = load_quad(w_tile + at);
-        g_mu += g;
-        g_rho += g * z[q] * derivative;
-        if (form) store(again_tile + at, s.value * z[q] + mu);
-      } else if constexpr (kThrough == Through::variance) {
-        g_mu += load_quad(w_tile + at);
-        g_rho += load_quad(s_tile + at) * (s.value * derivative) * 2.0f;
-        if (form) store(again_tile + at, s.value * s.value);
-      } else if constexpr (kThrough == Through::noise) {
-        g_mu += load_quad(w_tile + at);
-        g_rho += load_quad(s_tile + at) * z[q] * derivative;
-        if (form) store(again_tile + at, s.value * z[q]);
+      if constexpr (kKl) {
+        kl_derivative(load_quad(mu_tile + at), s, derivative, ratio, prior, grad_kl, g_mu, g_rho);
       }
-      store(g_mu_tile + at, g_mu);
+      if constexpr (kThrough == Through::variance) {
+        g_rho += g_sigma[q] * (s.value * derivative) * 2.0f;
+      } else {
+        g_rho += g_sigma[q] * derivative;
+      }
+      store(g_mu_tile + at, g_mu + g_mean[q]);
       store(g_rho_tile + at, g_rho);
     }
     commit_tile(a.grad_mu, i, count, g_mu_tile);
     commit_tile(a.grad_rho, i, count, g_rho_tile);
-    if (form) commit_tile(a.again, i, count, again_tile);
   }
 }
 
 inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
-  const Noise noise(a.seed, a.stream);
+  const std::vector<Noise> noise = noises(a.draws);
+  const bool spread = !a.grad_spread.empty(), variance = spread && noise.empty();
+  const std::vector<Span>& of_draws = spread ? a.grad_spread : a.grad_w;
   alignas(64) float eps[kTile];
+  double g_mean[kTile], g_sigma[kTile];
   const int64_t stop = std::min(end * kChunk, a.mu.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
-    noise.tile(i / 4, eps);
-    for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
-      const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
+    const int64_t count = std::min<int64_t>(kTile, stop - i);
+    for (int64_t j = 0; j < count; ++j) {
+      g_mean[j] = spread ? read_double(a.grad_w[0], i + j) : 0.0;
+      g_sigma[j] = 0.0;
+    }
+    for (size_t k = 0; k < of_draws.size(); ++k) {
+      if (!variance) noise[k].tile(i / 4, eps);
+      for (int64_t j = 0; j < count; ++j) {
+        const double g = read_double(of_draws[k], i + j);
+        if (!spread) g_mean[j] += g;
+        g_sigma[j] += variance ? g : g * eps[j];
+        if (a.again.empty()) continue;
+        const double sigma = f64::softplus(read_double(a.rho, i + j)).value;
+        const double mean = spread ? 0.0 : read_double(a.mu, i + j);
+        write_double(a.again[k], i + j, variance ? sigma * sigma : mean + sigma * eps[j]);
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const double mu = read_double(a.mu, i + j), rho = read_double(a.rho, i + j);
       const f64::Sigma s = f64::softplus(rho);
       double derivative, ratio, g_mu = 0.0, g_rho = 0.0;
       f64::softplus_derivative(rho, s, derivative, ratio);
       if (a.grad_kl) f64::kl_derivative(mu, s, derivative, ratio, a.prior, *a.grad_kl, g_mu, g_rho);
-      if (a.grad_w.data != nullptr) {
-        const bool spread = a.grad_spread.data != nullptr, variance = spread && !a.noise;
-        const double z = eps[j - i], g_w = read_double(a.grad_w, j);
-        const double g_s = spread ? read_double(a.grad_spread, j) : g_w;
-        g_mu += g_w;
-        g_rho += variance ? g_s * (s.value * derivative) * 2.0 : g_s * z * derivative;
-        if (a.again.data != nullptr) {
-          write_double(a.again, j, variance ? s.value * s.value : (spread ? 0.0 : mu) + s.value * z);
-        }
-      }
-      write_double(a.grad_mu, j, g_mu);
-      write_double(a.grad_rho, j, g_rho);
+      write_double(a.grad_mu, i + j, g_mu + g_mean[j]);
+      write_double(
+          a.grad_rho, i + j, g_rho + g_sigma[j] * (variance ? s.value * derivative * 2.0 : derivative));
     }
   }
 }
@@ -189,11 +229,11 @@ void backward_chunks_through(const BackwardArgs& a, int64_t begin, int64_t end) 
 inline void backward_chunks(const BackwardArgs& a, int64_t begin, int64_t end) {
   if (a.mu.dtype == at::kDouble) {
     backward_double(a, begin, end);
-  } else if (a.grad_spread.data != nullptr && a.noise) {
+  } else if (!a.grad_spread.empty() && !a.draws.empty()) {
     backward_chunks_through<Through::noise>(a, begin, end);
-  } else if (a.grad_spread.data != nullptr) {
+  } else if (!a.grad_spread.empty()) {
     backward_chunks_through<Through::variance>(a, begin, end);
-  } else if (a.grad_w.data != nullptr) {
+  } else if (!a.grad_w.empty()) {
     backward_chunks_through<Through::weight>(a, begin, end);
   } else {
     backward_chunks_through<Through::kl>(a, begin, end);

@@ -257,3 +257,10 @@ struct Noise {
 #endif
   }
 };
+
+// That of each draw.
+inline std::vector<Noise> noises(const std::vector<SeedStream>& draws) {
+  std::vector<Noise> result;
+  for (const SeedStream& draw : draws) result.emplace_back(draw.seed, draw.stream);
+  return result;
+}

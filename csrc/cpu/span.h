@@ -45,6 +45,22 @@ struct Span {
   }
 };
 
+// A draw's number in Philox.
+struct SeedStream {
+  uint64_t seed, stream;
+};
+
+// Those of the draws that an rng [2] or [S, 2] names, for tensor k of a list.
+inline std::vector<SeedStream> seeds_and_streams(const at::Tensor& rng, uint64_t k = 0) {
+  const at::Tensor numbers = rng.contiguous();
+  const int64_t* n = numbers.const_data_ptr<int64_t>();
+  std::vector<SeedStream> draws;
+  for (int64_t i = 0; i < numbers.numel(); i += 2) {
+    draws.push_back({static_cast<uint64_t>(n[i]), static_cast<uint64_t>(n[i + 1]) + k});
+  }
+  return draws;
+}
+
 // Memory to be written as a whole. Past the dispatcher, whose microsecond a small layer pays several times.
 inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
   at::Tensor t = at::detail::empty_cpu(sizes, dtype);

@@ -30,17 +30,6 @@ struct LrtSampleBackward {
   }
 };
 
-// Calls run(k, the draw's own [seed, stream]) for each draw that numbers names.
-template <class Run>
-void for_each_draw(const at::Tensor& numbers, const Run& run) {
-  if (numbers.dim() == 1) return run(0, numbers);
-  for (int64_t k = 0; k < numbers.size(0); ++k) run(k, numbers.select(0, k));
-}
-
-at::Tensor part_of(const at::Tensor& t, int64_t k, int64_t draws) {
-  return draws == 1 ? t : t.narrow(0, k * (t.size(0) / draws), t.size(0) / draws);
-}
-
 void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
   check_lrt_sample("lrt_sample_", "m", m, v, rng);
   const DeviceGuard guard(m.device());
@@ -51,11 +40,7 @@ void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
   dispatch_activation_pair(pair, [&](auto first, auto second) {
     using M = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    for_each_draw(numbers, [&](int64_t k, const at::Tensor& own) {
-      const at::Tensor part = part_of(mean, k, draw_count(rng));
-      const at::Tensor of_var = part_of(var, k, draw_count(rng));
-      map<LrtSample, M>(own, part, part.const_data_ptr<M>(), of_var.const_data_ptr<V>());
-    });
+    map<LrtSample, M>(numbers, mean, mean.const_data_ptr<M>(), var.const_data_ptr<V>());
   });
   if (!mean.is_same(m)) m.copy_(mean);
 }
@@ -71,12 +56,7 @@ at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, cons
   dispatch_activation_pair(pair, [&](auto first, auto second) {
     using M = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    for_each_draw(numbers, [&](int64_t k, const at::Tensor& own) {
-      const int64_t draws = draw_count(rng);
-      const at::Tensor of_g = part_of(g, k, draws), of_var = part_of(var, k, draws);
-      map<LrtSampleBackward, V>(
-          own, part_of(grad_v, k, draws), of_g.const_data_ptr<M>(), of_var.const_data_ptr<V>());
-    });
+    map<LrtSampleBackward, V>(numbers, grad_v, g.const_data_ptr<M>(), var.const_data_ptr<V>());
   });
   return grad_v.to(v.scalar_type());
 }

@@ -99,9 +99,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<P, kThrough>) backwa
   });
 }
 
-at::Tensor posterior_backward_out(
-    const c10::List<OptionalTensor>& grad_w_list,
-    const c10::List<OptionalTensor>& grad_spread_list,
+// One draw's, or that of sigma^2, which has none.
+void run_backward(
+    at::TensorList grad_w,
+    at::TensorList grad_spread,
     const OptionalTensor& grad_kl,
     at::TensorList mu,
     at::TensorList rho,
@@ -109,13 +110,7 @@ at::Tensor posterior_backward_out(
     at::ArrayRef<double> prior_mu,
     at::ArrayRef<double> prior_sigma,
     at::TensorList grad_mu,
-    at::TensorList grad_rho,
-    std::optional<at::ScalarType> again) {
-  const std::vector<at::Tensor> grad_w = tensors(grad_w_list), grad_spread = tensors(grad_spread_list);
-  check_posterior_backward(
-      "posterior_backward", grad_w, grad_spread, grad_kl, mu, rho, rng, prior_mu, prior_sigma, grad_mu,
-      grad_rho, again);
-  const DeviceGuard guard(mu[0].device());
+    at::TensorList grad_rho) {
   const auto dtype = mu[0].scalar_type();
   const bool spread = !grad_spread.empty(), noise = has(rng);
   // The gradients given have one type, or are brought to one.
@@ -184,12 +179,59 @@ at::Tensor posterior_backward_out(
     if (!g_mu[k].is_same(grad_mu[k])) grad_mu[k].copy_(g_mu[k]);
     if (!g_rho[k].is_same(grad_rho[k])) grad_rho[k].copy_(g_rho[k]);
   }
+}
+
+at::Tensor posterior_backward_out(
+    const c10::List<OptionalTensor>& grad_w_list,
+    const c10::List<OptionalTensor>& grad_spread_list,
+    const OptionalTensor& grad_kl,
+    at::TensorList mu,
+    at::TensorList rho,
+    const OptionalTensor& rng,
+    at::ArrayRef<double> prior_mu,
+    at::ArrayRef<double> prior_sigma,
+    at::TensorList grad_mu,
+    at::TensorList grad_rho,
+    std::optional<at::ScalarType> again) {
+  const std::vector<at::Tensor> grad_w = tensors(grad_w_list), grad_spread = tensors(grad_spread_list);
+  check_posterior_backward(
+      "posterior_backward", grad_w, grad_spread, grad_kl, mu, rho, rng, prior_mu, prior_sigma, grad_mu,
+      grad_rho, again);
+  const DeviceGuard guard(mu[0].device());
+  const size_t draws = draw_count(rng);
+  const bool spread = !grad_spread.empty(), several = has(rng) && rng->dim() == 2;
+  const auto of_draw = [&](const std::vector<at::Tensor>& list, size_t draw) {
+    std::vector<at::Tensor> own;
+    for (size_t k = draw; k < list.size(); k += draws) own.push_back(list[k]);
+    return own;
+  };
+  // A launch for each draw: the first writes, maybe to its own given gradients, and the others are added.
+  for (size_t draw = 0; draw < draws; ++draw) {
+    std::vector<at::Tensor> shared = spread ? grad_w : of_draw(grad_w, draw), g_mu, g_rho;
+    const OptionalTensor own = several ? OptionalTensor(rng->select(0, static_cast<int64_t>(draw))) : rng;
+    if (draw == 0) {
+      run_backward(
+          shared, of_draw(grad_spread, draw), grad_kl, mu, rho, own, prior_mu, prior_sigma, grad_mu,
+          grad_rho);
+      continue;
+    }
+    for (size_t k = 0; k < mu.size(); ++k) {
+      g_mu.push_back(at::empty_like(grad_mu[k]));
+      g_rho.push_back(at::empty_like(grad_rho[k]));
+    }
+    run_backward(
+        shared, of_draw(grad_spread, draw), std::nullopt, mu, rho, own, prior_mu, prior_sigma, g_mu, g_rho);
+    for (size_t k = 0; k < mu.size(); ++k) {
+      if (!spread) grad_mu[k].add_(g_mu[k]);
+      grad_rho[k].add_(g_rho[k]);
+    }
+  }
   if (!again) return at::empty({0}, mu[0].options().dtype(at::kFloat));
   // A pass of its own here: written into the kernel, it would have to be measured.
   auto formed =
-      spread && !noise
+      spread && !has(rng)
           ? variance({mu[0]}, {rho[0]}, prior_mu[0], prior_sigma[0], false, *again)
-          : sample_weights({mu[0]}, {rho[0]}, numbers, prior_mu[0], prior_sigma[0], false, again, spread);
+          : sample_weights({mu[0]}, {rho[0]}, *rng, prior_mu[0], prior_sigma[0], false, again, spread);
   return std::get<0>(formed)[0];
 }
 
