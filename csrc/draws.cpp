@@ -1,6 +1,5 @@
 #include "draws.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 
 namespace bbb_fast {
@@ -26,10 +25,6 @@ at::Tensor Draws::room_for_all(const at::Tensor& part, at::MemoryFormat format) 
   std::vector<int64_t> sizes = part.sizes().vec();
   sizes[0] *= count();
   return at::empty(sizes, part.options().memory_format(format));
-}
-
-at::Tensor Draws::repeated(const at::Tensor& shared) const {
-  return of_whole_batch() ? at::cat(std::vector<at::Tensor>(count(), shared)) : shared;
 }
 
 at::Tensor Draws::summed(const at::Tensor& grad) const {

@@ -59,8 +59,18 @@ class Draws {
     return sum.to(dtype);
   }
 
-  // What all draws share of an output, once for each of them; and its gradient, from that of all.
-  at::Tensor repeated(const at::Tensor& shared) const;
+  // The output, from what the product makes of the input: run(part, k) adds to draw k's part what is its own.
+  template <class Run>
+  at::Tensor outputs_from(const at::Tensor& shared, at::MemoryFormat format, const Run& run) const {
+    at::Tensor all = of_whole_batch() ? room_for_all(shared, format) : in_format(shared, format);
+    for (int64_t k = 0; k < count(); ++k) {
+      at::Tensor part = of_output(all, k);
+      if (of_whole_batch()) part.copy_(shared);
+      run(part, k);
+    }
+    return all;
+  }
+  // The gradient of what the product made, from the output's.
   at::Tensor summed(const at::Tensor& grad) const;
 
   // Sizes of the output, from what the product makes of the input.

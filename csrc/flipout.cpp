@@ -37,15 +37,14 @@ struct Flipout : KeepsDraw {
     }
     const auto format = product.output_format(layer.input, layer.W_mu);
     const at::Tensor x = product.arranged(layer.input, layer.input, layer.W_mu);
-    at::Tensor y = in_format(draws.repeated(product.forward(x, layer.W_mu.to(dtype), b_mu)), format);
-    for (int64_t k = 0; k < draws.count(); ++k) {
-      const at::Tensor rng = draws.rng(k);
-      const at::Tensor flipped = flip_signs(draws.of_input(x, k), rng, kInputSigns, Product::kChannelDim);
-      const at::Tensor deviation =
-          product.forward(flipped, draws.of_formed(drawn[0], k), draws.of_formed(b_drawn, k));
-      at::Tensor part = draws.of_output(y, k);
-      add_flipped_(part, in_format(deviation, format), rng, kOutputSigns, Product::kChannelDim);
-    }
+    at::Tensor y = draws.outputs_from(
+        product.forward(x, layer.W_mu.to(dtype), b_mu), format, [&](at::Tensor& part, int64_t k) {
+          const at::Tensor rng = draws.rng(k);
+          const at::Tensor flipped = flip_signs(draws.of_input(x, k), rng, kInputSigns, Product::kChannelDim);
+          const at::Tensor deviation =
+              product.forward(flipped, draws.of_formed(drawn[0], k), draws.of_formed(b_drawn, k));
+          add_flipped_(part, in_format(deviation, format), rng, kOutputSigns, Product::kChannelDim);
+        });
     return {std::move(y), std::move(drawn[0]), std::move(kl)};
   }
 

@@ -50,16 +50,12 @@ struct LocalReparameterization {
     const Draws draws(layer.rng);
     const auto format = product.output_format(layer.input, layer.W_mu);
     const at::Tensor x = product.arranged(layer.input, layer.input, layer.W_mu);
-    at::Tensor m = in_format(product.forward(x, as_type(layer.W_mu, dtype), b_mu), format);
     at::Tensor v = product.forward(as_type(square(x, vdtype), pdtype), as_type(variances[0], pdtype), b_var);
     v = in_format(as_type(v, vdtype), format);
-    // Draws of the whole batch share the products.
-    if (draws.of_whole_batch()) m = in_format(draws.repeated(m), format);
-    for (int64_t k = 0; k < draws.count(); ++k) {
-      at::Tensor part = draws.of_output(m, k);
-      lrt_sample_(part, draws.of_input(v, k), draws.rng(k));
-    }
-    return {std::move(m), std::move(v), std::move(kl)};
+    at::Tensor y = draws.outputs_from(
+        product.forward(x, as_type(layer.W_mu, dtype), b_mu), format,
+        [&](at::Tensor& part, int64_t k) { lrt_sample_(part, draws.of_input(v, k), draws.rng(k)); });
+    return {std::move(y), std::move(v), std::move(kl)};
   }
 
   // `output`: the sizes of what the products make of the input.

@@ -101,87 +101,83 @@ enum class Through { kl, weight, variance, noise };
 
 // Through the weight, dw/dmu = 1 and dw/drho = eps sigmoid(rho) (Blundell et al. 2015, section 3.2); through
 // the mean and apart from it sigma^2, d sigma^2/drho = 2 sigma sigmoid(rho), or sigma eps; plus the KL's.
-template <Through kThrough, bool kKl>
+template <Through kThrough, bool kKl, bool kOne>
 void backward_float(const BackwardArgs& a, int64_t begin, int64_t end) {
-  const std::vector<Noise> noise = noises(a.draws);
+  constexpr bool kWeight = kThrough == Through::weight, kVariance = kThrough == Through::variance;
+  constexpr bool kDrawn = kWeight || kThrough == Through::noise;
+  const NoiseOfDraws<kOne> noise(a.draws);
   const Prior prior = make_prior(a.prior);
   const float grad_kl = static_cast<float>(a.grad_kl.value_or(0.0));
-  alignas(64) float mu_buffer[kTile], rho_buffer[kTile], g_buffer[kTile];
+  alignas(64) float mu_buffer[kTile], rho_buffer[kTile], w_buffer[kTile], s_buffer[kTile];
   alignas(64) float g_mu_buffer[kTile], g_rho_buffer[kTile], again_buffer[kTile];
-  const bool form = !a.again.empty();
+  const bool form = kThrough != Through::kl && !a.again.empty();
   const int64_t stop = std::min(end * kChunk, a.mu.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {
     const int64_t count = std::min<int64_t>(kTile, stop - i);
     const float* mu_tile = read_tile(a.mu, i, count, mu_buffer);
     const float* rho_tile = read_tile(a.rho, i, count, rho_buffer);
-    // The gradients of the mean and of sigma (or of sigma^2), summed over the draws.
-    vquad g_mean[kQuads] = {}, g_sigma[kQuads] = {};
-    const auto add = [&](const Span& grad, vquad to[kQuads]) BBB_ALWAYS_INLINE {
-      const float* tile = read_tile(grad, i, count, g_buffer);
-      for (int q = 0; q < kQuads; ++q) to[q] += load_quad(tile + q * kQuad);
-    };
-    if constexpr (kThrough == Through::variance || kThrough == Through::noise) add(a.grad_w[0], g_mean);
-    if constexpr (kThrough == Through::variance) {
-      add(a.grad_spread[0], g_sigma);
-      if (form) {
-        float* again = write_tile(a.again[0], i, count, again_buffer);
-        for (int q = 0; q < kQuads; ++q) {
-          const vquad sigma = softplus(load_quad(rho_tile + q * kQuad)).value;
-          store(again + q * kQuad, sigma * sigma);
-        }
-        commit_tile(a.again[0], i, count, again);
-      }
-    }
-    if constexpr (kThrough == Through::weight || kThrough == Through::noise) {
-      for (size_t k = 0; k < noise.size(); ++k) {
-        const Span& grad = kThrough == Through::weight ? a.grad_w[k] : a.grad_spread[k];
-        const float* tile = read_tile(grad, i, count, g_buffer);
-        vquad z[kQuads];
-        noise[k].tile(i / 4, z);
+    // Of what is drawn, summed over the draws: the gradient, and the gradient times eps.
+    vquad g_sum[kQuads], g_eps[kQuads], z[kQuads];
+    if constexpr (kDrawn) {
+#pragma GCC unroll 4
+      for (int q = 0; q < kQuads; ++q) g_sum[q] = g_eps[q] = vquad{};
+      noise.for_each([&](const Noise& own, size_t k) BBB_ALWAYS_INLINE {
+        const Span& grad = kWeight ? a.grad_w[k] : a.grad_spread[k];
+        const float* tile = read_tile(grad, i, count, s_buffer);
+        if constexpr (!kOne) prefetch_tile(grad, i + 2 * kTile);
+        own.tile(i / 4, z);
+#pragma GCC unroll 4
         for (int q = 0; q < kQuads; ++q) {
           const vquad g = load_quad(tile + q * kQuad);
-          if constexpr (kThrough == Through::weight) g_mean[q] += g;
-          g_sigma[q] += g * z[q];
+          g_sum[q] += g;
+          g_eps[q] += g * z[q];
         }
-        if (!form) continue;
+        if (kOne || !form) return;
         float* again = write_tile(a.again[k], i, count, again_buffer);
         for (int q = 0; q < kQuads; ++q) {
           const vquad noise_part = softplus(load_quad(rho_tile + q * kQuad)).value * z[q];
-          const vquad mu = load_quad(mu_tile + q * kQuad);
-          store(again + q * kQuad, kThrough == Through::weight ? noise_part + mu : noise_part);
+          store(again + q * kQuad, kWeight ? noise_part + load_quad(mu_tile + q * kQuad) : noise_part);
         }
         commit_tile(a.again[k], i, count, again);
-      }
+      });
     }
-    // Written only now: they may be given gradients.
+    constexpr bool kMean = kThrough == Through::noise || kVariance;
+    const float* w_tile = kMean ? read_tile(a.grad_w[0], i, count, w_buffer) : nullptr;
+    const float* s_tile = kVariance ? read_tile(a.grad_spread[0], i, count, s_buffer) : nullptr;
+    const bool form_here = form && (kOne || kVariance);
+    float* again_tile = form_here ? write_tile(a.again[0], i, count, again_buffer) : nullptr;
+    // These may be given gradients, which have been read up to here.
     float* g_mu_tile = write_tile(a.grad_mu, i, count, g_mu_buffer);
     float* g_rho_tile = write_tile(a.grad_rho, i, count, g_rho_buffer);
+#pragma GCC unroll 4
     for (int q = 0; q < kQuads; ++q) {
       const int at = q * kQuad;
+      const vquad mu = load_quad(mu_tile + at);
       const vquad rho = load_quad(rho_tile + at);
       const Sigma<vquad> s = softplus(rho);
       vquad derivative, ratio;
       softplus_derivative(rho, s, derivative, ratio);
       vquad g_mu = vquad{}, g_rho = vquad{};
-      if constexpr (kKl) {
-        kl_derivative(load_quad(mu_tile + at), s, derivative, ratio, prior, grad_kl, g_mu, g_rho);
+      if constexpr (kKl) kl_derivative(mu, s, derivative, ratio, prior, grad_kl, g_mu, g_rho);
+      if constexpr (kMean) g_mu += load_quad(w_tile + at);
+      if constexpr (kWeight) g_mu += g_sum[q];
+      if constexpr (kDrawn) g_rho += g_eps[q] * derivative;
+      if constexpr (kVariance) g_rho += load_quad(s_tile + at) * (s.value * derivative) * 2.0f;
+      if (form_here) {
+        const vquad noise_part = s.value * (kVariance ? s.value : z[q]);
+        store(again_tile + at, kWeight ? noise_part + mu : noise_part);
       }
-      if constexpr (kThrough == Through::variance) {
-        g_rho += g_sigma[q] * (s.value * derivative) * 2.0f;
-      } else {
-        g_rho += g_sigma[q] * derivative;
-      }
-      store(g_mu_tile + at, g_mu + g_mean[q]);
+      store(g_mu_tile + at, g_mu);
       store(g_rho_tile + at, g_rho);
     }
     commit_tile(a.grad_mu, i, count, g_mu_tile);
     commit_tile(a.grad_rho, i, count, g_rho_tile);
+    if (form_here) commit_tile(a.again[0], i, count, again_tile);
   }
 }
 
 inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
-  const std::vector<Noise> noise = noises(a.draws);
-  const bool spread = !a.grad_spread.empty(), variance = spread && noise.empty();
+  const bool spread = !a.grad_spread.empty(), variance = spread && a.draws.empty();
   const std::vector<Span>& of_draws = spread ? a.grad_spread : a.grad_w;
   alignas(64) float eps[kTile];
   double g_mean[kTile], g_sigma[kTile];
@@ -193,7 +189,7 @@ inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
       g_sigma[j] = 0.0;
     }
     for (size_t k = 0; k < of_draws.size(); ++k) {
-      if (!variance) noise[k].tile(i / 4, eps);
+      if (!variance) Noise(a.draws[k].seed, a.draws[k].stream).tile(i / 4, eps);
       for (int64_t j = 0; j < count; ++j) {
         const double g = read_double(of_draws[k], i + j);
         if (!spread) g_mean[j] += g;
@@ -219,11 +215,18 @@ inline void backward_double(const BackwardArgs& a, int64_t begin, int64_t end) {
 
 template <Through kThrough>
 void backward_chunks_through(const BackwardArgs& a, int64_t begin, int64_t end) {
-  if (a.grad_kl) {
-    backward_float<kThrough, true>(a, begin, end);
-  } else {
-    backward_float<kThrough, false>(a, begin, end);
+  const auto run = [&](auto one) {
+    if (a.grad_kl) {
+      backward_float<kThrough, true, one.value>(a, begin, end);
+    } else {
+      backward_float<kThrough, false, one.value>(a, begin, end);
+    }
+  };
+  constexpr bool kNoise = kThrough == Through::weight || kThrough == Through::noise;
+  if constexpr (kNoise) {
+    if (a.draws.size() > 1) return run(std::false_type{});
   }
+  run(std::true_type{});
 }
 
 inline void backward_chunks(const BackwardArgs& a, int64_t begin, int64_t end) {

@@ -80,9 +80,9 @@ TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
 
 #include "kl_tile.h"
 
-template <bool kWithKl, bool kCentered>
+template <bool kWithKl, bool kCentered, bool kOne>
 void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
-  const std::vector<Noise> noise = noises(a.draws);
+  const NoiseOfDraws<kOne> noise(a.draws);
   const Prior prior = make_prior(a.prior);
   alignas(64) float mu_buffer[kTile], rho_buffer[kTile], out_buffer[kTile];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -106,59 +106,62 @@ void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
       };
       count == kTile ? quads(std::true_type{}) : quads(std::false_type{});
       if constexpr (kWithKl) kl.finish_tile();
-      for (size_t k = 0; k < noise.size(); ++k) {
+      noise.for_each([&](const Noise& own, size_t k) BBB_ALWAYS_INLINE {
         float* out = write_tile(a.out[k], i, count, out_buffer);
         vquad z[kQuads];
-        noise[k].tile(i / 4, z);
+        own.tile(i / 4, z);
 #pragma GCC unroll 4
         for (int q = 0; q < kQuads; ++q) {
           const vquad noise_part = sigma[q] * z[q];
           store(out + q * kQuad, kCentered ? noise_part : noise_part + mean[q]);
         }
         commit_tile(a.out[k], i, count, out);
-      }
+      });
     }
     if constexpr (kWithKl) a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, a.prior, chunk);
   }
 }
 
 inline void sample_chunks_double(const SampleArgs& a, int64_t begin, int64_t end) {
-  const std::vector<Noise> noise = noises(a.draws);
+  const NoiseOfDraws<false> noise(a.draws);
   alignas(64) float eps[kTile];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     double kl = 0.0;
     const int64_t stop = std::min((chunk + 1) * kChunk, a.mu.numel);
     for (int64_t i = chunk * kChunk; i < stop; i += kTile) {
-      for (size_t k = 0; k < noise.size(); ++k) {
-        noise[k].tile(i / 4, eps);
+      noise.for_each([&](const Noise& own, size_t k) {
+        own.tile(i / 4, eps);
         for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
           const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
           const f64::Sigma s = f64::softplus(rho);
           write_double(a.out[k], j, (a.centered ? 0.0 : mu) + s.value * eps[j - i]);
           if (a.partial != nullptr && k == 0) kl += f64::kl_terms(mu, rho, s, a.prior);
         }
-      }
+      });
     }
     if (a.partial != nullptr) a.partial[chunk] = kl;
   }
 }
 
-template <bool kCentered>
+template <bool kWithKl, bool kCentered>
 void sample_chunks_narrow(const SampleArgs& a, int64_t begin, int64_t end) {
-  if (a.partial != nullptr) {
-    sample_chunks_float<true, kCentered>(a, begin, end);
+  if (a.draws.size() == 1) {
+    sample_chunks_float<kWithKl, kCentered, true>(a, begin, end);
   } else {
-    sample_chunks_float<false, kCentered>(a, begin, end);
+    sample_chunks_float<kWithKl, kCentered, false>(a, begin, end);
   }
 }
 
 inline void sample_chunks(const SampleArgs& a, int64_t begin, int64_t end) {
+  const bool with_kl = a.partial != nullptr;
   if (a.mu.dtype == at::kDouble) {
     sample_chunks_double(a, begin, end);
   } else if (a.centered) {
-    sample_chunks_narrow<true>(a, begin, end);
+    with_kl ? sample_chunks_narrow<true, true>(a, begin, end)
+            : sample_chunks_narrow<false, true>(a, begin, end);
   } else {
-    sample_chunks_narrow<false>(a, begin, end);
+    with_kl ? sample_chunks_narrow<true, false>(a, begin, end)
+            : sample_chunks_narrow<false, false>(a, begin, end);
   }
 }
 

@@ -258,9 +258,22 @@ struct Noise {
   }
 };
 
-// That of each draw.
-inline std::vector<Noise> noises(const std::vector<SeedStream>& draws) {
-  std::vector<Noise> result;
-  for (const SeedStream& draw : draws) result.emplace_back(draw.seed, draw.stream);
-  return result;
-}
+// Calls run(its noise, k) for each draw k. Where kOne says that there is one, its key is formed outside of
+// the caller's loop.
+template <bool kOne>
+struct NoiseOfDraws {
+  const std::vector<SeedStream>& draws;
+  const Noise first;
+
+  explicit NoiseOfDraws(const std::vector<SeedStream>& draws_)
+      : draws(draws_), first(draws.empty() ? 0 : draws[0].seed, draws.empty() ? 0 : draws[0].stream) {}
+
+  template <class Run>
+  BBB_INLINE void for_each(const Run& run) const {
+    if constexpr (kOne) {
+      run(first, 0);
+    } else {
+      for (size_t k = 0; k < draws.size(); ++k) run(Noise(draws[k].seed, draws[k].stream), k);
+    }
+  }
+};
