@@ -33,8 +33,8 @@ def convert(
 ) -> nn.Module:
     """A Bayesian copy of ``model``, whose posterior means are its weights; the original stays as it is.
 
-    Linear layers, convolutions and transposed convolutions get ``estimator`` ("bbb", "lrt" or "flipout");
-    embeddings, recurrent and bilinear layers and attention go to weight space, and so do modules of these
+    Linear and bilinear layers, convolutions and transposed convolutions get ``estimator`` ("bbb", "lrt" or
+    "flipout"); embeddings, recurrent layers and attention go to weight space, and so do modules of all these
     kinds whose weights are parametrized (weight and spectral norm: the posterior is over what is trained).
     Under ``posterior_means()`` the copy equals the model. It keeps device, dtype, memory format, training
     mode, hooks, which parameters are trained, and ties: parameters that modules share are shared by their

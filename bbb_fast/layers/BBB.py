@@ -2,7 +2,6 @@
 
 from . import shapes
 from .attention import BBBMultiheadAttention
-from .bilinear import BBBBilinear
 from .embedding import BBBEmbedding, BBBEmbeddingBag
 from .estimators import BayesByBackprop
 from .recurrent import BBBGRU, BBBLSTM, BBBRNN, BBBGRUCell, BBBLSTMCell, BBBRNNCell
@@ -30,6 +29,10 @@ __all__ = [
 
 class BBBLinear(BayesByBackprop, shapes.Linear):
     """Linear layer, y = x (mu + sigma * eps)^T + b: input [..., in_features]."""
+
+
+class BBBBilinear(BayesByBackprop, shapes.Bilinear):
+    """Bilinear layer, y_k = x1^T W_k x2 + b_k: inputs [..., in1_features] and [..., in2_features]."""
 
 
 class BBBConv1d(BayesByBackprop, shapes.Conv1d):

@@ -4,6 +4,7 @@ from . import shapes
 from .estimators import LocalReparameterization
 
 __all__ = [
+    "BBBBilinear",
     "BBBConv1d",
     "BBBConv2d",
     "BBBConv3d",
@@ -16,6 +17,11 @@ __all__ = [
 
 class BBBLinear(LocalReparameterization, shapes.Linear):
     """Linear layer, y = m + sqrt(v) * eps: input [..., in_features]."""
+
+
+class BBBBilinear(LocalReparameterization, shapes.Bilinear):
+    """Bilinear layer: the linear one on its inputs' outer product, formed for each row of the inputs
+    [..., in1_features] and [..., in2_features]: in1_features * in2_features numbers."""
 
 
 class BBBConv1d(LocalReparameterization, shapes.Conv1d):

@@ -348,7 +348,7 @@ class BayesianLayer(BayesianModule):
         """What ``repr`` says of the arguments that torch.nn's layer has too."""
         raise NotImplementedError
 
-    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def _function(self, estimator: str) -> Callable[..., Any]:
@@ -405,10 +405,7 @@ class BayesianLayer(BayesianModule):
         if not isinstance(input, Tensor):
             raise TypeError(f"{type(self).__name__}: input must be a tensor, got {type(input).__name__}")
         if draw is None or draw.means:
-            # Float32 parameters follow a narrower input; any other pair of types torch.nn will judge.
-            own = self.W_mu.dtype
-            narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
-            dtype = input.dtype if narrow else own
+            dtype = self._weight_dtype(input)
             bias = None if self.bias_mu is None else self.bias_mu.to(dtype)
             return self._mean_output(input, self.W_mu.to(dtype), bias, **shape)
         if draw.pinned is None:
@@ -426,14 +423,23 @@ class BayesianLayer(BayesianModule):
                 rng = draw.pinned.rng(self, input.device)
         if input.is_nested or input.layout is not torch.strided:
             if estimator == "bbb" and self._takes_any_layout and not input.is_nested:
-                mu, rho = zip(*self.posterior(), strict=True)
-                weights, _ = functional.sample_weights(mu, rho, rng, dtype=input.dtype)
-                return self._mean_output(input, weights[0], weights[1] if len(weights) > 1 else None)
+                return self._mean_output(input, *self._drawn_weights(input, rng))
             kind = "nested" if input.is_nested else str(input.layout)
             raise TypeError(f"{type(self).__name__}: input must be a dense tensor, got a {kind} one")
         return self._draw_output(
             estimator, input, self._parameters_in_order(), rng, **shape, **self._options(estimator)
         )
+
+    def _weight_dtype(self, input: Tensor) -> torch.dtype:
+        """Float32 parameters follow a narrower input; any other pair of types torch.nn will judge."""
+        own = self.W_mu.dtype
+        narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+        return input.dtype if narrow else own
+
+    def _drawn_weights(self, input: Tensor, rng: Tensor) -> list[Tensor]:
+        """The weight and, if there is one, the bias that ``rng`` draws, for a product with ``input``."""
+        mu, rho = zip(*self.posterior(), strict=True)
+        return functional.sample_weights(mu, rho, rng, dtype=self._weight_dtype(input))[0]
 
     def _output_of_shared(
         self, input: Tensor, rng: Tensor, streams: Sequence[int], shape: dict[str, Any]
@@ -442,8 +448,8 @@ class BayesianLayer(BayesianModule):
         weights = []
         for (mu, rho), stream in zip(self.posterior(), streams, strict=True):
             own = rng + torch.tensor([0, stream], device=rng.device)
-            weights.append(functional.sample_weight(mu, rho, own, dtype=input.dtype))
-        return self._mean_output(input, weights[0], weights[1] if len(weights) > 1 else None, **shape)
+            weights.append(functional.sample_weight(mu, rho, own, dtype=self._weight_dtype(input)))
+        return self._mean_output(input, *weights, **shape)
 
     def _outputs(self, estimator: str, input: Tensor, rngs: Tensor, shape: dict[str, Any]) -> Tensor:
         """Several draws, each of an equal part of the rows."""
