@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._checks import is_lazy
 from ..layers import BBB, BBB_LRT, Flipout, shapes
 from ..layers.base import BayesianLayer, BayesianModule
 from ..layers.weight_space import Around
@@ -75,10 +76,6 @@ def is_wrapper(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return isinstance(module, kinds if fsdp is None else (*kinds, fsdp.FullyShardedDataParallel))
-
-
-def is_lazy(module: nn.Module) -> bool:
-    return any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters())
 
 
 def is_complex(module: nn.Module) -> bool:

@@ -216,18 +216,26 @@ class BayesianLayer(BayesianModule):
         else:
             self.bias_mu = parameter(bias_features)
             self.bias_rho = parameter(bias_features)
-        for name, shape in (("prior", self.W_mu.shape), ("bias_prior", (bias_features or 0,))):
-            for kind in ("mu", "sigma"):
-                value = resolved[f"{name}_{kind}"]
-                if isinstance(value, Tensor):
-                    if value.shape not in ((), tuple(shape)):
-                        raise ValueError(
-                            f"{type(self).__name__}: priors['{name}_{kind}'] must have shape {list(shape)}, "
-                            f"got {list(value.shape)}"
-                        )
-                    value = value.to(self.W_mu.device, self.W_mu.dtype, copy=True)
-                self._put(f"{name}_{kind}", value)
+        for name in self._prior_names():
+            value = resolved[name]
+            if isinstance(value, Tensor):
+                value = value.to(self.W_mu.device, self.W_mu.dtype, copy=True)
+            self._put(name, value)
+        self._start(tuple(weight_shape), (bias_features or 0,))
+
+    def _start(self, weight_shape: tuple[int, ...], bias_shape: tuple[int, ...]) -> None:
+        """The end of the construction, when the shapes are known: looks at the priors' and draws."""
+        self._check_priors(weight_shape, bias_shape)
         self.reset_parameters()
+
+    def _check_priors(self, weight_shape: tuple[int, ...], bias_shape: tuple[int, ...]) -> None:
+        for name in self._prior_names():
+            value, shape = getattr(self, name), bias_shape if name in BIAS_KEYS else weight_shape
+            if isinstance(value, Tensor) and value.shape not in ((), shape):
+                raise ValueError(
+                    f"{type(self).__name__}: priors[{name!r}] must have shape {list(shape)}, got "
+                    f"{list(value.shape)}"
+                )
 
     def reset_parameters(self) -> None:
         """Draws mu and rho anew from ``posterior_mu_initial`` and ``posterior_rho_initial``."""

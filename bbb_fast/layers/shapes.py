@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,20 @@ __all__ = [
 ]
 
 
+class InputSize(NamedTuple):
+    """The size of its input that a layer is made for: the attribute, and where the size is to be read."""
+
+    name: str
+    input_dim: int
+    weight_dim: int
+
+
 class _Features(BayesianLayer):
     """What layers of features share."""
 
     _shape_name = "linear"
 
-    def _size(self, name: str, value: Any, least: int = 0) -> int:
+    def _checked_size(self, name: str, value: Any, least: int = 0) -> int:
         size = integer(value)
         if size is None or size < least:
             raise ValueError(f"{type(self).__name__}: {name} must be an int >= {least}, got {value!r}")
@@ -43,6 +51,7 @@ class Linear(_Features):
     """Shape and arithmetic of ``torch.nn.Linear``: input [..., in_features]."""
 
     _takes_any_layout = True
+    _input_size = InputSize("in_features", -1, 1)
 
     def __init__(
         self,
@@ -56,8 +65,8 @@ class Linear(_Features):
         recompute_weight: bool = False,
         variance_dtype: VarianceDtype = None,
     ) -> None:
-        self.in_features = self._size("in_features", in_features)
-        self.out_features = self._size("out_features", out_features)
+        self.in_features = self._checked_size("in_features", in_features)
+        self.out_features = self._checked_size("out_features", out_features)
         super().__init__(
             (self.out_features, self.in_features),
             self.out_features if bias else None,
@@ -99,9 +108,9 @@ class Bilinear(_Features):
         recompute_weight: bool = False,
         variance_dtype: VarianceDtype = None,
     ) -> None:
-        self.in1_features = self._size("in1_features", in1_features, 1)
-        self.in2_features = self._size("in2_features", in2_features, 1)
-        self.out_features = self._size("out_features", out_features)
+        self.in1_features = self._checked_size("in1_features", in1_features, 1)
+        self.in2_features = self._checked_size("in2_features", in2_features, 1)
+        self.out_features = self._checked_size("out_features", out_features)
         super().__init__(
             (self.out_features, self.in1_features, self.in2_features),
             self.out_features if bias else None,
@@ -194,32 +203,37 @@ class _Convolution(BayesianLayer):
         given, groups = groups, integer(groups)
         if groups is None or groups < 1:
             raise ValueError(f"{name}: groups must be an int >= 1, got {given!r}")
-        channels = {"in_channels": in_channels, "out_channels": out_channels}
-        for label, value in channels.items():
-            count = integer(value)
-            if count is None or count < 1 or count % groups:
-                raise ValueError(
-                    f"{name}: {label} must be positive and divisible by groups = {groups}, got {value!r}"
-                )
-            channels[label] = count
-        in_channels, out_channels = channels.values()
-        kernel = self._numbers("kernel_size", kernel_size, 1)
-        first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
+        self.groups = groups
+        self.in_channels = self._checked_size("in_channels", in_channels)
+        self.out_channels = self._checked_size("out_channels", out_channels)
+        self.kernel_size = self._numbers("kernel_size", kernel_size, 1)
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
         super().__init__(
-            (first, second // groups, *kernel),
-            out_channels if bias else None,
+            (first, second // groups, *self.kernel_size),
+            self.out_channels if bias else None,
             priors,
             device,
             dtype,
             recompute_weight,
             variance_dtype,
         )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = kernel
         self.stride = self._numbers("stride", stride, 1)
         self.dilation = self._numbers("dilation", dilation, 1)
-        self.groups = groups
+
+    @property
+    def _input_size(self) -> InputSize:
+        return InputSize("in_channels", -1 - self.spatial, 0 if self.transposed else 1)
+
+    def _checked_size(self, label: str, value: Any) -> int:
+        count = integer(value)
+        if count is None or count < 1 or count % self.groups:
+            raise ValueError(
+                f"{type(self).__name__}: {label} must be positive and divisible by groups = {self.groups}, "
+                f"got {value!r}"
+            )
+        return count
 
     @property
     def _shape_name(self) -> str:
