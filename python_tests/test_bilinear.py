@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import unrelated
+from helpers import DEVICE, unrelated
 from torch import Tensor, nn
 
 from bbb_fast import fixed_noise, functional, kl_loss, posterior_means, reference, tuning
@@ -139,7 +139,7 @@ def test_types(backend: str, estimator: str, sample: bool) -> None:
     layer, x = make(estimator), inputs(4)
     for narrow in (torch.bfloat16, torch.float16):
         assert layer(*(t.to(narrow) for t in x), sample=sample).dtype == narrow
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert layer(x[0], x[1].bfloat16(), sample=sample).dtype == torch.bfloat16
         wide = make(estimator, dtype=torch.float64)
         assert wide(*(t.double() for t in x), sample=sample).dtype == torch.float64

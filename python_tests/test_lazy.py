@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import rng_state
 from torch import Tensor, nn
 
 import bbb_fast
@@ -83,10 +84,10 @@ def test_the_first_forward_makes_the_plain_layer(backend: str, family: ModuleTyp
 
 
 def test_nothing_is_drawn_before(family: ModuleType) -> None:
-    before = torch.get_rng_state()
+    before = rng_state()
     layer = lazy(family, "Linear")
     layer.reset_parameters()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(rng_state(), before)
     assert layer.in_features == 0 and layer.out_features == 3
 
 
