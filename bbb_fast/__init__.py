@@ -4,7 +4,15 @@ from . import functional, layers, metrics, models, priors, reference
 from ._backend import backend, build_info, set_backend
 from ._noise import fixed_noise, posterior_means
 from ._version import __version__ as __version__
-from .conversion import convert, posterior_to_prior, prune, sparsity, summary, to_deterministic
+from .conversion import (
+    convert,
+    convert_state_dict,
+    posterior_to_prior,
+    prune,
+    sparsity,
+    summary,
+    to_deterministic,
+)
 from .inference import multi_sample, predict
 from .losses import ELBO, get_beta, kl_loss
 
@@ -13,6 +21,7 @@ __all__ = [
     "backend",
     "build_info",
     "convert",
+    "convert_state_dict",
     "fixed_noise",
     "functional",
     "get_beta",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -26,6 +26,21 @@ def integer(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def is_lazy(module: nn.Module, recurse: bool = True) -> bool:
+    """Whether a parameter waits for the first input to have a shape."""
+    return any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse))
+
+
+def initialised(function: str, model: nn.Module) -> None:
+    """Of a model that a function must not be the first to run."""
+    lazy = [f"{n or '(model)'} ({type(m).__name__})" for n, m in model.named_modules() if is_lazy(m, False)]
+    if lazy:
+        raise RuntimeError(
+            f"{function}: the model has layers that are not initialised: {', '.join(lazy)}; run a forward "
+            "first"
+        )
 
 
 def factory(name: str, device: Any, dtype: Any) -> None:

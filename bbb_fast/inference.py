@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._checks import integer
+from ._checks import initialised, integer
 from ._eval_mode import in_eval_mode
 from ._noise import _INT64_MAX, RandomModule, Repeated, fixed_noise
 from .layers import BBB
@@ -169,6 +169,7 @@ def predict(
     size = None if batch_size is None else integer(batch_size)
     if batch_size is not None and (size is None or size < 1):
         raise ValueError(f"predict: batch_size must be >= 1, got {batch_size!r}")
+    initialised("predict", model)
     if seed is None:
         seed = int(torch.randint(0, _INT64_MAX, ()).item())
     x = _tensors_for(model, x)
@@ -207,6 +208,7 @@ def multi_sample(model: nn.Module, x: Any, samples: int, *, seed: int | None = N
     count = integer(samples)
     if count is None or count < 1:
         raise ValueError(f"multi_sample: samples must be an int >= 1, got {samples!r}")
+    initialised("multi_sample", model)
     if seed is None:
         seed = int(torch.randint(0, _INT64_MAX, ()).item())
     x = _tensors_for(model, x)

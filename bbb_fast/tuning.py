@@ -18,7 +18,7 @@ from . import _backend, routes
 from ._files import atomic_write
 from ._layer_functions import explicit_padding
 from .layers.base import BayesianLayer
-from .layers.shapes import Conv, Linear
+from .layers.shapes import Bilinear, Conv, Linear
 from .routes import Routes
 
 __all__ = ["Measured", "Place", "measure", "places", "save", "tune"]
@@ -61,7 +61,12 @@ class Measured:
 def places(model: nn.Module, x: Tensor) -> list[Place]:
     """The model's Bayesian layers with what each is given when the model is given ``x``; runs it once."""
     found: list[Place] = []
-    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, BayesianLayer)}
+    names = {
+        layer: name
+        for name, layer in model.named_modules()
+        # A bilinear layer has two inputs.
+        if isinstance(layer, BayesianLayer) and not isinstance(layer, Bilinear)
+    }
 
     def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
         (input,) = args[:1]

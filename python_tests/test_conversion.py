@@ -379,7 +379,7 @@ def test_layers_that_are_no_longer_what_they_were() -> None:
     with pytest.warns(UserWarning, match="Scaled"):
         assert type(convert(Scaled(2, 3))) is Scaled
     assert type(quietly(Named(2, 3))) is BBB_LRT.BBBLinear
-    with pytest.warns(UserWarning, match=r"LazyLinear \(not initialised\)"):
+    with pytest.warns(UserWarning, match=r"LazyLinear \(not initialised\); run a forward before convert"):
         convert(nn.Sequential(nn.LazyLinear(3)))
     with pytest.warns(UserWarning, match="Embedding"):
         assert type(convert(nn.Embedding(3, 2, max_norm=1.0))) is nn.Embedding

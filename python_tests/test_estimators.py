@@ -26,20 +26,21 @@ def effort(draws: int) -> int:
 
 # ---------------------------------------------------------------- the moments of one layer
 
-# torch.nn's layer, its arguments, an input's shape.
-LAYERS: list[tuple[str, tuple[int, ...], dict[str, Any], tuple[int, ...]]] = [
-    ("Linear", (7, 4), {}, (3, 7)),
-    ("Conv1d", (2, 4, 3), {"stride": 2, "padding": 1, "groups": 2}, (3, 2, 7)),
-    ("Conv2d", (2, 3, (3, 2)), {"padding": 1, "dilation": (1, 2)}, (3, 2, 4, 4)),
-    ("ConvTranspose2d", (3, 2, 3), {"stride": 2, "padding": 1, "output_padding": 1}, (3, 3, 2, 3)),
+# torch.nn's layer, its arguments, the shapes of its inputs.
+LAYERS: list[tuple[str, tuple[Any, ...], dict[str, Any], list[tuple[int, ...]]]] = [
+    ("Linear", (7, 4), {}, [(3, 7)]),
+    ("Bilinear", (3, 2, 4), {}, [(3, 3), (3, 2)]),
+    ("Conv1d", (2, 4, 3), {"stride": 2, "padding": 1, "groups": 2}, [(3, 2, 7)]),
+    ("Conv2d", (2, 3, (3, 2)), {"padding": 1, "dilation": (1, 2)}, [(3, 2, 4, 4)]),
+    ("ConvTranspose2d", (3, 2, 3), {"stride": 2, "padding": 1, "output_padding": 1}, [(3, 3, 2, 3)]),
 ]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(("shape", "args", "options", "size"), LAYERS, ids=[case[0] for case in LAYERS])
+@pytest.mark.parametrize(("shape", "args", "options", "sizes"), LAYERS, ids=[case[0] for case in LAYERS])
 @torch.no_grad()
 def test_moments(
-    estimator: str, shape: str, args: tuple[Any, ...], options: dict[str, Any], size: tuple[int, ...]
+    estimator: str, shape: str, args: tuple[Any, ...], options: dict[str, Any], sizes: list[tuple[int, ...]]
 ) -> None:
     """Each output is N(m, v), with torch.nn's layer as the product; 4.5 standard errors.
 
@@ -48,18 +49,20 @@ def test_moments(
     priors = {"posterior_mu_initial": (0.0, 0.3), "posterior_rho_initial": (-2.0, 0.7)}
     layer = getattr(ESTIMATORS[estimator], f"BBB{shape}")(*args, priors=priors, **options)
     product = getattr(nn, shape)(*args, **options).double()
-    x = torch.randn(size)
-    x[1] = x[0]
+    inputs = [torch.randn(size) for size in sizes]
+    for x in inputs:
+        x[1] = x[0]
 
-    def theory(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def theory(inputs: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
         arguments = {"weight": weight, "bias": bias}
-        return torch.func.functional_call(product, arguments, (x,))
+        return torch.func.functional_call(product, arguments, tuple(inputs))
 
     (W_mu, W_rho), (b_mu, b_rho) = [[p.double() for p in pair] for pair in layer.posterior()]
-    m = theory(x.double(), W_mu, b_mu)
-    v = theory(x.double().square(), F.softplus(W_rho).square(), F.softplus(b_rho).square())
+    wide = [x.double() for x in inputs]
+    m = theory(wide, W_mu, b_mu)
+    v = theory([x.square() for x in wide], F.softplus(W_rho).square(), F.softplus(b_rho).square())
     draws = effort(10_000)
-    z = (torch.stack([layer(x) for _ in range(draws)]) - m) / v.sqrt()
+    z = (torch.stack([layer(*inputs) for _ in range(draws)]) - m) / v.sqrt()
     assert z.mean(0).abs().max() < 4.5 / math.sqrt(draws)
     assert (z.var(0) - 1).abs().max() < 4.5 * math.sqrt(2 / draws)
     if estimator == "bbb":

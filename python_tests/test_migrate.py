@@ -6,6 +6,7 @@ blocks do not. The first section's diff, applied to its script, makes the Bayesi
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -189,9 +190,35 @@ def _lenet_state() -> dict[str, Tensor]:
     return state
 
 
+# The checkpoints that the other sections load: a network 20-30-3, its layers and what its entries are called.
+CHECKPOINTS = {
+    "bayesian-torch": ("bayesian_torch.pt", ("0", "2"), ("mu_{}", "rho_{}")),
+    "blitz": ("blitz.pt", ("first", "last"), ("{}_mu", "{}_rho", "{}_sampler.mu", "{}_sampler.rho")),
+    "torchbnn": ("torchbnn.pt", ("0", "2"), ("{}_mu", "{}_log_sigma")),
+}
+
+
+def _checkpoint(layers: tuple[str, str], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Means of numbers, and every sigma 0.1."""
+    state = {}
+    for layer, (inputs, outputs) in zip(layers, ((20, 30), (30, 3)), strict=True):
+        for part, shape in (("weight", (outputs, inputs)), ("bias", (outputs,))):
+            mean = 0.1 * torch.randn(shape)
+            for name in names:
+                rho = math.log(0.1) if "log_sigma" in name else math.log(math.expm1(0.1))
+                value = mean if "mu" in name else torch.full(shape, rho)
+                state[f"{layer}.{name.format(part)}"] = value
+    return state
+
+
 @pytest.mark.parametrize("section", NAMES[1:])
 def test_other_libraries(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    state = {}
+    if section in CHECKPOINTS:
+        file, layers, entries = CHECKPOINTS[section]
+        state = _checkpoint(layers, entries)
+        torch.save(state, file)
     torch.save(_lenet_state(), "model_lenet_lrt_softplus.pt")
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in _blocks(section, "python run"):
@@ -203,8 +230,10 @@ def test_other_libraries(section: str, tmp_path: Path, monkeypatch: pytest.Monke
         torch.testing.assert_close(names["probs"].sum(-1), torch.ones(len(names["probs"])))
     if "averaged_kl" in names:
         torch.testing.assert_close(names["averaged_kl"](model, 0.2, 0.5), _averaged_kl(model, 0.2, 0.5))
-    if section == "torchbnn":
-        torch.testing.assert_close(F.softplus(model[0].W_rho), torch.full((30, 20), 0.1))
+    if state:
+        layer = model.get_submodule(layers[0])
+        assert torch.equal(layer.W_mu, state[f"{layers[0]}.{entries[0].format('weight')}"])
+        torch.testing.assert_close(F.softplus(layer.W_rho), torch.full((30, 20), 0.1))
 
 
 def _averaged_kl(model: torch.nn.Module, prior_mu: float, prior_sigma: float) -> Tensor:

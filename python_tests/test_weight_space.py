@@ -38,7 +38,6 @@ KINDS: dict[str, tuple[type, type, tuple[Any, ...], dict[str, Any], Callable[[],
     "RNNCell": (BBB.BBBRNNCell, nn.RNNCell, (3, 4), {}, lambda: (torch.randn(2, 3),)),
     "LSTMCell": (BBB.BBBLSTMCell, nn.LSTMCell, (3, 4), {}, lambda: (torch.randn(2, 3),)),
     "GRUCell": (BBB.BBBGRUCell, nn.GRUCell, (3, 4), {}, lambda: (torch.randn(2, 3), torch.randn(2, 4))),
-    "Bilinear": (BBB.BBBBilinear, nn.Bilinear, (3, 4, 5), {}, lambda: (torch.randn(2, 3), torch.randn(2, 4))),
     "MultiheadAttention": (
         BBB.BBBMultiheadAttention,
         nn.MultiheadAttention,

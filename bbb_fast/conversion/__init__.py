@@ -2,6 +2,7 @@
 
 from .bayesian import convert, posterior_to_prior
 from .deterministic import to_deterministic
+from .libraries import convert_state_dict
 from .sparse import Sparsity, prune, sparsity
 from .summary import Row, Summary, summary
 
@@ -10,6 +11,7 @@ __all__ = [
     "Sparsity",
     "Summary",
     "convert",
+    "convert_state_dict",
     "posterior_to_prior",
     "prune",
     "sparsity",

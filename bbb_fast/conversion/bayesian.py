@@ -17,6 +17,8 @@ from ..reference import softplus
 from ..routes import VarianceDtype
 from . import rules
 
+_NOT_INITIALISED = " (not initialised)"
+
 Wanted = str | type | Callable[[str, nn.Module], bool] | Iterable[Any] | None
 
 
@@ -33,8 +35,8 @@ def convert(
 ) -> nn.Module:
     """A Bayesian copy of ``model``, whose posterior means are its weights; the original stays as it is.
 
-    Linear layers, convolutions and transposed convolutions get ``estimator`` ("bbb", "lrt" or "flipout");
-    embeddings, recurrent and bilinear layers and attention go to weight space, and so do modules of these
+    Linear and bilinear layers, convolutions and transposed convolutions get ``estimator`` ("bbb", "lrt" or
+    "flipout"); embeddings, recurrent layers and attention go to weight space, and so do modules of all these
     kinds whose weights are parametrized (weight and spectral norm: the posterior is over what is trained).
     Under ``posterior_means()`` the copy equals the model. It keeps device, dtype, memory format, training
     mode, hooks, which parameters are trained, and ties: parameters that modules share are shared by their
@@ -149,17 +151,20 @@ class _Conversion:
 
     def run(self, model: nn.Module) -> nn.Module:
         for module in model.modules():
-            if isinstance(module, BayesianModule):
+            if isinstance(module, BayesianModule) and not rules.is_lazy(module):
                 self._rhos.update((id(mu), rho) for mu, rho in module.posterior())
         model = self._converted(model)
         replaced = {id(old): new for old, new in self._made.items() if new is not old}
         for module in model.modules():
             rules.point_to(module, replaced)
         if self._left:
+            left = ", ".join(sorted(self._left))
             also = "" if self._others == "weights" else "others='weights' makes what it can Bayesian, "
+            if _NOT_INITIALISED in left:
+                also = "run a forward before convert, so that all parameters have shapes; " + also
             warnings.warn(
-                f"convert: left as they are, with parameters of their own: {', '.join(sorted(self._left))}; "
-                f"{also}summary(model) lists what is not",
+                f"convert: left as they are, with parameters of their own: {left}; {also}summary(model) "
+                "lists what is not",
                 stacklevel=3,
             )
         return model
@@ -203,7 +208,7 @@ class _Conversion:
         if self._others == "weights" and rules.may_be_whole(module):
             return self._dressed(WeightSpace(module, self._without_means()), module)
         if not isinstance(module, rules.NORMS):
-            self._left.add(type(module).__name__ + (" (not initialised)" if rules.is_lazy(module) else ""))
+            self._left.add(type(module).__name__ + (_NOT_INITIALISED if rules.is_lazy(module) else ""))
         return module
 
     def _without_means(self) -> dict[str, Any] | None:

@@ -72,9 +72,10 @@ class _Replacement:
             mean.copy_(drawn)
 
     def _twin(self, layer: BayesianModule) -> nn.Module:
+        pairs = layer.posterior()
         kind, options = rules.twin_of(layer)
         twin = kind(**options, device="meta", dtype=layer.W_mu.dtype)
-        for name, (mean, _) in zip(("weight", "bias"), layer.posterior(), strict=False):
+        for name, (mean, _) in zip(("weight", "bias"), pairs, strict=False):
             setattr(twin, name, mean)
         twin.train(layer.training)
         rules.move_hooks(layer, twin)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._checks import is_lazy
 from ..layers import BBB, BBB_LRT, Flipout, shapes
 from ..layers.base import BayesianLayer, BayesianModule
 from ..layers.weight_space import Around
@@ -24,6 +25,7 @@ FAMILIES: dict[str, ModuleType] = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipou
 DIMENSIONS = (1, 2, 3)
 PRODUCTS: dict[type[nn.Module], type[BayesianLayer]] = {
     nn.Linear: shapes.Linear,
+    nn.Bilinear: shapes.Bilinear,
     **{getattr(nn, f"Conv{d}d"): getattr(shapes, f"Conv{d}d") for d in DIMENSIONS},
     **{getattr(nn, f"ConvTranspose{d}d"): getattr(shapes, f"ConvTranspose{d}d") for d in DIMENSIONS},
 }
@@ -34,10 +36,7 @@ TABLES: dict[type[nn.Module], type[BayesianLayer]] = {
 }
 WHOLE: dict[type[nn.Module], type[Around]] = {
     kind: getattr(BBB, f"BBB{kind.__name__}")
-    for kind in (
-        *(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell),
-        *(nn.Bilinear, nn.MultiheadAttention),
-    )
+    for kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
 }
 LAYERS = {**PRODUCTS, **TABLES, **WHOLE}
 # Their forward reads the weights of a layer within them, which therefore has to stay what it is.
@@ -79,10 +78,6 @@ def is_wrapper(module: nn.Module) -> bool:
     return isinstance(module, kinds if fsdp is None else (*kinds, fsdp.FullyShardedDataParallel))
 
 
-def is_lazy(module: nn.Module) -> bool:
-    return any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters())
-
-
 def is_complex(module: nn.Module) -> bool:
     """Whether it has complex parameters, which there are no posteriors over."""
     return any(p.is_complex() for p in module.parameters())
@@ -103,9 +98,10 @@ def is_parametrized(module: nn.Module) -> bool:
 
 
 def product_options(module: Any, kind: type[nn.Module]) -> dict[str, Any]:
-    """The arguments that make the Bayesian layer of a linear layer or a convolution."""
-    if kind is nn.Linear:
-        return {"in_features": module.in_features, "out_features": module.out_features}
+    """The arguments that make the Bayesian layer of a linear or bilinear layer or a convolution."""
+    if kind in (nn.Linear, nn.Bilinear):
+        inputs = ("in_features",) if kind is nn.Linear else ("in1_features", "in2_features")
+        return {name: getattr(module, name) for name in (*inputs, "out_features")}
     options = {
         name: getattr(module, name)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")

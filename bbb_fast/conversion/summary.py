@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import is_lazy
 from ..layers.base import BayesianModule, Term, kl_of_terms
 from ..reference import softplus
 
@@ -82,7 +83,7 @@ def summary(model: nn.Module) -> Summary:
     for name, module in model.named_modules():
         if module in inside:
             continue
-        if isinstance(module, BayesianModule):
+        if isinstance(module, BayesianModule) and not is_lazy(module):
             inside.update(module.modules())
             row = _bayesian_row(name, module, counted)
             weights += row.parameters
@@ -94,7 +95,8 @@ def summary(model: nn.Module) -> Summary:
             lazy = nn.parameter.UninitializedParameter
             shape = ", ".join("not initialised" if isinstance(p, lazy) else str(list(p.shape)) for p in own)
             size = sum(0 if isinstance(p, lazy) else p.numel() for p in own)
-            row = Row(name, type(module).__name__, size, shape)
+            estimator = module.estimator if isinstance(module, BayesianModule) else None
+            row = Row(name, type(module).__name__, size, shape, estimator)
             others += row.parameters
         rows.append(row)
     return Summary(tuple(rows), sum(row.kl or 0.0 for row in rows), weights, others)

@@ -2,9 +2,9 @@
 
 from . import shapes
 from .attention import BBBMultiheadAttention
-from .bilinear import BBBBilinear
 from .embedding import BBBEmbedding, BBBEmbeddingBag
 from .estimators import BayesByBackprop
+from .lazy import Lazy
 from .recurrent import BBBGRU, BBBLSTM, BBBRNN, BBBGRUCell, BBBLSTMCell, BBBRNNCell
 
 __all__ = [
@@ -22,6 +22,13 @@ __all__ = [
     "BBBEmbeddingBag",
     "BBBGRUCell",
     "BBBLSTMCell",
+    "BBBLazyConv1d",
+    "BBBLazyConv2d",
+    "BBBLazyConv3d",
+    "BBBLazyConvTranspose1d",
+    "BBBLazyConvTranspose2d",
+    "BBBLazyConvTranspose3d",
+    "BBBLazyLinear",
     "BBBLinear",
     "BBBMultiheadAttention",
     "BBBRNNCell",
@@ -30,6 +37,10 @@ __all__ = [
 
 class BBBLinear(BayesByBackprop, shapes.Linear):
     """Linear layer, y = x (mu + sigma * eps)^T + b: input [..., in_features]."""
+
+
+class BBBBilinear(BayesByBackprop, shapes.Bilinear):
+    """Bilinear layer, y_k = x1^T W_k x2 + b_k: inputs [..., in1_features] and [..., in2_features]."""
 
 
 class BBBConv1d(BayesByBackprop, shapes.Conv1d):
@@ -54,3 +65,31 @@ class BBBConvTranspose2d(BayesByBackprop, shapes.ConvTranspose2d):
 
 class BBBConvTranspose3d(BayesByBackprop, shapes.ConvTranspose3d):
     """3-d transposed convolution: input [N, C_in, D, H, W] or [C_in, D, H, W]."""
+
+
+class BBBLazyLinear(Lazy, BBBLinear):
+    """``BBBLinear`` without its first argument, in_features: that is the first input's."""
+
+
+class BBBLazyConv1d(Lazy, BBBConv1d):
+    """``BBBConv1d`` without its first argument, in_channels: that is the first input's."""
+
+
+class BBBLazyConv2d(Lazy, BBBConv2d):
+    """``BBBConv2d`` without its first argument, in_channels: that is the first input's."""
+
+
+class BBBLazyConv3d(Lazy, BBBConv3d):
+    """``BBBConv3d`` without its first argument, in_channels: that is the first input's."""
+
+
+class BBBLazyConvTranspose1d(Lazy, BBBConvTranspose1d):
+    """``BBBConvTranspose1d`` without its first argument, in_channels: that is the first input's."""
+
+
+class BBBLazyConvTranspose2d(Lazy, BBBConvTranspose2d):
+    """``BBBConvTranspose2d`` without its first argument, in_channels: that is the first input's."""
+
+
+class BBBLazyConvTranspose3d(Lazy, BBBConvTranspose3d):
+    """``BBBConvTranspose3d`` without its first argument, in_channels: that is the first input's."""

@@ -216,18 +216,26 @@ class BayesianLayer(BayesianModule):
         else:
             self.bias_mu = parameter(bias_features)
             self.bias_rho = parameter(bias_features)
-        for name, shape in (("prior", self.W_mu.shape), ("bias_prior", (bias_features or 0,))):
-            for kind in ("mu", "sigma"):
-                value = resolved[f"{name}_{kind}"]
-                if isinstance(value, Tensor):
-                    if value.shape not in ((), tuple(shape)):
-                        raise ValueError(
-                            f"{type(self).__name__}: priors['{name}_{kind}'] must have shape {list(shape)}, "
-                            f"got {list(value.shape)}"
-                        )
-                    value = value.to(self.W_mu.device, self.W_mu.dtype, copy=True)
-                self._put(f"{name}_{kind}", value)
+        for name in self._prior_names():
+            value = resolved[name]
+            if isinstance(value, Tensor):
+                value = value.to(self.W_mu.device, self.W_mu.dtype, copy=True)
+            self._put(name, value)
+        self._start(tuple(weight_shape), (bias_features or 0,))
+
+    def _start(self, weight_shape: tuple[int, ...], bias_shape: tuple[int, ...]) -> None:
+        """The end of the construction, when the shapes are known: looks at the priors' and draws."""
+        self._check_priors(weight_shape, bias_shape)
         self.reset_parameters()
+
+    def _check_priors(self, weight_shape: tuple[int, ...], bias_shape: tuple[int, ...]) -> None:
+        for name in self._prior_names():
+            value, shape = getattr(self, name), bias_shape if name in BIAS_KEYS else weight_shape
+            if isinstance(value, Tensor) and value.shape not in ((), shape):
+                raise ValueError(
+                    f"{type(self).__name__}: priors[{name!r}] must have shape {list(shape)}, got "
+                    f"{list(value.shape)}"
+                )
 
     def reset_parameters(self) -> None:
         """Draws mu and rho anew from ``posterior_mu_initial`` and ``posterior_rho_initial``."""
@@ -348,7 +356,7 @@ class BayesianLayer(BayesianModule):
         """What ``repr`` says of the arguments that torch.nn's layer has too."""
         raise NotImplementedError
 
-    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def _function(self, estimator: str) -> Callable[..., Any]:
@@ -405,10 +413,7 @@ class BayesianLayer(BayesianModule):
         if not isinstance(input, Tensor):
             raise TypeError(f"{type(self).__name__}: input must be a tensor, got {type(input).__name__}")
         if draw is None or draw.means:
-            # Float32 parameters follow a narrower input; any other pair of types torch.nn will judge.
-            own = self.W_mu.dtype
-            narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
-            dtype = input.dtype if narrow else own
+            dtype = self._weight_dtype(input)
             bias = None if self.bias_mu is None else self.bias_mu.to(dtype)
             return self._mean_output(input, self.W_mu.to(dtype), bias, **shape)
         if draw.pinned is None:
@@ -429,14 +434,26 @@ class BayesianLayer(BayesianModule):
                 rng = draw.pinned.rng(self, input.device)
         if input.is_nested or input.layout is not torch.strided:
             if estimator == "bbb" and rng.dim() == 1 and self._takes_any_layout and not input.is_nested:
-                mu, rho = zip(*self.posterior(), strict=True)
-                weights, _ = functional.sample_weights(mu, rho, rng, dtype=input.dtype)
-                return self._mean_output(input, weights[0], weights[1] if len(weights) > 1 else None)
+                return self._mean_output(input, *self._drawn_weights(input, rng))
             kind = "nested" if input.is_nested else str(input.layout)
             raise TypeError(f"{type(self).__name__}: input must be a dense tensor, got a {kind} one")
         return self._draw_output(
             estimator, input, self._parameters_in_order(), rng, **shape, **self._options(estimator)
         )
+
+    def _weight_dtype(self, input: Tensor) -> torch.dtype:
+        """Float32 parameters follow a narrower input; any other pair of types torch.nn will judge."""
+        own = self.W_mu.dtype
+        narrow = own == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+        return input.dtype if narrow else own
+
+    def _drawn_weights(self, input: Tensor, rng: Tensor) -> list[Tensor]:
+        """The weight and, if there is one, the bias that ``rng`` draws, for a product with ``input``.
+
+        Of several draws, [S, ...].
+        """
+        mu, rho = zip(*self.posterior(), strict=True)
+        return functional.sample_weights(mu, rho, rng, dtype=self._weight_dtype(input))[0]
 
     def _output_of_shared(
         self, input: Tensor, rng: Tensor, streams: Sequence[int], shape: dict[str, Any]
@@ -445,8 +462,8 @@ class BayesianLayer(BayesianModule):
         weights = []
         for (mu, rho), stream in zip(self.posterior(), streams, strict=True):
             own = rng + torch.tensor([0, stream], device=rng.device)
-            weights.append(functional.sample_weight(mu, rho, own, dtype=input.dtype))
-        return self._mean_output(input, weights[0], weights[1] if len(weights) > 1 else None, **shape)
+            weights.append(functional.sample_weight(mu, rho, own, dtype=self._weight_dtype(input)))
+        return self._mean_output(input, *weights, **shape)
 
 
 def kl_of_layers(layers: Sequence[BayesianLayer]) -> Tensor:

@@ -3,25 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import integer
+from ..functional import _autocast
 from ..reference import conv_memory_format, in_format
 from ..routes import VarianceDtype
 from .base import BayesianLayer, _Parameters
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear"]
+__all__ = [
+    "Bilinear",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Linear",
+]
 
 
-class Linear(BayesianLayer):
-    """Shape and arithmetic of ``torch.nn.Linear``: input [..., in_features]."""
+class InputSize(NamedTuple):
+    """The size of its input that a layer is made for: the attribute, and where the size is to be read."""
+
+    name: str
+    input_dim: int
+    weight_dim: int
+
+
+class _Features(BayesianLayer):
+    """What layers of features share."""
 
     _shape_name = "linear"
+
+    def _checked_size(self, name: str, value: Any, least: int = 0) -> int:
+        size = integer(value)
+        if size is None or size < least:
+            raise ValueError(f"{type(self).__name__}: {name} must be an int >= {least}, got {value!r}")
+        return size
+
+
+class Linear(_Features):
+    """Shape and arithmetic of ``torch.nn.Linear``: input [..., in_features]."""
+
     _takes_any_layout = True
+    _input_size = InputSize("in_features", -1, 1)
 
     def __init__(
         self,
@@ -35,26 +65,19 @@ class Linear(BayesianLayer):
         recompute_weight: bool = False,
         variance_dtype: VarianceDtype = None,
     ) -> None:
-        sizes = {"in_features": in_features, "out_features": out_features}
-        for name, value in sizes.items():
-            size = integer(value)
-            if size is None or size < 0:
-                raise ValueError(f"{type(self).__name__}: {name} must be an int >= 0, got {value!r}")
-            sizes[name] = size
-        in_features, out_features = sizes.values()
+        self.in_features = self._checked_size("in_features", in_features)
+        self.out_features = self._checked_size("out_features", out_features)
         super().__init__(
-            (out_features, in_features),
-            out_features if bias else None,
+            (self.out_features, self.in_features),
+            self.out_features if bias else None,
             priors,
             device,
             dtype,
             recompute_weight,
             variance_dtype,
         )
-        self.in_features = in_features
-        self.out_features = out_features
 
-    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(input, weight, bias)
 
     def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
@@ -62,6 +85,98 @@ class Linear(BayesianLayer):
 
     def _shape_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias_mu is not None}"
+
+
+class Bilinear(_Features):
+    """Shape and arithmetic of ``torch.nn.Bilinear``: inputs [..., in1_features] and [..., in2_features].
+
+    It is linear in the outer product of its inputs. Under "lrt" and "flipout" that is formed, a matrix of
+    in1_features * in2_features numbers for each row; a drawn weight ("bbb", ``fixed_noise``, ``predict``) and
+    the means need none, as in torch.nn, unless ``recompute_weight`` is set.
+    """
+
+    def __init__(
+        self,
+        in1_features: int,
+        in2_features: int,
+        out_features: int,
+        bias: bool = True,
+        priors: Mapping[str, Any] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        recompute_weight: bool = False,
+        variance_dtype: VarianceDtype = None,
+    ) -> None:
+        self.in1_features = self._checked_size("in1_features", in1_features, 1)
+        self.in2_features = self._checked_size("in2_features", in2_features, 1)
+        self.out_features = self._checked_size("out_features", out_features)
+        super().__init__(
+            (self.out_features, self.in1_features, self.in2_features),
+            self.out_features if bias else None,
+            priors,
+            device,
+            dtype,
+            recompute_weight,
+            variance_dtype,
+        )
+
+    def forward(self, input1: Tensor, input2: Tensor, sample: bool = True) -> Tensor:
+        """As the other layers', of two inputs whose dimensions but the last are the same.
+
+        Raises TypeError for inputs that are no dense tensors of one type, ValueError for other shapes.
+        """
+        return self._output(self._joined(input1, input2), sample)
+
+    def _joined(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """Both inputs in one tensor, [..., in1_features + in2_features]: rows are split and batched once."""
+        name = type(self).__name__
+        for label, t in (("input1", input1), ("input2", input2)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name}: {label} must be a tensor, got {type(t).__name__}")
+            if t.is_nested or t.layout is not torch.strided:
+                raise TypeError(f"{name}: {label} must be a dense tensor")
+        widths, shapes = [self.in1_features, self.in2_features], [list(input1.shape), list(input2.shape)]
+        if [shape[-1:] for shape in shapes] != [[w] for w in widths] or shapes[0][:-1] != shapes[1][:-1]:
+            raise ValueError(
+                f"{name}: the inputs must be [..., {widths[0]}] and [..., {widths[1]}] with the same "
+                f"dimensions before, got {shapes[0]} and {shapes[1]}"
+            )
+        # Not in float32 and then rounded: under autocast the product is one of its type's numbers.
+        input1, input2 = _autocast(input1), _autocast(input2)
+        if input1.dtype != input2.dtype:
+            raise TypeError(f"{name}: the inputs must have one dtype, got {input1.dtype} and {input2.dtype}")
+        return torch.cat((input1, input2), dim=-1)
+
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.bilinear(*self._parts(input), weight, bias)
+
+    def _draw_output(
+        self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
+    ) -> Tensor:
+        if estimator == "bbb" and not self.recompute_weight:
+            drawn = self._drawn_weights(input, rng)
+            if rng.dim() == 1:
+                return self._mean_output(input, *drawn)
+            parts = zip(input.tensor_split(len(rng)), *(w.unbind() for w in drawn), strict=True)
+            return torch.cat([self._mean_output(*part) for part in parts])
+        first, second = self._parts(input)
+        outer = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+        W_mu, W_rho, *bias = parameters
+        matrices = W_mu.flatten(1), W_rho.flatten(1)
+        return self._function(estimator)(outer, *matrices, *bias, rng, **options)
+
+    def _parts(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = input.split((self.in1_features, self.in2_features), dim=-1)
+        return first, second
+
+    def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
+        return None
+
+    def _shape_repr(self) -> str:
+        return (
+            f"{self.in1_features}, {self.in2_features}, {self.out_features}, bias={self.bias_mu is not None}"
+        )
 
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -92,32 +207,37 @@ class _Convolution(BayesianLayer):
         given, groups = groups, integer(groups)
         if groups is None or groups < 1:
             raise ValueError(f"{name}: groups must be an int >= 1, got {given!r}")
-        channels = {"in_channels": in_channels, "out_channels": out_channels}
-        for label, value in channels.items():
-            count = integer(value)
-            if count is None or count < 1 or count % groups:
-                raise ValueError(
-                    f"{name}: {label} must be positive and divisible by groups = {groups}, got {value!r}"
-                )
-            channels[label] = count
-        in_channels, out_channels = channels.values()
-        kernel = self._numbers("kernel_size", kernel_size, 1)
-        first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
+        self.groups = groups
+        self.in_channels = self._checked_size("in_channels", in_channels)
+        self.out_channels = self._checked_size("out_channels", out_channels)
+        self.kernel_size = self._numbers("kernel_size", kernel_size, 1)
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
         super().__init__(
-            (first, second // groups, *kernel),
-            out_channels if bias else None,
+            (first, second // groups, *self.kernel_size),
+            self.out_channels if bias else None,
             priors,
             device,
             dtype,
             recompute_weight,
             variance_dtype,
         )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = kernel
         self.stride = self._numbers("stride", stride, 1)
         self.dilation = self._numbers("dilation", dilation, 1)
-        self.groups = groups
+
+    @property
+    def _input_size(self) -> InputSize:
+        return InputSize("in_channels", -1 - self.spatial, 0 if self.transposed else 1)
+
+    def _checked_size(self, label: str, value: Any) -> int:
+        count = integer(value)
+        if count is None or count < 1 or count % self.groups:
+            raise ValueError(
+                f"{type(self).__name__}: {label} must be positive and divisible by groups = {self.groups}, "
+                f"got {value!r}"
+            )
+        return count
 
     @property
     def _shape_name(self) -> str:
@@ -220,7 +340,7 @@ class Conv(_Convolution):
         # The memory format numbers the noise; F.pad keeps it in some modes and on some devices only.
         return in_format(padded, conv_memory_format(input, self.W_mu)), (0,) * self.spatial
 
-    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         input, padding = self._pad(input)
         conv = getattr(F, self._shape_name)
         return conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
@@ -326,7 +446,7 @@ class ConvTranspose(_Convolution):
         return tuple(n - low for n, low in zip(sizes, least, strict=True))
 
     def _mean_output(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, output_padding: tuple[int, ...]
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, output_padding: tuple[int, ...]
     ) -> Tensor:
         conv = getattr(F, self._shape_name)
         return conv(

@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from torch.func import functional_call
 
 from .. import functional
+from .._checks import is_lazy
 from .._copies import Copies, NotCopiedError
 from .._noise import draw_rng
 from ..priors import PriorValue, resolve_priors
@@ -52,7 +53,7 @@ class WeightSpace(BayesianModule):
         names = [n for n, p in module.named_parameters() if p.is_floating_point()]
         if not names:
             raise ValueError(f"{name}: the module has no floating-point parameters")
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+        if is_lazy(module):
             raise ValueError(
                 f"{name}: the module is lazy; run it once first, so that its parameters have shapes"
             )
