@@ -52,6 +52,16 @@ def _kl_divergence(
     return mu[0].new_empty((), dtype=accumulate_dtype(*mu))
 
 
+def _kl_tensor_prior(mu: Tensor, rho: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> Tensor:
+    return mu.new_empty((), dtype=accumulate_dtype(mu))
+
+
+def _kl_tensor_prior_backward(
+    grad: Tensor, mu: Tensor, rho: Tensor, prior_mu: Tensor, prior_sigma: Tensor
+) -> list[Tensor]:
+    return [_contiguous_like(mu), _contiguous_like(mu)]
+
+
 def _posterior_backward(
     grad_w: list[OptionalTensor],
     grad_kl: OptionalTensor,
@@ -217,6 +227,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "normal": _normal,
     "sample_weights": _sample_weights,
     "kl_divergence": _kl_divergence,
+    "kl_tensor_prior": _kl_tensor_prior,
+    "kl_tensor_prior_backward": _kl_tensor_prior_backward,
     "posterior_backward": _posterior_backward,
     "posterior_backward_out": _posterior_backward_out,
     "variance": _variance,

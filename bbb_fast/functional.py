@@ -135,8 +135,8 @@ def kl_divergence(
     1/2 * sum(2 ln(sigma_p / sigma) - 1 + (sigma / sigma_p)^2 + ((mu - mu_p) / sigma_p)^2), the
     closed form for Gaussians (Kingma and Welling, "Auto-encoding variational Bayes", appendix B, for a
     general prior). Accepts one tensor or a list, the priors as one for all or as a list of the same length;
-    a list is summed in one call. A prior is a number or a tensor, a scalar or of mu's shape (PyTorch's ops
-    form the KL of such, differentiable in the prior too). Accumulated in float64.
+    a list is summed in one call. A prior is a number or a tensor, a scalar or of mu's shape; where that wants
+    a gradient it gets one, and PyTorch's ops form the KL. Accumulated in float64.
 
     Of parameters that are sharded over ranks (DTensors), it is the KL of the whole, on every rank; all ranks
     call it, and the priors are numbers.
@@ -155,6 +155,8 @@ def kl_divergence(
         return _native.kl_divergence(mus, rhos, prior_mus, prior_sigmas)
     _checks.posteriors("kl_divergence", mus, rhos)
     _checks.priors("kl_divergence", mus, prior_mus, prior_sigmas)
+    if all(by_tensors) and use_native(mus[0].device) and not _want_gradients(prior_mus, prior_sigmas):
+        return _kl_of_tensor_priors(mus, rhos, prior_mus, prior_sigmas)
     if all(by_tensors) or not any(by_tensors):
         return reference.kl_divergence(mus, rhos, prior_mus, prior_sigmas)
     groups: tuple[list[Any], list[Any]] = ([], [])
@@ -162,6 +164,26 @@ def kl_divergence(
         groups[by_tensor].append(each)
     numbers, tensors = (kl_divergence(*map(list, zip(*group, strict=True))) for group in groups)
     return numbers + tensors
+
+
+def _want_gradients(*priors: Sequence[float | Tensor]) -> bool:
+    return any(isinstance(p, Tensor) and p.requires_grad for each in priors for p in each)
+
+
+def _kl_of_tensor_priors(
+    mus: Sequence[Tensor],
+    rhos: Sequence[Tensor],
+    prior_mus: Sequence[float | Tensor],
+    prior_sigmas: Sequence[float | Tensor],
+) -> Tensor:
+    parts = []
+    for mu, rho, *prior in zip(mus, rhos, prior_mus, prior_sigmas, strict=True):
+        tensors = (
+            p if isinstance(p, Tensor) else torch.full((), p, dtype=torch.float64, device=mu.device)
+            for p in prior
+        )
+        parts.append(_native.kl_tensor_prior(mu, rho, *tensors))
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def _autocast(input: Tensor) -> Tensor:

@@ -620,8 +620,8 @@ def kl_divergence(
     1/2 * sum(2 ln(sigma_p / sigma) - 1 + (sigma / sigma_p)^2 + ((mu - mu_p) / sigma_p)^2), the
     closed form for Gaussians (Kingma and Welling, "Auto-encoding variational Bayes", appendix B, for a
     general prior). Accepts one tensor or a list, the priors as one for all or as a list of the same length;
-    a list is summed in one call. A prior is a number or a tensor, a scalar or of mu's shape (PyTorch's ops
-    form the KL of such, differentiable in the prior too). Accumulated in float64.
+    a list is summed in one call. A prior is a number or a tensor, a scalar or of mu's shape; where that wants
+    a gradient it gets one, and PyTorch's ops form the KL. Accumulated in float64.
 
     Of parameters that are sharded over ranks (DTensors), it is the KL of the whole, on every rank; all ranks
     call it, and the priors are numbers.

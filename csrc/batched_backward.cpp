@@ -96,7 +96,9 @@ void loop(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bbb_fast, Batched, m) {
-  m.impl("posterior_backward", torch::CppFunction::makeFromBoxedFunction<&loop>());
+  for (const char* name : {"posterior_backward", "kl_tensor_prior_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&loop>());
+  }
   for (const auto& estimator : kEstimators) {
     for (const char* product : kProducts) {
       const std::string name = std::string(estimator.name) + product + "_backward";

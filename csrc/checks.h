@@ -140,6 +140,31 @@ inline void check_priors(
   for (size_t i = 0; i < count; ++i) check_prior(op, prior_mu[i], prior_sigma[i]);
 }
 
+inline void check_grad_kl(const char* op, const char* name, const at::Tensor& grad, at::Device device) {
+  check_floating(op, name, grad);
+  TORCH_CHECK_VALUE(grad.numel() == 1, op, ": ", name, " must be a scalar, got shape ", grad.sizes());
+  check_device(op, name, grad, device);
+}
+
+// Of one tensor, whose weights have priors of their own.
+inline void check_tensor_prior(
+    const char* op,
+    const at::Tensor& mu,
+    const at::Tensor& rho,
+    const at::Tensor& prior_mu,
+    const at::Tensor& prior_sigma) {
+  check_posterior(op, "", mu, rho, mu.device());
+  const auto check = [&](const char* name, const at::Tensor& t) {
+    check_floating(op, name, t);
+    check_device(op, name, t, mu.device());
+    TORCH_CHECK_VALUE(
+        t.dim() == 0 || t.sizes() == mu.sizes(), op, ": ", name, " must be a number or have shape ",
+        mu.sizes(), ", got ", t.sizes());
+  };
+  check("prior_mu", prior_mu);
+  check("prior_sigma", prior_sigma);
+}
+
 inline void check_posterior_backward(
     const char* op,
     at::TensorList grad_w,
@@ -204,11 +229,7 @@ inline void check_posterior_backward(
   check_dtype_option(op, "again", again);
   TORCH_CHECK_VALUE(
       !again || grad_w[0].defined(), op, ": what the forward formed is formed again with its gradient only");
-  if (grad_kl && grad_kl->defined()) {
-    check_floating(op, "grad_kl", *grad_kl);
-    TORCH_CHECK_VALUE(grad_kl->numel() == 1, op, ": grad_kl must be a scalar, got shape ", grad_kl->sizes());
-    check_device(op, "grad_kl", *grad_kl, mu[0].device());
-  }
+  if (grad_kl && grad_kl->defined()) check_grad_kl(op, "grad_kl", *grad_kl, mu[0].device());
   TORCH_CHECK_VALUE(
       !any || spread || (rng && rng->defined()), op,
       ": gradients of weights need the rng they were drawn with");

@@ -128,18 +128,21 @@ BBB_INLINE void softplus_derivative(F rho, const Sigma<F>& s, F& derivative, F& 
 // KL(q || p) of n weights, with mu_p, sigma_p the prior's and q = sigma / sigma_p:
 //   1/2 sum[q^2 + ((mu - mu_p) / sigma_p)^2] - ln(prod q) - n / 2.
 // A product of several weights' q costs one logarithm for all of them.
-struct Prior {
-  float mu;
-  float inv_sigma;
+// A number each, or one of each lane.
+template <class F>
+struct PriorOf {
+  F mu;
+  F inv_sigma;
 };
+using Prior = PriorOf<float>;
 
 inline Prior make_prior(const f64::Prior& p) {
   return {static_cast<float>(p.mu), static_cast<float>(1.0 / p.sigma)};
 }
 
 // A weight's summand, and q.
-template <class F>
-BBB_INLINE F kl_squares(F mu, const Sigma<F>& s, const Prior& prior, F& q) {
+template <class F, class P>
+BBB_INLINE F kl_squares(F mu, const Sigma<F>& s, const PriorOf<P>& prior, F& q) {
   q = s.value * prior.inv_sigma;
   const F d = (mu - prior.mu) * prior.inv_sigma;
   return q * q + d * d;
@@ -156,10 +159,10 @@ BBB_INLINE typename Lanes<F>::Int exponent(F x) {
 }
 
 // dKL / dmu and dKL / drho, times grad.
-template <class F>
+template <class F, class P>
 BBB_INLINE void kl_derivative(
-    F mu, const Sigma<F>& s, F derivative, F ratio, const Prior& prior, float grad, F& g_mu, F& g_rho) {
-  const float inv2 = prior.inv_sigma * prior.inv_sigma;
+    F mu, const Sigma<F>& s, F derivative, F ratio, const PriorOf<P>& prior, float grad, F& g_mu, F& g_rho) {
+  const P inv2 = prior.inv_sigma * prior.inv_sigma;
   g_mu = (mu - prior.mu) * (inv2 * grad);
   g_rho = (s.value * inv2 * derivative - ratio) * grad;
 }

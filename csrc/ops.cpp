@@ -21,6 +21,11 @@ TORCH_LIBRARY(bbb_fast, m) {
       "sample_weights(Tensor[] mu, Tensor[] rho, Tensor rng, float prior_mu, float prior_sigma, "
       "bool with_kl, ScalarType? dtype, bool centered=False) -> (Tensor[], Tensor)");
   m.def("kl_divergence(Tensor[] mu, Tensor[] rho, float[] prior_mu, float[] prior_sigma) -> Tensor");
+  // The same of one tensor whose weights have priors of their own: tensors of its shape, or scalars.
+  m.def("kl_tensor_prior(Tensor mu, Tensor rho, Tensor prior_mu, Tensor prior_sigma) -> Tensor");
+  m.def(
+      "kl_tensor_prior_backward(Tensor grad, Tensor mu, Tensor rho, Tensor prior_mu, Tensor prior_sigma) -> "
+      "Tensor[]");
   // With `centered` sample_weights draws sigma * eps. The backward of both, and of variance: the gradient of
   // mu and rho through the weights, the KL, or both. A weight that got no gradient is None; rng is needed
   // where there was noise. The second form writes to grad_mu and grad_rho, which may be the given gradients;
@@ -76,8 +81,8 @@ TORCH_LIBRARY(bbb_fast, m) {
 // one of these (a second derivative, say) raises, instead of giving wrong numbers.
 TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
   for (const char* name :
-       {"normal", "posterior_backward", "posterior_backward_out", "variance", "square", "square_backward_",
-        "lrt_sample_", "lrt_sample_backward", "flip_signs", "add_flipped_"}) {
+       {"normal", "kl_tensor_prior_backward", "posterior_backward", "posterior_backward_out", "variance",
+        "square", "square_backward_", "lrt_sample_", "lrt_sample_backward", "flip_signs", "add_flipped_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   for (const auto& estimator : kEstimators) {

@@ -102,6 +102,7 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
     rho = (torch.randn(count) - 1.5).to(dtype)
     formed, v = torch.randn(count).to(other), torch.rand(count).to(other)
     x, y = {"mu": narrow[0], "rho": rho}, {"grad": formed, "mu": narrow[0], "rho": rho}
+    own_prior = {"prior_mu": narrow[1], "prior_sigma": v + 0.1}
     grad_kl = torch.tensor(0.7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
     def sample_weights(mu: Tensor, rho: Tensor) -> list[Tensor]:
@@ -127,6 +128,12 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
 
     def kl_divergence(mu: Tensor, rho: Tensor) -> list[Tensor]:
         return [ops.kl_divergence([mu], [rho], *([p] for p in prior))]
+
+    def tensor_prior(mu: Tensor, rho: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> list[Tensor]:
+        return [ops.kl_tensor_prior(mu, rho, prior_mu, prior_sigma)]
+
+    def tensor_prior_backward(mu: Tensor, rho: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> list[Tensor]:
+        return ops.kl_tensor_prior_backward(grad_kl, mu, rho, prior_mu, prior_sigma)
 
     def backward_of_kl(mu: Tensor, rho: Tensor) -> list[Tensor]:
         return flat(ops.posterior_backward([None], grad_kl, [mu], [rho], None, *([p] for p in prior)))
@@ -168,6 +175,8 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
         "sample_weights": Kernel(x, sample_weights),
         "posterior_backward": Kernel(y, posterior_backward),
         "kl_divergence": Kernel(x, kl_divergence),
+        "kl_tensor_prior": Kernel({**x, **own_prior}, tensor_prior),
+        "kl_tensor_prior_backward": Kernel({**x, **own_prior}, tensor_prior_backward),
         "posterior_backward, KL alone": Kernel(x, backward_of_kl),
         "posterior_backward, and the weight": Kernel(y, backward_and_again),
         "sample_weights, centered": Kernel(x, deviations),
@@ -198,6 +207,8 @@ KERNELS = {
     "sample_weights": ("mu", "rho"),
     "posterior_backward": ("grad", "mu", "rho"),
     "kl_divergence": ("mu", "rho"),
+    "kl_tensor_prior": ("mu", "rho", "prior_mu", "prior_sigma"),
+    "kl_tensor_prior_backward": ("mu", "rho", "prior_mu", "prior_sigma"),
     "posterior_backward, KL alone": ("mu", "rho"),
     "posterior_backward, and the weight": ("grad", "mu", "rho"),
     "sample_weights, centered": ("mu", "rho"),

@@ -93,8 +93,8 @@ for _op in OPS:
         case(_op, ValueError, "rng must have shape [2]", rng=rng(count=3))
         case(_op, ValueError, "rng must have shape [2]", rng=rng(count=0))
         case(_op, ValueError, "rng must have shape [2]", rng=rng().reshape(2, 1))
-        if not _op.startswith("lrt"):
-            case(_op, ValueError, "rng must have shape [2]", rng=rng().reshape(1, 2))
+        several = (1, 2) if _op == "normal" else (1, 1, 1, 2)
+        case(_op, ValueError, "rng must have shape [2]", rng=rng().reshape(several))
         case(_op, ValueError, "rng must have shape [2]", rng=rng()[0])
 case("normal", ValueError, "size must be >= 0", size=(3, -1))
 case("normal", ValueError, "size must be >= 0", size=-1)

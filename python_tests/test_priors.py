@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import posterior, rng
+from helpers import DTYPES, assert_same, on, posterior, rng
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
@@ -50,6 +50,64 @@ def test_kl_of_tensors(backend: str, dtype: torch.dtype) -> None:
     both = (torch.autograd.grad(total, leaves) for total in (kl, expected))
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (64, 3), (4097,), (0, 3), (33, 3, 5, 5)])
+def test_kernel_equals_reference(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Whole and partial tiles, and tensors of every memory order; a number beside a tensor."""
+    mu, rho = posterior(*shape, dtype=dtype)
+    m_p, s_p = torch.randn(shape).to(dtype), (torch.rand(shape) + 0.05).to(dtype)
+    for prior in ((m_p, s_p), (m_p, 0.1), (0.2, s_p), (m_p, torch.tensor(0.3, dtype=dtype))):
+        kl, expected = (on(b, functional.kl_divergence, mu, rho, *prior) for b in ("native", "reference"))
+        assert kl.dtype == expected.dtype
+        torch.testing.assert_close(kl, expected, rtol=2e-6, atol=2e-6)
+        for a, b in zip(*(torch.autograd.grad(t, [mu, rho]) for t in (kl, expected)), strict=True):
+            assert_same(a, b, dtype, 2)
+    if len(shape) == 2:
+        turned = [t.detach().t().contiguous().t() for t in (mu, rho, m_p, s_p)]
+        torch.testing.assert_close(
+            functional.kl_divergence(*turned), functional.kl_divergence(mu, rho, m_p, s_p), rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize("rho", [-300.0, -104.0, -60.0, 70.0])
+def test_far_from_tensor_priors(isa: str, rho: float) -> None:
+    """sigma may vanish, and a product of several sigma / sigma_p leave float's range; the KL does not."""
+    mu, rhos = torch.randn(4100) * 0.1, torch.randn(4100) - 3
+    rhos[::7] = rho
+    m_p, s_p = torch.zeros(4100), torch.rand(4100) + 0.1
+    kl, expected = (on(b, functional.kl_divergence, mu, rhos, m_p, s_p) for b in ("native", "reference"))
+    assert kl.isfinite()
+    torch.testing.assert_close(kl, expected, rtol=2e-6, atol=0)
+
+
+def test_kernel_has_gradients(native: None) -> None:
+    op = torch.ops.bbb_fast.kl_tensor_prior
+    mu, rho = posterior(3, 4, dtype=torch.float64)
+    prior = torch.randn(3, 4).double(), torch.rand(3, 4).double() + 0.1
+    assert torch.autograd.gradcheck(lambda m, r: op(m, r, *prior), (mu, rho))
+    torch.library.opcheck(op, (mu, rho, *prior))
+    torch.library.opcheck(op, (*posterior(5), torch.tensor(0.1), torch.rand(5) + 0.1))
+    kl = op(mu, rho, *prior)
+    batched = torch.autograd.grad(kl, [mu, rho], torch.tensor([1.0, 3.0]).double(), is_grads_batched=True)
+    for g in batched:
+        torch.testing.assert_close(3 * g[0], g[1])
+    with pytest.raises(NotImplementedError, match="a prior has no gradient here"):
+        op(mu, rho, prior[0].requires_grad_(), prior[1])
+
+
+def test_kernel_under_vmap_and_compile(native: None) -> None:
+    mu, rho = (t.detach() for t in posterior(2, 3, 4))
+    m_p, s_p = torch.randn(3, 4), torch.rand(3, 4) + 0.1
+
+    def kl(m: Tensor, r: Tensor) -> Tensor:
+        return functional.kl_divergence(m, r, m_p, s_p)
+
+    each = torch.stack([kl(m, r) for m, r in zip(mu, rho, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(kl)(mu, rho), each)
+    compiled = torch.compile(kl, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(mu[0], rho[0]), each[0])
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ inline void kl_chunks(const KlArgs& a, int64_t begin, int64_t end) {
   alignas(64) float mu_buffer[kTile], rho_buffer[kTile];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     if (a.mu.dtype == at::kDouble) {
-      a.partial[chunk] = exact_chunk_kl(a.mu, a.rho, a.prior, chunk);
+      a.partial[chunk] = exact_chunk_kl(a.mu, a.rho, SamePrior{a.prior}, chunk);
       continue;
     }
     KlSum kl;
@@ -74,7 +74,7 @@ inline void kl_chunks(const KlArgs& a, int64_t begin, int64_t end) {
       count == kTile ? quads(std::true_type{}) : quads(std::false_type{});
       kl.finish_tile();
     }
-    a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, a.prior, chunk);
+    a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, SamePrior{a.prior}, chunk);
   }
 }
 

@@ -9,8 +9,9 @@ struct KlSum {
   vint in_range = ~vint{};
 
   // Quad number `quad` of a tile of which `count` elements, or all, lie in the tensor.
-  template <bool kWhole>
-  BBB_INLINE void add(int quad, const vquad& mu, const Sigma<vquad>& s, const Prior& prior, int64_t count) {
+  template <bool kWhole, class P>
+  BBB_INLINE void add(
+      int quad, const vquad& mu, const Sigma<vquad>& s, const PriorOf<P>& prior, int64_t count) {
     vquad q;
     vquad square = kl_squares(mu, s, prior, q);
     if constexpr (!kWhole) {

@@ -118,7 +118,7 @@ void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
         commit_tile(a.out[k], i, count, out);
       });
     }
-    if constexpr (kWithKl) a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, a.prior, chunk);
+    if constexpr (kWithKl) a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, SamePrior{a.prior}, chunk);
   }
 }
 

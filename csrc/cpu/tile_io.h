@@ -150,19 +150,26 @@ inline void write_double(const Span& t, int64_t i, double x) {
   }
 }
 
-// A chunk's partial sum of the KL in double, element by element.
-inline double exact_chunk_kl(const Span& mu, const Span& rho, const f64::Prior& prior, int64_t chunk) {
+// A chunk's partial sum of the KL in double, element by element; prior_at(i) is element i's.
+template <class PriorAt>
+double exact_chunk_kl(const Span& mu, const Span& rho, const PriorAt& prior_at, int64_t chunk) {
   double sum = 0.0;
   for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, mu.numel); ++i) {
     const double r = read_any(rho, i);
-    sum += f64::kl_terms(read_any(mu, i), r, f64::softplus(r), prior);
+    sum += f64::kl_terms(read_any(mu, i), r, f64::softplus(r), prior_at(i));
   }
   return sum;
 }
 
 // The same, formed in float by a KlSum where that can tell it.
-template <class Sum>
-double chunk_kl(const Sum& fast, const Span& mu, const Span& rho, const f64::Prior& prior, int64_t chunk) {
+template <class Sum, class PriorAt>
+double chunk_kl(const Sum& fast, const Span& mu, const Span& rho, const PriorAt& prior_at, int64_t chunk) {
   const double sum = fast.total();
-  return std::isfinite(sum) ? sum : exact_chunk_kl(mu, rho, prior, chunk);
+  return std::isfinite(sum) ? sum : exact_chunk_kl(mu, rho, prior_at, chunk);
 }
+
+// One prior for all elements.
+struct SamePrior {
+  const f64::Prior& prior;
+  const f64::Prior& operator()(int64_t) const { return prior; }
+};

@@ -88,7 +88,7 @@ void variance_chunks_float(const VarianceArgs& a, int64_t begin, int64_t end) {
       if constexpr (kWithKl) kl.finish_tile();
       commit_tile(a.out, i, count, out);
     }
-    if constexpr (kWithKl) a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, a.prior, chunk);
+    if constexpr (kWithKl) a.partial[chunk] = chunk_kl(kl, a.mu, a.rho, SamePrior{a.prior}, chunk);
   }
 }
 

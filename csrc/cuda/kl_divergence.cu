@@ -40,9 +40,9 @@ __global__ void __launch_bounds__(kThreads)
           typename KlSum<A>::Sigma s[N];
 #pragma unroll
           for (int j = 0; j < N; ++j) s[j] = softplus(o.rho.wide(j));
-          kl.add(o.mu, o.rho, s, e.prior, left);
+          kl.add(o.mu, o.rho, s, SamePrior{e.prior}, left);
         });
-    const double sum = block_sum(thread_kl<N>(kl, e.mu + begin, e.rho + begin, count, e.prior));
+    const double sum = block_sum(thread_kl<N>(kl, e.mu + begin, e.rho + begin, count, SamePrior{e.prior}));
     if (threadIdx.x == 0) partial[chunk] = sum;
   });
 }

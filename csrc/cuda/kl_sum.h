@@ -9,9 +9,18 @@
 namespace bbb_fast::cuda {
 
 // What the mathematics of a type calls a prior, and a thread's share of a chunk's KL, twice and plus 1 a
-// weight. add takes a vector of weights, of which the first `left` count.
+// weight. add takes a vector of weights, of which the first `left` count; prior_at(j) is element j's prior.
 template <class A>
 struct KlSum;
+
+// One prior for all elements.
+template <class Prior>
+struct SamePrior {
+  const Prior& prior;
+  BBB_DEVICE const Prior& operator()(int) const { return prior; }
+};
+template <class Prior>
+SamePrior(const Prior&) -> SamePrior<Prior>;
 
 template <>
 struct KlSum<float> {
@@ -24,16 +33,16 @@ struct KlSum<float> {
   int exponents = 0;
   bool in_range = true;
 
-  template <class P, int N>
+  template <class P, int N, class PriorAt>
   BBB_DEVICE void add(
-      const Pack<P, N>& mu, const Pack<P, N>&, const Sigma (&s)[N], const Prior& prior, int left) {
+      const Pack<P, N>& mu, const Pack<P, N>&, const Sigma (&s)[N], const PriorAt& prior_at, int left) {
 #pragma unroll
     for (int quad = 0; quad < N; quad += 4) {
       float product = 1.0f;
 #pragma unroll
       for (int j = quad; j < quad + 4; ++j) {
         float q;
-        const float squares = scalar::kl_squares(mu.wide(j), s[j], prior, q);
+        const float squares = scalar::kl_squares(mu.wide(j), s[j], prior_at(j), q);
         terms += j < left ? squares : 0.0f;
         product *= j < left ? q : 1.0f;
       }
@@ -56,41 +65,42 @@ struct KlSum<double> {
 
   double sum = 0.0;
 
-  template <int N>
+  template <int N, class PriorAt>
   BBB_DEVICE void add(
       const Pack<double, N>& mu,
       const Pack<double, N>& rho,
       const Sigma (&s)[N],
-      const Prior& prior,
+      const PriorAt& prior_at,
       int left) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      if (j < left) sum += f64::kl_terms(mu.x[j], rho.x[j], s[j], prior);
+      if (j < left) sum += f64::kl_terms(mu.x[j], rho.x[j], s[j], prior_at(j));
     }
   }
 };
 
 // What this thread's vectors of a chunk add up to; mu and rho begin with the chunk. Weights whose product of
 // q left float's range (sigma / sigma_p below 2^-31, or not finite) are formed in double once more.
-template <int N, class P>
+template <int N, class P, class PriorAt>
 BBB_DEVICE double thread_kl(
-    const KlSum<float>& kl, const P* mu, const P* rho, int count, const scalar::Prior& prior) {
+    const KlSum<float>& kl, const P* mu, const P* rho, int count, const PriorAt& prior_at) {
   if (kl.in_range) return kl.total();
   double sum = 0.0;
-  const f64::Prior exact{prior.mu, 1.0 / prior.inv_sigma};
 #pragma unroll 1
   for (int first = threadIdx.x * N; first < count; first += kThreads * N) {
 #pragma unroll 1
     for (int i = first; i < first + N && i < count; ++i) {
       const double r = static_cast<double>(static_cast<float>(rho[i]));
+      const scalar::Prior prior = prior_at(i);
+      const f64::Prior exact{prior.mu, 1.0 / prior.inv_sigma};
       sum += f64::kl_terms(static_cast<float>(mu[i]), r, f64::softplus(r), exact);
     }
   }
   return sum;
 }
 
-template <int N>
-BBB_DEVICE double thread_kl(const KlSum<double>& kl, const double*, const double*, int, const f64::Prior&) {
+template <int N, class PriorAt>
+BBB_DEVICE double thread_kl(const KlSum<double>& kl, const double*, const double*, int, const PriorAt&) {
   return kl.sum;
 }
 

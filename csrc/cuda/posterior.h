@@ -59,10 +59,11 @@ __global__ void __launch_bounds__(kThreads) posterior_kernel(
             z[j] = Function::call(o.mu.wide(j), s[j], z[j]);
           }
           write<whole.value>(e.out + begin + at, left, z);
-          if constexpr (kWithKl) kl.add(o.mu, o.rho, s, args.prior, left);
+          if constexpr (kWithKl) kl.add(o.mu, o.rho, s, SamePrior{args.prior}, left);
         });
     if constexpr (kWithKl) {
-      const double sum = block_sum(thread_kl<N>(kl, e.mu + begin, e.rho + begin, count, args.prior));
+      const double sum =
+          block_sum(thread_kl<N>(kl, e.mu + begin, e.rho + begin, count, SamePrior{args.prior}));
       if (threadIdx.x == 0) args.partial[chunk] = sum;
     }
   });
