@@ -158,9 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _execute(args, launch)
         if output.lost() and args.command in _PRINTING:
             code = code or 1
-    if code and argv is None and launch.size > 1:
-        # The launcher ends the others; leaving them in good order could mean to wait for them.
-        os._exit(code)
+    if argv is None and launch.size > 1:
+        launch.exit(code)
     launch.leave()
     return code
 
