@@ -100,8 +100,8 @@ class Launch:
     def exit(self, code: int) -> NoReturn:
         """Ends this process, one of several; after success together with the others.
 
-        Without :meth:`leave`, which may wait for a process that has failed, and in which gloo's threads now and
-        then abort.
+        Without :meth:`leave`, which may wait for a process that has failed, and in which gloo's threads now
+        and then abort.
         """
         if code == 0:
             done = f"bbb_fast/{self.attempt}/done"

@@ -22,7 +22,8 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(f"another process of this run has ended or cannot be reached ({error})") from error
+        reason = str(error).partition(". ")[0]
+        raise RuntimeError(f"another process of this run has ended or cannot be reached: {reason}") from error
 
 
 class Processes:

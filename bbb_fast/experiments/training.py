@@ -684,14 +684,14 @@ class _Run:
         return True
 
     def probs(self, model: nn.Module, images: Tensor, samples: int, seed: int) -> Tensor:
-        """As :func:`predict_probs`; each process predicts a part of the images."""
+        """As :func:`predict_probs`; every process predicts for a part of the images, and gets all."""
         part = self.processes.part(len(images))
-        probs = torch.zeros(len(images), len(self.classes), dtype=torch.float64)
+        probs = torch.zeros(len(images), len(self.classes), dtype=torch.float64, device=self.device)
         if len(images[part]):
             samples = samples if self.bayesian else 1
             probs[part] = predict_probs(model, images[part], self.mean, self.std, samples, seed)
         self.processes.add(probs)
-        return probs
+        return probs.cpu()
 
     def _check_alike(self) -> None:
         """Raises TrainingError unless all processes have the same weights."""
