@@ -45,6 +45,13 @@ SMALL = [
 STEPS = [("lrt", 64, 1), ("bbb", 64, 2), ("flipout", 64, 1), ("none", 64, 1), ("none", 65, 1), ("none", 1, 1)]
 
 
+# Whole runs. The batches of the second one are of 199 images and of 1.
+FITS = {
+    "lrt": replace(QUICK, lr_schedule="plateau"),
+    "none": replace(QUICK, layer_type="none", batch_size=199, lr_schedule="plateau"),
+}
+
+
 def _sets() -> tuple[data.ImageSet, data.ImageSet, data.ImageSet]:
     """200 training, 81 validation and 61 test digits: the latter two do not divide by two."""
     train, valid = data.split_validation(data.load("digits", "train"), 81, 0, 200)
@@ -93,8 +100,7 @@ def _fits(rank: int, folder: Path) -> dict[str, Any]:
 
     training._judge = look
     results = {}
-    for layer_type in ("lrt", "none"):
-        config = replace(QUICK, layer_type=layer_type, lr_schedule="plateau")
+    for layer_type, config in FITS.items():
         metrics = fit(config, *sets, folder / layer_type, progress=False)
         for entry in metrics["history"]:
             del entry["seconds"], entry["images_per_second"]
@@ -229,7 +235,7 @@ class TestTogether:
             torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(stats, expected_stats, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("layer_type", ["lrt", "none"])
+    @pytest.mark.parametrize("layer_type", FITS)
     def test_all_end_alike(self, ranks: list[dict[str, Any]], layer_type: str) -> None:
         a, b = (rank["fits"][layer_type] for rank in ranks)
         torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
@@ -240,8 +246,7 @@ class TestTogether:
     def test_without_noise_it_is_the_run_of_one_process(
         self, ranks: list[dict[str, Any]], tmp_path: Path
     ) -> None:
-        config = replace(QUICK, layer_type="none", lr_schedule="plateau")
-        alone = fit(config, *_sets(), tmp_path, progress=False)
+        alone = fit(FITS["none"], *_sets(), tmp_path, progress=False)
         model = checkpoint.load(tmp_path / "last.pt")["model"]
         together = ranks[1]["fits"]["none"]
         torch.testing.assert_close(together["model"], model, rtol=1e-3, atol=1e-4)
@@ -323,11 +328,13 @@ class TestNamedRuns:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(training, "_keep", stop)
                 fit(QUICK, *sets, parts, progress=False, overwrite=True, name="mine")
-            assert checkpoint.load(parts / "last.pt")["epoch"] == 1
+            begun = checkpoint.load(parts / "last.pt")["history"]
+            assert len(begun) == 1
             with pytest.raises(FileExistsError, match="already holds a run"):
                 fit(QUICK, *sets, parts, progress=False, name="another's")
             metrics = fit(QUICK, *sets, parts, progress=False, name="mine", **how)
             assert metrics["run"] == "mine"
+            assert metrics["history"][:1] == begun  # the times are those of the first start
             one, other = (checkpoint.load(folder / "last.pt") for folder in (whole, parts))
             for key in ("model", "optimizer", "rng"):
                 torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
@@ -389,6 +396,16 @@ class TestLaunch:
             for rank in (1, 0):
                 started(rank, attempt).report(f"{attempt}: rank {rank}")
         assert capsys.readouterr().err == "0: rank 1\n1: rank 1\n"
+
+    def test_a_gpu_that_is_not_there(
+        self, started: Callable[[int, int], Launch], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Rank 1 says so by itself; rank 0 has one and would wait for the other."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(OptionError, match="device cuda:1 is not there: PyTorch finds only 1"):
+            started(1, 0).join("cuda")
 
     @pytest.mark.parametrize(
         "command", [["tune"], ["info"], ["uncertainty", "--checkpoint", "x.pt", "--ood", "noise"]]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..experiments.processes import Processes
+from ..experiments.training import parse_device
 
 __all__ = ["Launch"]
 
@@ -60,11 +61,14 @@ class Launch:
         return self._store.compare_set("bbb_fast/run", "", secrets.token_hex(8)).decode()
 
     def join(self, device: str) -> Processes:
-        """Connects the processes, whose tensors are on ``device``: "cpu" or "cuda", each one's own GPU."""
+        """Connects the processes, whose tensors are on ``device``: "cpu", or "cuda" for a GPU each.
+
+        Raises OptionError for a GPU that is not there.
+        """
         if self.size > 1:
             backend = "gloo"
             if device != "cpu":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(parse_device(f"cuda:{os.environ['LOCAL_RANK']}"))
                 backend = "cpu:gloo,cuda:nccl"
             # The launcher's store still holds where to find the processes of the attempts before.
             store = dist.PrefixStore(f"bbb_fast/{self.attempt}", self._store)
