@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bbb_fast import _noise
-from bbb_fast.cli import main
+from bbb_fast.cli import main, train
 from bbb_fast.cli.launch import Launch
 from bbb_fast.experiments import checkpoint, data, training
 from bbb_fast.experiments.options import OptionError
@@ -420,6 +421,26 @@ class TestLaunch:
         problem = "runs in one process, but torchrun started 2: start it without torchrun"
         assert err == f"bbb-fast: error: {command[0]} {problem}\n"
         assert out == ""
+
+    def test_a_warning_is_told_once(
+        self, started: Callable[[int, int], Launch], capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        def warn(_: Any) -> int:
+            warnings.warn("both know", stacklevel=1)
+            warnings.warn(f"only {os.environ['RANK']} knows", stacklevel=1)
+            print("out")
+            return 0
+
+        monkeypatch.setattr(train, "run", warn)
+        for rank in (1, 0):
+            started(rank, 0)
+            assert main(["train"]) == 0
+        out, err = capsys.readouterr()
+        assert [line.removeprefix("bbb-fast: warning: ") for line in err.splitlines()] == [
+            "both know", "only 1 knows", "only 0 knows",
+        ]  # fmt: skip
+        assert out == "out\n"  # rank 0's
 
     def test_usage_is_told_once(
         self, started: Callable[[int, int], Launch], capsys: pytest.CaptureFixture[str]

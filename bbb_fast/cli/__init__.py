@@ -125,8 +125,9 @@ def _streams(launch: Launch) -> Iterator[_Output]:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
     def show(message: Warning | str, *_: Any) -> None:
-        if launch.is_first_to_say(str(message)):
-            print(f"bbb-fast: warning: {message}", file=sys.stderr)
+        line = f"bbb-fast: warning: {message}"
+        if launch.is_first_to_say(line):
+            print(line, file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

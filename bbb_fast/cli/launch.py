@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from typing import NoReturn
@@ -35,6 +35,7 @@ class Launch:
     rank: int = 0
     size: int = 1
     attempt: int | None = None
+    _joined: bool = field(default=False, init=False)
 
     @classmethod
     def here(cls) -> Launch:
@@ -63,9 +64,10 @@ class Launch:
     def join(self, device: str) -> Processes:
         """Connects the processes, whose tensors are on ``device``: "cpu", or "cuda" for a GPU each.
 
-        Raises OptionError for a GPU that is not there.
+        Those that are connected already stay as they are. Raises OptionError for a GPU that is not there.
         """
-        if self.size > 1:
+        if self.size > 1 and not dist.is_initialized():
+            self._joined = True
             backend = "gloo"
             if device != "cpu":
                 torch.cuda.set_device(parse_device(f"cuda:{os.environ['LOCAL_RANK']}"))
@@ -98,8 +100,9 @@ class Launch:
 
     def leave(self) -> None:
         """Takes :meth:`join` back."""
-        if self.size > 1 and dist.is_initialized():
+        if self._joined and dist.is_initialized():
             dist.destroy_process_group()
+            self._joined = False
 
     def exit(self, code: int) -> NoReturn:
         """Ends this process, one of several; after success together with the others.
