@@ -153,7 +153,7 @@ class TestTrain:
         assert vars(config) == options
         assert [len(training), len(valid), len(test)] == [60, 50, 360]
         assert out == Path("runs/digits-3conv3fc-none-seed11")
-        assert (resume, progress, rest) == (False, False, {"overwrite": True})
+        assert (resume, progress, rest) == (False, False, {"overwrite": True, "name": None})
 
     def test_the_type_of_the_variance_reaches_the_layers(self, tmp_path: Path) -> None:
         pytest.importorskip("sklearn")

@@ -178,6 +178,24 @@ class TestWithoutLocks:
 
         monkeypatch.setattr(folder.fcntl, "flock", fail)
 
+    def test_what_an_owner_of_the_same_name_left(self, tmp_path: Path) -> None:
+        """Only where there is one: who has the lock without a name keeps it."""
+        own(tmp_path).__enter__()
+        mine = OwnedFolder(tmp_path, "training", ("a.txt",), "run 1")
+        with pytest.raises(OSError, match="is gone, delete"), mine:
+            pass
+        os.remove(tmp_path / ".training.lock")
+        mine.__enter__()
+        for name in (None, "run 2", "1"):
+            with (
+                pytest.raises(OSError, match=r"\(run 1\) is writing to it"),
+                OwnedFolder(tmp_path, "training", (), name),
+            ):
+                pass
+        with OwnedFolder(tmp_path, "training", ("a.txt",), "run 1") as owned:
+            owned.write("a.txt", b"")
+        assert os.listdir(tmp_path) == ["a.txt"]
+
     def test_one_owner(self, tmp_path: Path) -> None:
         with own(tmp_path) as owned:
             assert_busy(tmp_path, rf"process {os.getpid()} on .*is gone, delete .*\.training\.lock")

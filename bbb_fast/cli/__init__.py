@@ -6,16 +6,18 @@ Each command is a module with ``add_parser(subparsers)`` and ``run(args) -> exit
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
 
 from .._version import __version__
 from ..experiments.options import OptionError
 from . import info, train, tune, uncertainty
+from .launch import Launch
 from .memory import keep_freed_memory
 
 __all__ = ["main"]
@@ -23,6 +25,8 @@ __all__ = ["main"]
 _COMMANDS = {"train": train, "uncertainty": uncertainty, "tune": tune, "info": info}
 # Those whose output is all they do.
 _PRINTING = ("info",)
+# Those that several processes can do together.
+_PARALLEL = ("train",)
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
@@ -109,15 +113,24 @@ class _Output:
 
 
 @contextmanager
-def _streams() -> Iterator[_Output]:
-    """An output that may fail, warnings in one line; both put back afterwards."""
+def _streams(launch: Launch) -> Iterator[_Output]:
+    """An output that may fail, warnings in one line; both put back afterwards.
+
+    Of several processes only the first has an output, and a warning is printed once.
+    """
     before = sys.stdout, sys.stderr
-    output = _Output(sys.stdout)
+    output = _Output(sys.stdout if launch.rank == 0 else None)
     sys.stdout = output  # type: ignore[assignment]
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+    def show(message: Warning | str, *_: Any) -> None:
+        line = f"bbb-fast: warning: {message}"
+        if launch.is_first_to_say(line):
+            print(line, file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"bbb-fast: warning: {message}", file=sys.stderr)
+        warnings.showwarning = show
         try:
             yield output
         finally:
@@ -133,29 +146,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     Where standard output cannot be written, the work goes on and its files are written; a line on stderr
     says so. A command that only prints (``info``, ``--help``) then returns 1.
     """
+    launch = Launch.here()
     if argv is None:  # a process of our own
         keep_freed_memory()
-    with _streams() as output:
+    with _streams(launch) as output:
         try:
-            args = _parser().parse_args(argv)
+            args = _parse(argv, launch)
         except SystemExit as leaving:
             if output.lost() and not leaving.code:
                 raise SystemExit(1) from None
             raise
-        code = _execute(args)
+        code = _execute(args, launch)
         if output.lost() and args.command in _PRINTING:
-            return code or 1
-        return code
+            code = code or 1
+    if argv is None and launch.size > 1:
+        launch.exit(code)
+    launch.leave()
+    return code
 
 
-def _execute(args: argparse.Namespace) -> int:
+def _parse(argv: Sequence[str] | None, launch: Launch) -> argparse.Namespace:
+    usage = io.StringIO()
     try:
+        with redirect_stderr(usage if launch.size > 1 else sys.stderr):
+            return _parser().parse_args(argv)
+    finally:
+        if usage.getvalue():
+            launch.report(usage.getvalue().rstrip())
+
+
+def _execute(args: argparse.Namespace, launch: Launch) -> int:
+    args.launch = launch
+    try:
+        if launch.size > 1 and args.command not in _PARALLEL:
+            raise ValueError(
+                f"{args.command} runs in one process, but torchrun started {launch.size}: start it without "
+                "torchrun"
+            )
         return _COMMANDS[args.command].run(args)
-    except KeyboardInterrupt:
-        print("bbb-fast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        # What a command has to say of it goes below the terminal's ^C.
+        launch.report(f"\nbbb-fast: {interrupt}" if interrupt.args else "bbb-fast: interrupted")
         return 130
     except Exception as error:
         if args.debug:
             raise
-        print(f"bbb-fast: error: {_describe(error)}", file=sys.stderr)
+        launch.report(f"bbb-fast: error: {_describe(error)}")
         return 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
         help="train a classifier and judge it on the test set",
         description=(
             "Train an image classifier and judge the best epoch's weights on the test set. The output "
-            "folder receives last.pt, best.pt, metrics.json and curves.png."
+            "folder receives last.pt, best.pt, metrics.json and curves.png. Started by torchrun, as "
+            "`torchrun --nproc-per-node N -m bbb_fast train ...`, N processes share every step."
         ),
         formatter_class=_Help,
     )
@@ -120,7 +120,7 @@ def add_parser(subparsers: Any) -> None:
     )
     how.add_argument("--seed", type=int, default=default.seed, help="the same seed gives the same run")
     how.add_argument("--device", default=default.device, help="cpu, cuda or cuda:<index>")
-    how.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    how.add_argument("--threads", type=int, help="CPU threads of a process (default: PyTorch's choice)")
 
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -135,28 +135,35 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains and prints the test scores; returns 0, or 130 if interrupted."""
+    """Trains and prints the test scores; returns 0.
+
+    Raises KeyboardInterrupt, with what to do next where there is something to resume.
+    """
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
     pairs = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
     config = TrainConfig(**{**given, **pairs})
-    config.validate()  # before any download
+    config.validate(args.launch.size)  # before any download
     out = args.out or Path(f"runs/{config.dataset}-{config.model}-{config.layer_type}-seed{config.seed}")
-    whole, test = (
-        data.load(config.dataset, split, args.data_dir, download=args.download) for split in ("train", "test")
-    )
+    processes = args.launch.join(config.device)
+
+    def load() -> list[data.ImageSet]:
+        splits = ("train", "test")
+        return [data.load(config.dataset, s, args.data_dir, download=args.download) for s in splits]
+
+    # Two downloads at once would be in each other's way; the second finds the files of the first.
+    whole, test = processes.in_turn(load) if args.download else load()
     valid_size = len(whole) // 10 if config.valid_size is None else config.valid_size
     train, valid = data.split_validation(whole, valid_size, config.seed, config.train_size)
+    how = {"overwrite": args.overwrite, "name": args.launch.run_name()}
     try:
-        metrics = fit(config, train, valid, test, out, args.resume, not args.quiet, overwrite=args.overwrite)
+        metrics = fit(config, train, valid, test, out, args.resume, not args.quiet, **how)
     except KeyboardInterrupt:
         if not (out / LAST).exists():
             raise
-        print(
-            f"\nbbb-fast: interrupted; {out} holds every completed epoch, and the same command with "
-            "--resume continues from there",
-            file=sys.stderr,
-        )
-        return 130
+        raise KeyboardInterrupt(
+            f"interrupted; {out} holds every completed epoch, and the same command with --resume continues "
+            "from there"
+        ) from None
     scores = metrics["test"]
     print(
         f"{config.dataset} test set: {len(test)} images, {scores['samples']} draws, weights of epoch "

@@ -5,7 +5,8 @@ every option of the run); ``model``, ``optimizer``, ``scheduler`` (state dicts; 
 one); ``rng`` (generator states: ``torch``, ``shuffle``, ``cuda``); ``epoch`` (epochs completed);
 ``best`` (of the best epoch so far, {} before the first) and ``history`` (of each epoch); ``data`` (what
 the run was trained on); ``mean``, ``std`` (of each input channel, in [0, 1] units); ``classes`` (names, by
-label); ``run`` (a random name that all files of one run share; files of earlier releases have none).
+label); ``run`` (a name that all files of one run share; files of earlier releases have none);
+``processes`` (by how many it was written, if not by one).
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ class OwnedFolder:
         purpose: names the lock, ``.<purpose>.lock``; different purposes do not exclude each other.
         files: the names that :meth:`write` will be given. What an earlier, killed owner left of unfinished
             ones is removed.
+        owner: a name that only one owner at a time has. Where there are no locks, the owner takes over the
+            lock that an earlier one of its name left behind.
 
     Entering raises OSError: ``path`` is something else than a folder, cannot be written, or has an owner.
     Where the system or the file system has no locks, the lock's existence stands in for it: then a killed
@@ -55,8 +57,9 @@ class OwnedFolder:
     _file: int
     _process: int
 
-    def __init__(self, path: Path, purpose: str, files: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, purpose: str, files: tuple[str, ...], owner: str | None = None) -> None:
         self.path, self._purpose, self._files = path, purpose, files
+        self._mark = "" if owner is None else f" ({owner})"
         self._lock = path / f".{purpose}.lock"
 
     def __enter__(self) -> OwnedFolder:
@@ -75,7 +78,7 @@ class OwnedFolder:
         self._process = os.getpid()
         with suppress(OSError):  # only for the message that others get
             os.ftruncate(self._file, 0)
-            os.write(self._file, f"process {self._process} on {platform.node()}".encode())
+            os.write(self._file, f"process {self._process} on {platform.node()}{self._mark}".encode())
         remove_leftovers(self.path, self._files)
         return self
 
@@ -124,7 +127,7 @@ class OwnedFolder:
                 except FileNotFoundError:
                     continue
             try:
-                if not self._flock(file) and not created:
+                if not self._flock(file) and not created and not self._was_ours(file):
                     raise self._busy(file, f"; if that process is gone, delete {self._lock}")
                 if self._is_ours(file):
                     return file
@@ -148,8 +151,17 @@ class OwnedFolder:
             raise
         return True
 
+    def _was_ours(self, file: int) -> bool:
+        """Whether one of the same name left the lock."""
+        return self._mark != "" and self._owner_in(file).endswith(self._mark)
+
+    @staticmethod
+    def _owner_in(file: int) -> str:
+        os.lseek(file, 0, os.SEEK_SET)
+        return os.read(file, 300).decode(errors="replace")
+
     def _busy(self, file: int, remedy: str = "") -> OSError:
-        owner = os.pread(file, 300, 0).decode(errors="replace") if hasattr(os, "pread") else ""
+        owner = self._owner_in(file)
         why = (
             f"{owner or 'another process'} is writing to it ({self._purpose}): wait for its end, or choose "
             f"another folder with --out{remedy}"

@@ -16,8 +16,11 @@ class OptionError(ValueError):
     """A wrong option. The message starts with its name, which the command line spells its own way."""
 
     def __init__(self, option: str, problem: str) -> None:
-        super().__init__(f"{option} {problem}")
+        super().__init__(option, problem)  # what it is pickled by
         self.option, self.problem = option, problem
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.problem}"
 
 
 def check_int(option: str, value: Any, least: int = 1, most: int = MAX_COUNT) -> None:

@@ -2,6 +2,10 @@
 
 The loss of a minibatch is ``mean NLL + kl_weight * KL / N`` with N training images: at a KL weight of 1
 the negative ELBO per image. It is on the scale of a point estimate's loss: learning rates carry over.
+
+Several processes (``torch.distributed``) share a minibatch. Each draws noise of its own for its part, and
+all take the step of the average of their gradients, so they hold the same weights all along. The average is
+the gradient of the loss above: a part counts by its rows, and the KL, which every process has whole, once.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ import secrets
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +42,7 @@ from . import checkpoint, plots
 from .data import ImageSet, batches, channel_stats, normalize
 from .folder import OwnedFolder
 from .options import MAX_COUNT, MAX_SEED, MAX_THREADS, OptionError, check_int
+from .processes import Processes
 
 __all__ = ["LR_SCHEDULES", "TrainConfig", "TrainingError", "fit", "parse_device", "predict_probs"]
 
@@ -69,7 +74,8 @@ class TrainConfig:
         variance_dtype: "float32", or "bfloat16" for the variance products of layer_type "lrt": faster where
             the machine multiplies bfloat16 faster (docs/mnist.md has its effect on the results).
         prior_mu ... posterior_rho_initial: the ``priors`` of the Bayesian layers.
-        epochs, batch_size: at least 1; the last batch of an epoch may be short.
+        epochs, batch_size: at least 1; the last batch of an epoch may be short. Several processes share a
+            batch, so that their number changes neither the steps nor the images of each.
         train_samples, valid_samples, test_samples: draws of the weights a minibatch, and a prediction.
         valid_size: images held out for validation; None: a tenth. train_size: images to train on; None:
             all the others. Both are for :func:`bbb_fast.data.split_validation`, not for :func:`fit`.
@@ -78,8 +84,9 @@ class TrainConfig:
         lr_schedule: "constant", "cosine" (to 0, at every step) or "plateau" (halved when the validation
             NLL has not improved for 6 epochs).
         seed: of initialisation, noise, order and draws; 0 ... 2^63 - 1.
-        device: "cpu", "cuda" or "cuda:<index>".
-        threads: of the CPU; None leaves PyTorch's number.
+        device: "cpu", "cuda" or "cuda:<index>". For several processes "cpu" or "cuda", which is then the GPU
+            of each process's number on its machine.
+        threads: of the CPU, in each process; None leaves PyTorch's number.
     """
 
     dataset: str = "digits"
@@ -111,8 +118,11 @@ class TrainConfig:
         """The four numbers and pairs as the layers take them."""
         return {key: getattr(self, key) for key in DEFAULT_PRIORS}
 
-    def validate(self) -> None:
-        """Raises ValueError for the first option that is wrong; the message says what is allowed."""
+    def validate(self, processes: int = 1) -> None:
+        """Raises ValueError for the first option that is wrong, for a run of so many processes.
+
+        The message says what is allowed.
+        """
         for name, allowed in (
             ("model", checkpoint.MODELS),
             ("layer_type", checkpoint.MODEL_LAYER_TYPES),
@@ -152,6 +162,16 @@ class TrainConfig:
                 "has variance products",
             )
         parse_device(self.device)
+        if processes > 1 and self.device not in ("cpu", "cuda"):
+            raise OptionError(
+                "device",
+                f"must be cpu or cuda with {processes} processes, each of which takes a GPU of its own, got "
+                f"{self.device}",
+            )
+        if self.batch_size < processes:
+            raise OptionError(
+                "batch_size", f"must be at least the number of processes, {processes}, got {self.batch_size}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, pairs as lists: what checkpoints and JSON hold."""
@@ -217,6 +237,7 @@ def fit(
     progress: bool = True,
     *,
     overwrite: bool = False,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Trains a model, keeps the best epoch's weights, and judges those once on the test set.
 
@@ -226,43 +247,79 @@ def fit(
     (``.training.lock``) and no other run, in this process or another, can have it. The caller's random state
     and number of threads come back as they were.
 
+    Where ``torch.distributed`` is initialised, all processes of its default group call this, with the same
+    options and images, and train one model together. Process 0 alone has the folder, writes and prints. All
+    hold the same weights, bit for bit. What process 0 raises about the folder all raise; a process that fails
+    alone leaves the others waiting for it until it exits.
+
     Args:
         config: the options; checked first.
         train, valid, test: images with the same channels and classes; without ``test`` no test scores.
         out: the folder of this run.
         resume: continue from ``out/last.pt``, bit for bit as if the run had never stopped. The options
             and images must be the same, except ``test_samples``, and ``epochs`` where nothing in the
-            run depends on their number. A finished run is only judged again.
+            run depends on their number. A finished run is only judged again. Another number of processes may
+            continue, also with another number of threads: it takes the same steps, under other noise.
         progress: print a line an epoch, and show a bar on a terminal if tqdm is installed.
         overwrite: replace a run that ``out`` already holds. A run that has not completed an epoch is
             replaced without it.
+        name: of a new run; None: a random one. If ``out`` holds a run of this name, that is continued,
+            without ``resume`` and in spite of ``overwrite``: so a job that is started again goes on where it
+            was. Two jobs must not have the same one.
 
     Returns:
         What ``metrics.json`` holds: the run's name, which its checkpoints have too, the options, seeds,
         versions, sizes, history, timing, the best validation scores, the last epoch's mean KL weight, and
-        ``test`` (accuracy, nll, brier, ece, samples; None without a test set).
+        ``test`` (accuracy, nll, brier, ece, samples; None without a test set). Of several processes also
+        their number, ``processes``; the measured times are each one's own.
 
     Raises:
-        ValueError: a wrong option or data set, or a resume that does not fit (also CheckpointError).
+        ValueError: a wrong option or data set, a resume that does not fit (also CheckpointError), or
+            processes that were given different ones.
         FileExistsError: ``out`` holds one of these files, without ``resume`` or ``overwrite``.
         OSError: ``out`` cannot be written (what it held is unchanged), or another run is writing to it.
-        TrainingError: the loss or the outputs are not finite.
+        TrainingError: the loss or the outputs are not finite, or the processes' weights are not the same.
+        RuntimeError: another process is gone.
     """
+    processes = Processes()
     config = replace(config, dataset=train.name)
-    config.validate()
+    config.validate(processes.size)
+    if name is not None and (not isinstance(name, str) or not name):
+        raise ValueError(f"name must be a str that is not empty, or None, got {name!r}")
     _check_data(train, valid, test)
+    _check_alike(processes, config, {"training": train, "validation": valid, "test": test})
     folder = Path(out).expanduser()
     if resume and overwrite:
         raise ValueError("resume and overwrite contradict each other: give one of them")
-    if resume and not (folder / LAST).exists():
-        raise ValueError(f"nothing to resume: {folder / LAST} does not exist; start without --resume")
-    with OwnedFolder(folder, "training", FILES) as owned:
-        previous = None
-        if resume:
-            previous = _load_previous(folder, config, train, valid)
-        elif not overwrite:
-            _check_free(folder)
-        return _train(config, train, valid, test, owned, previous, progress)
+    if processes.rank != 0:
+        progress = False
+    owned = OwnedFolder(folder, "training", FILES, None if name is None else f"run {name}")
+    with ExitStack() as stack:
+
+        def enter() -> dict[str, Any] | None:
+            if resume and not (folder / LAST).exists():
+                raise ValueError(f"nothing to resume: {folder / LAST} does not exist; start without --resume")
+            stack.enter_context(owned)
+            epoch = _epoch_of(folder, name)
+            if resume or epoch:
+                return _load_previous(folder, config, train, valid, processes.size)
+            # Of a run of this name that has not completed an epoch the same is done again.
+            if epoch is None and not overwrite:
+                _check_free(folder)
+            return None
+
+        previous = processes.first(enter)
+        return _train(config, train, valid, test, owned, previous, progress, name)
+
+
+def _epoch_of(folder: Path, name: str | None) -> int | None:
+    """The epochs that the run of this name in the folder has completed; None: there is none."""
+    if name is not None:
+        with suppress(checkpoint.CheckpointError):
+            last = checkpoint.load(folder / LAST)
+            if last.get("run") == name:
+                return last["epoch"]
+    return None
 
 
 def _train(
@@ -273,43 +330,61 @@ def _train(
     owned: OwnedFolder,
     previous: dict[str, Any] | None,
     progress: bool,
+    name: str | None,
 ) -> dict[str, Any]:
+    processes = Processes()
     folder, threads = owned.path, config.threads
-    if threads is None and previous is not None:
+    if threads is None and previous is not None and _processes_of(previous) == processes.size:
         threads = previous["config"].get("threads")
-    config = replace(config, threads=threads or torch.get_num_threads())
-    config.validate()  # once more: the number may be a file's
+    config = replace(config, threads=threads or processes.first(torch.get_num_threads))
+    config.validate(processes.size)  # once more: the number may be a file's
     # Flushed: a log should show an epoch when it ends.
     say: Callable[[str], None] = partial(print, flush=True) if progress else lambda line: None
     with _surroundings(config):
-        run = _Run(config, train, valid)
+        run = _Run(config, train, valid, name)
+        if previous is None:
+            previous = processes.first(partial(_begin, run, owned))
         if previous is not None:
             run.restore(previous, folder / LAST)
-        else:
-            # At epoch 0: a folder that cannot be written shows now, and every interruption can resume.
-            owned.write(LAST, checkpoint.pack(run.state()))
-            for name in FILES[1:]:
-                (folder / name).unlink(missing_ok=True)  # of the run that is overwritten
         say(_headline(run, test))
         while run.epoch < config.epochs:
             improved = run.advance(progress)
-            state = checkpoint.pack(run.state())
-            # best.pt first: if last.pt is never written, resuming repeats this epoch and best.pt.
-            if improved:
-                owned.write(BEST, state)
-            owned.write(LAST, state)
+            processes.first(partial(_keep, run, owned, improved))
             say(_epoch_line(run.history[-1], config.epochs, improved))
         metrics = _judge(run, folder, test)
+    processes.first(partial(_finish, owned, metrics, say))
+    return metrics
+
+
+def _begin(run: _Run, owned: OwnedFolder) -> dict[str, Any] | None:
+    """Writes the first checkpoint of a new run; returns it where other processes have to take it over."""
+    # At epoch 0: a folder that cannot be written shows now, and every interruption can resume.
+    owned.write(LAST, checkpoint.pack(run.state()))
+    for name in FILES[1:]:
+        (owned.path / name).unlink(missing_ok=True)  # of the run that is overwritten
+    return checkpoint.load(owned.path / LAST) if run.processes.size > 1 else None
+
+
+def _keep(run: _Run, owned: OwnedFolder, improved: bool) -> None:
+    """Writes the checkpoints of an epoch."""
+    state = checkpoint.pack(run.state())
+    # best.pt first: if last.pt is never written, resuming repeats this epoch and best.pt.
+    if improved:
+        owned.write(BEST, state)
+    owned.write(LAST, state)
+
+
+def _finish(owned: OwnedFolder, metrics: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Writes what a finished run has besides its checkpoints."""
     owned.write(METRICS, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
     try:
-        figure = plots.training_curves(run.history)
+        figure = plots.training_curves(metrics["history"])
     except ImportError as error:
         say(f"no {CURVES}: matplotlib is missing ({error}); pip install bbb_fast[experiments]")
-        return metrics
+        return
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     owned.write(CURVES, image.getbuffer())
-    return metrics
 
 
 def _check_data(train: ImageSet, valid: ImageSet, test: ImageSet | None) -> None:
@@ -326,6 +401,22 @@ def _check_data(train: ImageSet, valid: ImageSet, test: ImageSet | None) -> None
                 raise ValueError(f"the {role} set has {size} {what}, the training set {needed}")
 
 
+def _check_alike(processes: Processes, config: TrainConfig, sets: dict[str, ImageSet | None]) -> None:
+    """Raises ValueError unless all processes were given the same options and images."""
+    if processes.size == 1:
+        return
+    given = {f"--{key.replace('_', '-')}": value for key, value in config.to_dict().items()}
+    for role, images in sets.items():
+        given[f"{role} images (number, checksum)"] = None if images is None else _describe(images)
+    first, *others = processes.gather(given)
+    for rank, other in enumerate(others, 1):
+        for what, value in other.items():
+            if value != first[what]:
+                raise ValueError(
+                    f"process {rank} was given {what} {value}, process 0 {first[what]}: all need the same"
+                )
+
+
 def _check_free(folder: Path) -> None:
     """Raises FileExistsError where the folder holds a run's files, unless there is no work in them."""
     found = [name for name in FILES if (folder / name).exists()]
@@ -340,10 +431,12 @@ def _check_free(folder: Path) -> None:
         )
 
 
-def _load_previous(folder: Path, config: TrainConfig, train: ImageSet, valid: ImageSet) -> dict[str, Any]:
+def _load_previous(
+    folder: Path, config: TrainConfig, train: ImageSet, valid: ImageSet, processes: int
+) -> dict[str, Any]:
     """The checkpoint to resume; checks that it fits, and that all files there are of its run."""
     last = checkpoint.load(folder / LAST)
-    _check_resume(config, last, train, valid, folder / LAST)
+    _check_resume(config, last, train, valid, folder / LAST, processes)
     others: dict[str, Any] = {}
     # A lost best.pt should show now, not after the training.
     if last["epoch"] or (folder / BEST).exists():
@@ -372,13 +465,21 @@ def _foreign(path: Path, what: str) -> checkpoint.CheckpointError:
 
 
 def _check_resume(
-    config: TrainConfig, previous: dict[str, Any], train: ImageSet, valid: ImageSet, last: Path
+    config: TrainConfig,
+    previous: dict[str, Any],
+    train: ImageSet,
+    valid: ImageSet,
+    last: Path,
+    processes: int,
 ) -> None:
     was = previous["config"]
     for key, value in config.to_dict().items():
         # Runs from before there was this option were float32.
         old = was.get(key, "float32" if key == "variance_dtype" else None)
-        if key in _FREE_ON_RESUME or (key == "threads" and value is None):
+        if key in _FREE_ON_RESUME:
+            continue
+        # Several processes share the machine's threads.
+        if key == "threads" and (value is None or _processes_of(previous) != processes):
             continue
         if key == "device" and value.startswith("cuda") and str(old).startswith("cuda"):
             continue  # another GPU of the machine will do
@@ -403,20 +504,38 @@ def _check_resume(
         raise ValueError(f"{change}, and its KL warm-up (beta Soenderby) spans a quarter of all epochs")
 
 
+def _processes_of(state: dict[str, Any]) -> int:
+    """By how many processes a checkpoint was written."""
+    return state.get("processes", 1)
+
+
+def _checksum(tensors: Iterable[Tensor]) -> int:
+    checksum = 0
+    for tensor in tensors:
+        checksum = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), checksum)
+    return checksum
+
+
+def _describe(part: ImageSet) -> list[int]:
+    """Number and checksum of the images and labels, to tell whether they are the same."""
+    return [len(part), _checksum((part.images, part.labels))]
+
+
 def _describe_data(train: ImageSet, valid: ImageSet) -> dict[str, list[int]]:
-    """Number and checksum of the images and labels, to tell on resume whether they are the same."""
+    return {"train": _describe(train), "valid": _describe(valid)}
 
-    def describe(part: ImageSet) -> list[int]:
-        images, labels = (tensor.cpu().contiguous().numpy() for tensor in (part.images, part.labels))
-        return [len(part), zlib.crc32(labels, zlib.crc32(images))]
 
-    return {"train": describe(train), "valid": describe(valid)}
+def _own_device(config: TrainConfig) -> torch.device:
+    """This process's."""
+    processes = Processes()
+    several_gpus = processes.size > 1 and config.device == "cuda"
+    return parse_device(f"cuda:{processes.local_rank}" if several_gpus else config.device)
 
 
 @contextmanager
 def _surroundings(config: TrainConfig) -> Iterator[None]:
     """Threads, routes, cuDNN's choice of algorithms and the random state, put back afterwards."""
-    device = parse_device(config.device)
+    device = _own_device(config)
     threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
     taken = routes.current()
     assert config.threads is not None
@@ -434,9 +553,12 @@ def _surroundings(config: TrainConfig) -> Iterator[None]:
 class _Run:
     """The state of a training run: what a checkpoint holds, and how to go one epoch further."""
 
-    def __init__(self, config: TrainConfig, train: ImageSet, valid: ImageSet) -> None:
+    def __init__(
+        self, config: TrainConfig, train: ImageSet, valid: ImageSet, name: str | None = None
+    ) -> None:
         self.config = config
-        self.device = parse_device(config.device)
+        self.processes = Processes()
+        self.device = _own_device(config)
         self.bayesian = config.layer_type != "none"
         self.classes = list(train.classes)
         self.mean, self.std = channel_stats(train.images)
@@ -456,7 +578,7 @@ class _Run:
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.scheduler = self._make_scheduler()
-        self.name: str | None = secrets.token_hex(8)
+        self.name: str | None = name or secrets.token_hex(8)
         self.epoch = 0
         self.best: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
@@ -494,7 +616,12 @@ class _Run:
             "std": self.std,
             "classes": self.classes,
             "routes": routes.current().to_dict(),
+            **self.number_of_processes(),
         }
+
+    def number_of_processes(self) -> dict[str, int]:
+        """The entry of a run's files that says so; those of one process have none."""
+        return {"processes": self.processes.size} if self.processes.size > 1 else {}
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
         """Takes over the state of a checkpoint; CheckpointError if it does not fit."""
@@ -536,12 +663,14 @@ class _Run:
         start = time.perf_counter()
         entry.update(self._train_epoch(progress))
         seconds = time.perf_counter() - start
+        self._check_alike()
         probs = self.probs(self.model, self.valid.images, self.config.valid_samples, self.valid_seed)
         if not bool(probs.isfinite().all()):
             raise TrainingError(
                 f"epoch {self.epoch + 1}: the model's outputs are not finite; {self._after_divergence()}"
             )
-        scores = classification_report(probs, self.valid.labels)
+        # One process's judgement: what hangs on it must not hang on how another machine rounds.
+        scores = self.processes.first(partial(classification_report, probs, self.valid.labels))
         entry.update({f"valid_{key}": scores[key] for key in ("accuracy", "nll", "ece")})
         entry.update({"seconds": seconds, "images_per_second": len(self.labels) / seconds})
         if self.config.lr_schedule == "plateau":
@@ -555,7 +684,26 @@ class _Run:
         return True
 
     def probs(self, model: nn.Module, images: Tensor, samples: int, seed: int) -> Tensor:
-        return predict_probs(model, images, self.mean, self.std, samples if self.bayesian else 1, seed)
+        """As :func:`predict_probs`; every process predicts for a part of the images, and gets all."""
+        part = self.processes.part(len(images))
+        probs = torch.zeros(len(images), len(self.classes), dtype=torch.float64, device=self.device)
+        if len(images[part]):
+            samples = samples if self.bayesian else 1
+            probs[part] = predict_probs(model, images[part], self.mean, self.std, samples, seed)
+        self.processes.add(probs)
+        return probs.cpu()
+
+    def _check_alike(self) -> None:
+        """Raises TrainingError unless all processes have the same weights."""
+        if self.processes.size == 1:
+            return
+        first, *others = self.processes.gather(_checksum(self.model.state_dict().values()))
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise TrainingError(
+                    f"epoch {self.epoch + 1}: the weights of process {rank} are no longer those of process "
+                    "0; run all processes on machines of one kind"
+                )
 
     def _train_epoch(self, progress: bool) -> dict[str, float]:
         config, total = self.config, len(self.labels)
@@ -566,28 +714,38 @@ class _Run:
             kl_weight(step, self.steps, config.beta, self.epoch, config.epochs) if self.bayesian else 0.0
             for step in range(self.steps)
         ]
+        checked = 0
         with _bar(progress, total, f"epoch {self.epoch + 1}/{config.epochs}") as bar:
-            for step, index in enumerate(batches(total, config.batch_size, self.shuffle)):
-                index = index.to(self.device)
+            for step, batch in enumerate(batches(total, config.batch_size, self.shuffle)):
+                part = batch[self.processes.part(len(batch))]
+                share = len(part) * self.processes.size / len(batch)
+                # A short last batch may leave nothing for a process: it takes a row that does not count.
+                index = (part if len(part) else batch[:1]).to(self.device)
                 x = normalize(self.images[index], self.mean, self.std)
-                stats[step] = self._step(x, self.labels[index], weights[step])
-                sizes[step] = len(index)
+                stats[step] = self._step(x, self.labels[index], weights[step], share)
+                sizes[step] = len(batch)
                 if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
-                    self._check_finite(stats[: step + 1])
+                    self.processes.average([stats[checked : step + 1]])
+                    checked = step + 1
+                    self._check_finite(stats[:checked])
                     if bar is not None:
-                        loss, _, kl, accuracy = _averages(stats[: step + 1], sizes[: step + 1])
+                        loss, _, kl, accuracy = _averages(stats[:checked], sizes[:checked])
                         text = f"loss {loss:.4f} acc {accuracy:.3f}"
                         bar.set_postfix_str(f"{text} KL {kl:.4g}" if self.bayesian else text, False)
                 if bar is not None:
-                    bar.update(len(index))
+                    bar.update(len(batch))
         loss, nll, kl, accuracy = _averages(stats, sizes)
         entry = {"loss": loss, "nll": nll, "accuracy": accuracy}
         if self.bayesian:
             entry.update({"kl": kl, "kl_weight": sum(weights) / len(weights)})
         return entry
 
-    def _step(self, x: Tensor, y: Tensor, weight: float) -> Tensor:
-        """One step of the optimizer. Returns [4]: loss, NLL, KL, fraction classified correctly."""
+    def _step(self, x: Tensor, y: Tensor, weight: float, share: float = 1.0) -> Tensor:
+        """One step of the optimizer, on this process's part of a minibatch.
+
+        ``share`` is the part's number of rows over the mean number of all parts. Returns [4], whose averages
+        over the processes are those of the minibatch: loss, NLL, KL, fraction classified correctly.
+        """
         samples = self.config.train_samples if self.bayesian else 1
         self.optimizer.zero_grad()
         loss, kl = x.new_zeros(()), x.new_zeros(())
@@ -599,12 +757,13 @@ class _Run:
                 output, kl = self.model(x)
             else:
                 output = self.model._run(x)  # the layers alone: one KL will do
-            part = F.cross_entropy(output, y) / samples
+            part = F.cross_entropy(output, y) * share / samples
             # Backward draw by draw: one draw's activations are in memory at a time.
             objective = part + weight / len(self.labels) * kl if self.bayesian and draw == 0 else part
             objective.backward()
             loss, nll = loss + objective.detach(), nll + part.detach()
-            correct = correct + (output.argmax(-1) == y).double().mean() / samples
+            correct = correct + (output.argmax(-1) == y).double().mean() * share / samples
+        self.processes.average([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         if self.config.lr_schedule == "cosine":
             self.scheduler.step()
@@ -658,14 +817,20 @@ def _bar(progress: bool, total: int, title: str) -> Iterator[Any]:
             yield bar
 
 
-def _judge(run: _Run, folder: Path, test: ImageSet | None) -> dict[str, Any]:
-    config, history = run.config, run.history
+def _load_best(run: _Run, folder: Path) -> checkpoint.LoadedModel:
+    """The run's best weights; CheckpointError if others are there in the meantime."""
     best = checkpoint.load_model(folder / BEST)
     if (best.run, best.epoch) != (run.name, run.best["epoch"]):
         raise checkpoint.CheckpointError(
             f"{folder / BEST} is of epoch {best.epoch} of run {best.run}, but this is run {run.name} and its "
             f"best epoch is {run.best['epoch']}"
         )
+    return best
+
+
+def _judge(run: _Run, folder: Path, test: ImageSet | None) -> dict[str, Any]:
+    config, history = run.config, run.history
+    best = run.processes.first(partial(_load_best, run, folder))
     seconds = sum(entry["seconds"] for entry in history)
     timing = {
         "train_seconds": seconds,
@@ -681,6 +846,7 @@ def _judge(run: _Run, folder: Path, test: ImageSet | None) -> dict[str, Any]:
     return {
         "run": run.name,
         "config": run.model_config(),
+        **run.number_of_processes(),
         "kl_weight": history[-1].get("kl_weight"),
         "seeds": {"train": config.seed, "valid": run.valid_seed, "test": run.test_seed},
         "versions": {"python": platform.python_version(), **build_info()},
@@ -701,9 +867,10 @@ def _headline(run: _Run, test: ImageSet | None) -> str:
     config = run.config
     sizes = f"{len(run.labels)} training, {len(run.valid)} validation, {len(test or ())} test images"
     start = f", resuming after epoch {run.epoch}" if run.epoch else ""
+    processes = f", {run.processes.size} processes" if run.processes.size > 1 else ""
     return (
         f"{config.model}, layers {config.layer_type}, {run.parameters} parameters, on "
-        f"{config.dataset}: {sizes}; {backend()} backend, {config.device}{start}"
+        f"{config.dataset}: {sizes}; {backend()} backend, {config.device}{processes}{start}"
     )
 
 
