@@ -5,15 +5,18 @@ from ._backend import backend, build_info, set_backend
 from ._noise import fixed_noise, posterior_means
 from ._version import __version__ as __version__
 from .conversion import convert, posterior_to_prior, prune, sparsity, summary, to_deterministic
+from .frozen import FrozenEnsemble, frozen_ensemble
 from .inference import multi_sample, predict
 from .losses import ELBO, get_beta, kl_loss
 
 __all__ = [
     "ELBO",
+    "FrozenEnsemble",
     "backend",
     "build_info",
     "convert",
     "fixed_noise",
+    "frozen_ensemble",
     "functional",
     "get_beta",
     "kl_loss",
