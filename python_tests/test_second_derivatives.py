@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp
 
-from bbb_fast import fixed_noise, functional, kl_loss, posterior_means
+from bbb_fast import fixed_noise, functional, kl_loss, posterior_means, reference
 from bbb_fast.layers import BBB, BBB_LRT, Flipout, WeightSpace
 
 Scalar = Callable[..., Tensor]
@@ -210,6 +210,17 @@ def test_functions(backend: str, name: str) -> None:
     slopes = torch.autograd.grad(run(*at).sum(), at, create_graph=True)
     with pytest.raises(RuntimeError, match="derivative for bbb_fast::posterior_backward is not implemented"):
         torch.autograd.grad(sum(s.sum() for s in slopes), at)
+
+
+def test_softplus() -> None:
+    """To the last digits of float64, with its two derivatives."""
+    rho = torch.linspace(-300, 300, 6001, dtype=DOUBLE, requires_grad=True)
+    sigma = reference.softplus(rho)
+    torch.testing.assert_close(sigma, torch.logaddexp(rho, torch.zeros((), dtype=DOUBLE)), rtol=4e-16, atol=0)
+    (slope,) = torch.autograd.grad(sigma.sum(), rho, create_graph=True)
+    torch.testing.assert_close(slope, rho.sigmoid(), rtol=1e-15, atol=0)
+    (curvature,) = torch.autograd.grad(slope.sum(), rho)
+    torch.testing.assert_close(curvature, (rho.sigmoid() * (-rho).sigmoid()).detach(), rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=["float32", "float64"])
