@@ -621,7 +621,7 @@ def test_recomputation_by_the_partitioner(layers: object, budget: float) -> None
 
 @pytest.mark.skipif(
     not hasattr(torch.autograd.graph, "region_activation_memory_budget"),
-    reason="this torch has no such regions",
+    reason="torch has none",
 )
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("budget", [0.0, 0.5, 1.0])
