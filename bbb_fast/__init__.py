@@ -13,16 +13,19 @@ from .conversion import (
     summary,
     to_deterministic,
 )
+from .frozen import FrozenEnsemble, frozen_ensemble
 from .inference import multi_sample, predict
 from .losses import ELBO, get_beta, kl_loss
 
 __all__ = [
     "ELBO",
+    "FrozenEnsemble",
     "backend",
     "build_info",
     "convert",
     "convert_state_dict",
     "fixed_noise",
+    "frozen_ensemble",
     "functional",
     "get_beta",
     "kl_loss",

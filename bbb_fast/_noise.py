@@ -49,9 +49,12 @@ _state = _State()
 
 def _draws_again_in_backward() -> bool:
     from torch._functorch import config
+    from torch.fx import traceback
 
+    # Of torch.autograd.graph.region_activation_memory_budget, where there is such.
+    own = (traceback.current_meta.get("custom") or {}).get("_region_activation_memory_budget")
     return (
-        config.activation_memory_budget < 1
+        (config.activation_memory_budget if own is None else own) < 1
         or config.aggressive_recomputation
         or not config.ban_recompute_not_in_allowlist
     )
@@ -70,8 +73,8 @@ def draw_rng(device: torch.device | str | None = None) -> Tensor:
     if is_compiling() and torch.is_grad_enabled() and _draws_again_in_backward():
         raise RuntimeError(
             "torch.compile would draw again in backward what forward drew, for torch._functorch.config says "
-            "activation_memory_budget < 1, aggressive_recomputation or ban_recompute_not_in_allowlist=False; "
-            "use torch.utils.checkpoint, or fixed_noise"
+            "activation_memory_budget < 1, aggressive_recomputation or ban_recompute_not_in_allowlist=False, "
+            "or region_activation_memory_budget is below 1; use torch.utils.checkpoint, or fixed_noise"
         )
     rng = torch.randint(0, _INT64_MAX, (2,), dtype=torch.int64, device=device)
     offset = rank_offset()

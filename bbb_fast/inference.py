@@ -76,12 +76,13 @@ def _part(x: Any, start: int, stop: int) -> Any:
     return _map(lambda t: t[start:stop] if isinstance(t, Tensor) and t.dim() > 0 else t, x)
 
 
-def _output(result: Any) -> Tensor:
+def _output(result: Any, caller: str = "predict") -> Tensor:
+    """The tensor in what a model returns; ``caller`` is who says that there is none."""
     if isinstance(result, tuple) and result:
         result = result[0]
     if isinstance(result, Tensor):
         if result.layout is not torch.strided or result.is_nested:
-            raise TypeError(f"predict: the model's output must be a dense tensor, got {result.layout}")
+            raise TypeError(f"{caller}: the model's output must be a dense tensor, got {result.layout}")
         return result
     what, fields = type(result).__name__, []
     if isinstance(result, Mapping):
@@ -91,7 +92,7 @@ def _output(result: Any) -> Tensor:
     if fields:
         what += f" of {', '.join(map(str, fields))}"
     raise TypeError(
-        "predict: the model must return a tensor, or a tuple whose first element is one, got "
+        f"{caller}: the model must return a tensor, or a tuple whose first element is one, got "
         f"{what}; say what to take of it with call=lambda model, x: ..."
     )
 

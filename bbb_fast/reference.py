@@ -117,8 +117,9 @@ def normal_like(input: Tensor, rng: Tensor, memory_format: torch.memory_format) 
 
 
 def softplus(rho: Tensor) -> Tensor:
-    """sigma = ln(1 + e^rho), without overflow or cancellation at any rho."""
-    return torch.logaddexp(rho, torch.zeros((), dtype=rho.dtype, device=rho.device))
+    """sigma = ln(1 + e^rho): no overflow or cancellation at any rho, in its first two derivatives neither."""
+    # From 40 on it is rho in every dtype. (The second derivative of logaddexp is NaN where e^-rho overflows.)
+    return F.softplus(rho, beta=1.0, threshold=40.0)
 
 
 def log_softplus(rho: Tensor) -> Tensor:

@@ -490,7 +490,7 @@ def signs(shape: Sequence[int], rng: Tensor, stream: int, channel_dim: int) -> T
     ``rng``'s stream plus ``stream``; a set bit is a minus."""
 
 def softplus(rho: Tensor) -> Tensor:
-    """sigma = ln(1 + e^rho), without overflow or cancellation at any rho."""
+    """sigma = ln(1 + e^rho): no overflow or cancellation at any rho, in its first two derivatives neither."""
 
 def square(input: Tensor, dtype: torch.dtype) -> Tensor:
     """input^2 as ``dtype``, squared before it is rounded."""

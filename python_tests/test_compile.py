@@ -619,6 +619,36 @@ def test_recomputation_by_the_partitioner(layers: object, budget: float) -> None
             assert all(torch.isfinite(g).all() for g in gradients(compiled, model, x))
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.autograd.graph, "region_activation_memory_budget"),
+    reason="torch has none",
+)
+@pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
+@pytest.mark.parametrize("budget", [0.0, 0.5, 1.0])
+def test_recomputation_of_a_region(layers: object, budget: float) -> None:
+    """A budget that is given in the graph takes the place of the configuration's."""
+    torch._dynamo.reset()
+    model, x = blocks(layers), torch.randn(16, 8)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.region_activation_memory_budget(budget):
+            return model(x)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch._functorch.config.patch(activation_memory_budget=0.5 if budget == 1 else 1.0):
+        with fixed_noise(3, model=model):
+            torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
+        if budget < 1:
+            with pytest.raises(Exception, match="would draw again in backward what forward drew"):
+                compiled(x)
+            return
+        results = []
+        for each in (compiled, model):
+            torch.manual_seed(1)
+            results.append(gradients(each, model, x))
+        torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_checkpoint_within_the_graph(layers: object) -> None:
     """Free: the gradient is that of the function that was drawn, whose noise does not depend on mu."""

@@ -17,7 +17,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("experiments",),
-    ("models", "inference", "tuning"),
+    ("models", "frozen", "inference", "tuning"),
     ("losses", "_eval_mode", "conversion"),
     ("layers",),
     ("functional",),

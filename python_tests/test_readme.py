@@ -13,12 +13,16 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def run_examples(document: Path, **names: object) -> dict[str, object]:
-    """Runs a document's Python blocks one after the other; a later one may use an earlier one's names."""
-    blocks = re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.S)
+# How many Python blocks each document has that are run.
+EXAMPLES = {"faq.md": 3, "export.md": 3}
+
+
+def run_examples(document: Path, mark: str = "", **names: object) -> dict[str, object]:
+    """Runs a document's Python blocks of a mark one after the other, each with the names of those before."""
+    blocks = re.findall(rf"```python{mark}\n(.*?)```", document.read_text(), flags=re.S)
     for block in blocks:
         exec(compile(block, str(document), "exec"), names)
-    return {"blocks": len(blocks), **names}
+    return {**names, "blocks": len(blocks)}
 
 
 def test_example(backend: str) -> None:
@@ -32,10 +36,23 @@ def test_example(backend: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda path: path.name)
-def test_examples_of_the_other_documents(document: Path) -> None:
+def test_examples_of_the_other_documents(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They assert themselves what they claim."""
+    monkeypatch.chdir(tmp_path)
     names = run_examples(document)
-    assert names["blocks"] == (3 if document.name == "faq.md" else 0)
+    assert names["blocks"] == EXAMPLES.get(document.name, 0)
+
+
+@pytest.mark.cpu_only("the page's models are on the CPU")
+@pytest.mark.filterwarnings("ignore")
+def test_examples_of_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "export.md"
+    assert run_examples(page, " onnx", **run_examples(page))["blocks"] == 1
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

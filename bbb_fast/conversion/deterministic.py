@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import functional
 from .._noise import fixed_noise
@@ -21,14 +23,21 @@ def to_deterministic(model: nn.Module, *, seed: int | None = None, sample: int =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_deterministic: model must be a torch.nn.Module, got {type(model).__name__}")
-    draw = None if seed is None else fixed_noise(seed, sample, model=model)
+    return replaced(model, None if seed is None else fixed_noise(seed, sample, model=model))
+
+
+def replaced(model: nn.Module, draw: fixed_noise | None, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """``to_deterministic``, of a draw or the means.
+
+    The copy has the tensors ``shared``, which are no posterior's, in common with the model.
+    """
     originals = list(model.modules())
-    copied = rules.copy_of(model)
+    copied = rules.copy_of(model, shared)
     work = _Replacement(draw, dict(zip(copied.modules(), originals, strict=True)))
     made = work.of(copied)
-    replaced = {id(old): new for old, new in work.made.items() if new is not old}
+    moved = {id(old): new for old, new in work.made.items() if new is not old}
     for module in made.modules():
-        rules.point_to(module, replaced)
+        rules.point_to(module, moved)
     return made
 
 

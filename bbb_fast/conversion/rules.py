@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -138,9 +138,12 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
             vars(target)[slot] = value
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """``copy.deepcopy``, also where a module keeps a tensor with a graph: a weight that a hook forms."""
-    memo: dict[int, Any] = {}
+def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """``copy.deepcopy``, also where a module keeps a tensor with a graph: a weight that a hook forms.
+
+    The tensors ``shared`` are not copied.
+    """
+    memo: dict[int, Any] = {id(t): t for t in shared}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:

@@ -53,7 +53,9 @@ class MaxPool2d(nn.MaxPool2d):
 
     def _is_faster_rearranged(self, x: Tensor) -> bool:
         return (
-            type(x) is Tensor
+            # Graphs and transforms see the one op; a graph with no question of the batch's size.
+            not is_compiling()
+            and type(x) is Tensor
             and x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.bfloat16)
             and x.dim() == 4
@@ -61,8 +63,6 @@ class MaxPool2d(nn.MaxPool2d):
             and x.is_contiguous()
             and not x.is_contiguous(memory_format=torch.channels_last)
             and not self.return_indices
-            # Graphs and transforms see the one op.
-            and not is_compiling()
             and not torch.jit.is_tracing()
             and not torch._C._functorch.is_functorch_wrapped_tensor(x)
             and torch.autograd.forward_ad._current_level < 0
