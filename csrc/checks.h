@@ -57,9 +57,14 @@ inline void check_device(const char* op, const Name& name, const at::Tensor& t, 
   TORCH_CHECK_VALUE(t.device() == device, op, ": ", name, " is on ", t.device(), ", expected ", device);
 }
 
+// What to do about a derivative that the kernels have not.
+constexpr const char* kReferenceHasThem =
+    "bbb_fast.set_backend(\"reference\") gives the same numbers with all derivatives";
+
 inline void check_no_tangent(const char* op, const at::Tensor& t) {
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !t.defined() || !t._fw_grad(0).defined(), op, ": forward-mode derivatives are not implemented");
+      !t.defined() || !t._fw_grad(0).defined(), op,
+      ": forward-mode derivatives are not implemented by the native kernels; ", kReferenceHasThem);
 }
 
 inline void check_shape(const char* op, const Name& name, const at::Tensor& t, at::IntArrayRef sizes) {

@@ -143,8 +143,7 @@ void KlNode::attach(
   std::vector<at::Tensor> parameters;
   for (size_t k = 0; k < mu.size(); ++k) {
     for (const at::Tensor& t : {mu[k], rho[k]}) {
-      TORCH_CHECK_NOT_IMPLEMENTED(
-          !t._fw_grad(0).defined(), "kl_divergence: forward-mode derivatives are not implemented");
+      check_no_tangent("kl_divergence", t);
       parameters.push_back(t);
     }
   }

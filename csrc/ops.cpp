@@ -2,16 +2,73 @@
 // csrc/cuda/<op>.cu for CUDA; the device-independent ones and autograd in csrc/<op>.cpp. Fake kernels:
 // bbb_fast/_ops.py. The layers' ops: those of estimators.h.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <iterator>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "checks.h"
 #include "estimators.h"
+#include "kl_node.h"
 
 namespace {
 using bbb_fast::kEstimators;
 using bbb_fast::kProducts;
+
+namespace ag = torch::autograd;
+
+// In the place of a derivative that there is none of.
+struct NoDerivative : ag::Node {
+  std::string op;
+
+  std::string name() const override { return op; }
+  ag::variable_list apply(ag::variable_list&&) override {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, op, ": second derivatives are not implemented by the native kernels; ",
+        bbb_fast::kReferenceHasThem);
+  }
+};
+
+void collect(const c10::IValue& value, std::vector<at::Tensor>& found) {
+  if (value.isTensor()) {
+    if (value.toTensor().defined()) found.push_back(value.toTensor());
+  } else if (value.isList()) {
+    for (const c10::IValue& element : value.toListRef()) collect(element, found);
+  }
+}
+
+// The autograd of an op without a derivative. (autogradNotImplementedFallback overlooks the tensors of a
+// list that may hold None, and zeros would take the place of derivatives through these.)
+void not_differentiable(
+    const c10::OperatorHandle& handle, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const std::string op = handle.schema().name().substr(std::string("bbb_fast::").size());
+  std::vector<at::Tensor> inputs, outputs;
+  for (const c10::IValue& argument : torch::jit::last(*stack, handle.schema().arguments().size())) {
+    collect(argument, inputs);
+  }
+  for (const at::Tensor& t : inputs) bbb_fast::check_no_tangent(op.c_str(), t);
+  const at::TensorList all(inputs);
+  const bool wanted = ag::compute_requires_grad(all);
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    handle.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+  }
+  if (!wanted) return;
+  auto node = bbb_fast::make_node<NoDerivative>();
+  node->op = op;
+  node->set_next_edges(ag::collect_next_edges(all));
+  for (const c10::IValue& result : torch::jit::last(*stack, handle.schema().returns().size())) {
+    collect(result, outputs);
+  }
+  for (const at::Tensor& t : outputs) {
+    if (t.is_floating_point()) ag::set_history(t, node);
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY(bbb_fast, m) {
@@ -80,15 +137,20 @@ TORCH_LIBRARY(bbb_fast, m) {
 // Each of these is reached only from within an op that has its own backward. Differentiating through
 // one of these (a second derivative, say) raises, instead of giving wrong numbers.
 TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
-  for (const char* name :
-       {"normal", "kl_tensor_prior_backward", "posterior_backward", "posterior_backward_out", "variance",
-        "square", "square_backward_", "lrt_sample_", "lrt_sample_backward", "flip_signs", "add_flipped_"}) {
+  for (const char* name : {"posterior_backward_out", "square_backward_", "lrt_sample_", "add_flipped_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+  const auto refuse = [&](const char* name) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&not_differentiable>());
+  };
+  for (const char* name :
+       {"normal", "kl_tensor_prior_backward", "posterior_backward", "variance", "square",
+        "lrt_sample_backward", "flip_signs"}) {
+    refuse(name);
   }
   for (const auto& estimator : kEstimators) {
     for (const char* product : kProducts) {
-      const std::string name = std::string(estimator.name) + product + "_backward";
-      m.impl(name.c_str(), torch::autograd::autogradNotImplementedFallback());
+      refuse((std::string(estimator.name) + product + "_backward").c_str());
     }
   }
 }

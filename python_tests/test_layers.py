@@ -1146,7 +1146,7 @@ class TestForwardKl:
         y = layer(x).square().sum()
         result = y if of == "output" else layer.kl_loss()
         (g,) = torch.autograd.grad(result, layer.W_rho, create_graph=True)
-        with pytest.raises(RuntimeError, match="derivative for bbb_fast::.*_backward is not implemented"):
+        with pytest.raises(RuntimeError, match="_backward: second derivatives are not implemented"):
             g.sum().backward()
 
     @pytest.mark.parametrize("wrt", ["input", "parameters"])
@@ -1632,7 +1632,7 @@ class TestTransforms:
 
     def test_second_derivatives_raise(self, native: None, estimator: ModuleType) -> None:
         layer, x = make(estimator, "Linear"), example("Linear")
-        with pytest.raises(RuntimeError, match="derivative for bbb_fast::.*_backward is not implemented"):
+        with pytest.raises(RuntimeError, match="_backward: second derivatives are not implemented"):
             torch.func.grad(lambda x: torch.func.grad(lambda x: layer(x).square().sum())(x).sum())(x)
 
 

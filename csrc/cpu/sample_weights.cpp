@@ -123,21 +123,20 @@ void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
 }
 
 inline void sample_chunks_double(const SampleArgs& a, int64_t begin, int64_t end) {
-  const NoiseOfDraws<false> noise(a.draws);
   alignas(64) float eps[kTile];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     double kl = 0.0;
     const int64_t stop = std::min((chunk + 1) * kChunk, a.mu.numel);
     for (int64_t i = chunk * kChunk; i < stop; i += kTile) {
-      noise.for_each([&](const Noise& own, size_t k) {
-        own.tile(i / 4, eps);
+      for (size_t k = 0; k < a.draws.size(); ++k) {
+        Noise(a.draws[k].seed, a.draws[k].stream).tile(i / 4, eps);
         for (int64_t j = i; j < std::min<int64_t>(i + kTile, stop); ++j) {
           const double mu = read_double(a.mu, j), rho = read_double(a.rho, j);
           const f64::Sigma s = f64::softplus(rho);
           write_double(a.out[k], j, (a.centered ? 0.0 : mu) + s.value * eps[j - i]);
           if (a.partial != nullptr && k == 0) kl += f64::kl_terms(mu, rho, s, a.prior);
         }
-      });
+      }
     }
     if (a.partial != nullptr) a.partial[chunk] = kl;
   }
