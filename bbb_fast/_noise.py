@@ -89,6 +89,12 @@ def rank_offset() -> int:
     return 0
 
 
+def draw_seed() -> int:
+    """A fresh seed from PyTorch's default generator, another on each rank."""
+    seed = int(torch.randint(0, _INT64_MAX, ()).item()) + rank_offset()
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 class RandomModule(nn.Module):
     """A module that draws noise. ``fixed_noise`` numbers a model's, and reaches their replicas."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ._checks import initialised, integer
 from ._eval_mode import in_eval_mode
-from ._noise import _INT64_MAX, RandomModule, Repeated, fixed_noise
+from ._noise import _INT64_MAX, RandomModule, Repeated, draw_seed, fixed_noise
 from .layers import BBB
 from .layers.base import BayesianLayer
 
@@ -187,7 +188,14 @@ def predict(
     return outputs.all
 
 
-def multi_sample(model: nn.Module, x: Any, samples: int, *, seed: int | None = None) -> Tensor:
+def multi_sample(
+    model: nn.Module,
+    x: Any,
+    samples: int,
+    *,
+    seed: int | None = None,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+) -> Tensor:
     """The model's outputs under ``samples`` draws, [samples, N, ...], with gradients, in one forward.
 
     Element k is what the model returns under ``fixed_noise(seed, sample=k, model=model,
@@ -200,9 +208,10 @@ def multi_sample(model: nn.Module, x: Any, samples: int, *, seed: int | None = N
     norms are in training mode, or with modules in weight space that are not linear layers, convolutions or
     embeddings. (What mixes rows in another way is not seen.)
 
-    Args: x, a tensor [N, ...] or tuples, lists and dicts of tensors; ``seed`` as in ``predict``. A model that
-    returns a tuple gives its first element. Raises TypeError and ValueError as ``predict`` does, and
-    ValueError for an output whose rows are not x's.
+    Args: x, a tensor [N, ...] or tuples, lists and dicts of tensors; ``call`` as in ``predict``; without a
+    ``seed`` it comes from PyTorch's default generator, and ranks of ``torch.distributed`` draw differently. A
+    model that returns a tuple gives its first element. Raises TypeError and ValueError as ``predict`` does,
+    and ValueError for an output whose rows are not x's.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"multi_sample: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -211,13 +220,14 @@ def multi_sample(model: nn.Module, x: Any, samples: int, *, seed: int | None = N
         raise ValueError(f"multi_sample: samples must be an int >= 1, got {samples!r}")
     initialised("multi_sample", model)
     if seed is None:
-        seed = int(torch.randint(0, _INT64_MAX, ()).item())
+        seed = draw_seed()
     x = _tensors_for(model, x)
+    run = model if call is None else partial(call, model)
     if not _side_by_side(model):
         outputs = []
         for k in range(count):
             with fixed_noise(seed, k, model=model, draw="activations"):
-                outputs.append(_output(model(x)))
+                outputs.append(_output(run(x)))
         return torch.stack(outputs)
     rows = _rows(x)
     repeated: list[Repeated] = []
@@ -230,7 +240,7 @@ def multi_sample(model: nn.Module, x: Any, samples: int, *, seed: int | None = N
 
     inputs = _map(of_each_draw, x)
     with fixed_noise(seed, model=model, draw="activations").all_samples(count, repeated):
-        output = _output(model(inputs))
+        output = _output(run(inputs))
     if output.dim() == 0 or output.shape[0] % (count * max(rows, 1)):
         raise ValueError(
             "multi_sample: the first dimension of the output must be that of the rows, got output "

@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bbb_fast import kl_loss, routes
+from bbb_fast import fixed_noise, kl_loss, routes
+from bbb_fast._noise import draw_seed
 from bbb_fast.experiments import checkpoint, data, training
 from bbb_fast.experiments.data import ImageSet
 from bbb_fast.experiments.plots import training_curves
@@ -172,7 +173,10 @@ class TestObjective:
             run = training._Run(config, *sets[:2])
             x = data.normalize(sets[0].images, run.mean, run.std)
             noise = torch.get_rng_state()
-            outputs = [run.model(x)[0] for _ in range(config.train_samples)]
+            seed, outputs = draw_seed(), []
+            for k in range(config.train_samples):
+                with fixed_noise(seed, k, model=run.model, draw="activations"):
+                    outputs.append(run.model(x)[0])
             nll = torch.stack([F.cross_entropy(output, sets[0].labels) for output in outputs]).mean()
             kl = kl_loss(run.model)
             loss = nll + 0.3 * kl / n
@@ -180,7 +184,8 @@ class TestObjective:
             expected = [p.grad.clone() for p in run.model.parameters()]
 
             calls = []
-            monkeypatch.setattr(misc, "kl_loss", lambda model: calls.append(1) or kl_loss(model))
+            for module in (misc, training):
+                monkeypatch.setattr(module, "kl_loss", lambda model: calls.append(1) or kl_loss(model))
             torch.set_rng_state(noise)
             stats = run._step(x, sets[0].labels, 0.3)
         # float32 sums in another order

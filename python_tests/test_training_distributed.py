@@ -526,7 +526,12 @@ def test_killed_processes(unbroken: Path, tmp_path: Path) -> None:
             time.sleep(0.01)
             if (tmp_path / "last.pt").exists():
                 epoch = checkpoint.load(tmp_path / "last.pt")["epoch"]
-        os.kill(process_of_rank(rank, process.pid), signal.SIGKILL)
+        victim = process_of_rank(rank, process.pid)
+        os.kill(victim, signal.SIGKILL)
+        while os.path.exists(f"/proc/{victim}"):
+            time.sleep(0.01)
+        # Once more: it may have written before its end, and the next victim is one that began after it.
+        epoch = checkpoint.load(tmp_path / "last.pt")["epoch"]
         assert epoch < EPOCHS
     code, out, err = finish(process)
     assert code == 0, err

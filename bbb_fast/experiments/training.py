@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from .. import routes
 from .._backend import backend, build_info
-from ..inference import predict
-from ..losses import SCHEDULES, kl_weight
+from ..inference import multi_sample, predict
+from ..losses import SCHEDULES, kl_loss, kl_weight
 from ..metrics import classification_report
 from ..models.build import ACTIVATIONS, choose
 from ..priors import DEFAULT_PRIORS, resolve_priors
@@ -76,7 +76,8 @@ class TrainConfig:
         prior_mu ... posterior_rho_initial: the ``priors`` of the Bayesian layers.
         epochs, batch_size: at least 1; the last batch of an epoch may be short. Several processes share a
             batch, so that their number changes neither the steps nor the images of each.
-        train_samples, valid_samples, test_samples: draws of the weights a minibatch, and a prediction.
+        train_samples, valid_samples, test_samples: draws a minibatch, whose memory grows with them
+            (:func:`bbb_fast.multi_sample`), and draws of the weights a prediction.
         valid_size: images held out for validation; None: a tenth. train_size: images to train on; None:
             all the others. Both are for :func:`bbb_fast.data.split_validation`, not for :func:`fit`.
         beta: the KL weight: a number >= 0 (1: the exact ELBO) or one of ``losses.SCHEDULES``.
@@ -748,21 +749,21 @@ class _Run:
         """
         samples = self.config.train_samples if self.bayesian else 1
         self.optimizer.zero_grad()
-        loss, kl = x.new_zeros(()), x.new_zeros(())
-        nll, correct = x.new_zeros(()), x.new_zeros(())
-        for draw in range(samples):
-            if not self.bayesian:
-                output = self.model(x)
-            elif draw == 0:
-                output, kl = self.model(x)
-            else:
-                output = self.model._run(x)  # the layers alone: one KL will do
-            part = F.cross_entropy(output, y) * share / samples
-            # Backward draw by draw: one draw's activations are in memory at a time.
-            objective = part + weight / len(self.labels) * kl if self.bayesian and draw == 0 else part
-            objective.backward()
-            loss, nll = loss + objective.detach(), nll + part.detach()
-            correct = correct + (output.argmax(-1) == y).double().mean() * share / samples
+        kl = x.new_zeros(())
+        if samples > 1:
+            # The layers alone, and one KL for all draws.
+            outputs = multi_sample(self.model, x, samples, call=lambda model, part: model._run(part)).flatten(
+                0, 1
+            )
+            kl, y = kl_loss(self.model), y.repeat(samples)
+        elif self.bayesian:
+            outputs, kl = self.model(x)
+        else:
+            outputs = self.model(x)
+        nll = F.cross_entropy(outputs, y) * share
+        loss = nll + weight / len(self.labels) * kl if self.bayesian else nll
+        loss.backward()
+        correct = (outputs.argmax(-1) == y).double().mean() * share
         self.processes.average([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         if self.config.lr_schedule == "cosine":
