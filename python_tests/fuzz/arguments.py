@@ -30,6 +30,16 @@ def rng_of(c: Choices) -> torch.Tensor:
     return torch.tensor([number("seed"), number("stream")])
 
 
+def draws_of(c: Choices, rng: torch.Tensor, batch: int | None = None) -> torch.Tensor:
+    """``rng``, or one of several draws; of parts of a batch or all of it, where ``batch`` says its length."""
+    forms = ("one", "several") if batch is None else ("one", "parts", "whole")
+    form, count = c.pick("draws", *forms, often=0.7), c.pick("number of draws", 2, 1, 3)
+    if form == "one" or (form == "parts" and batch is not None and batch % count):
+        return rng
+    rows = torch.stack([rng + torch.tensor([k, 5 * k]) for k in range(count)])
+    return rows.unsqueeze(1) if form == "whole" else rows
+
+
 @dataclass
 class Types:
     """The dtypes of a product and what surrounds it."""

@@ -36,10 +36,10 @@ def _positive_kl(
     slope: Tensor | float = 0.0
     for m, r, m_p, s_p in zip(mu, rho, prior_mu, prior_sigma, strict=True):
         m, r = m.double(), r.double()
-        squares = 0.5 * ((reference.softplus(r) / s_p) ** 2 + ((m + abs(m_p)) / s_p) ** 2)
+        m_p, s_p = (torch.as_tensor(p, dtype=torch.float64) for p in (m_p, s_p))
+        squares = 0.5 * ((reference.softplus(r) / s_p) ** 2 + ((m + m_p.abs()) / s_p) ** 2)
         log_sigma = reference.log_softplus(r)
-        log_prior = torch.tensor(s_p, dtype=torch.float64).log()
-        value = value + (squares + (log_sigma - log_prior).abs() + 0.5).sum().detach()
+        value = value + (squares + (log_sigma - s_p.log()).abs() + 0.5).sum().detach()
         slope = slope + (squares + log_sigma).sum()
     return value + (slope - slope.detach()) if isinstance(slope, Tensor) else torch.zeros(())
 

@@ -103,6 +103,14 @@ def _raw(c: Choices, name: str) -> Arguments:
         "normal": {"size": [3, 5], "rng": rng, "dtype": F32},
         "sample_weights": {"mu": [x], "rho": [y], "rng": rng, **_prior(), "with_kl": True, "dtype": None},
         "kl_divergence": {"mu": [x], "rho": [y], **lists},
+        "kl_tensor_prior": {"mu": x, "rho": y, "prior_mu": z, "prior_sigma": z.abs() + 0.1},
+        "kl_tensor_prior_backward": {
+            "grad": torch.tensor(0.5),
+            "mu": x,
+            "rho": y,
+            "prior_mu": z,
+            "prior_sigma": z.abs() + 0.1,
+        },
         "posterior_backward": {**gradient, "rng": rng, **lists},
         "posterior_backward_out": {
             "grad_w": [x],

@@ -27,10 +27,12 @@ from .arguments import (
     F64,
     Types,
     convolution_shapes,
+    draws_of,
     each,
     extremes,
     gradients,
     input_of,
+    layout_of,
     linear_shapes,
     nonfinite,
     posterior,
@@ -107,7 +109,7 @@ def _count(operands: dict[str, Operand]) -> int:
 
 def sample_weights(c: Choices, most: int = 3) -> Problem:
     operands, own = _posteriors(c, most)
-    rng, with_kl, priors = rng_of(c), c.chance("with_kl", 0.5), priors_of(c)
+    rng, with_kl, priors = draws_of(c, rng_of(c)), c.chance("with_kl", 0.5), priors_of(c)
     dtype = c.pick("weight dtype", None, F32, F64, BF16, F16, often=0.6)
 
     def run(t: Tensors, exact: bool) -> Tensors:
@@ -130,12 +132,22 @@ def kl_divergence(c: Choices) -> Problem:
     operands, own = _posteriors(c, 3)
     priors = priors_of(c)
     each = c.pick("priors as lists", False, True)
+    tensors = c.chance("priors as tensors", 0.3)
+    if tensors:
+        for name in [name for name in operands if name[:2] == "mu"]:
+            like = operands[name].values
+            m = torch.randn(like.shape, generator=c.generator(f"prior_mu of {name}"))
+            s = torch.rand(like.shape, generator=c.generator(f"prior_sigma of {name}")) + 0.05
+            operands[f"prior_{name}"] = Operand(m.to(own), layout_of(c, f"prior_mu of {name}"))
+            operands[f"prior_sigma of {name}"] = Operand(s.to(own), signed=False)
 
     def run(t: Tensors, exact: bool) -> Tensors:
         mu, rho = _pairs(t)
         m, s = priors["prior_mu"], priors["prior_sigma"]
         if each:
             m, s = [m + k for k in range(len(mu))], [s + k for k in range(len(mu))]
+        if tensors:
+            m, s = ([v for k, v in t.items() if k.startswith(f"prior_{of}")] for of in ("mu", "sigma"))
         return {"kl": functional.kl_divergence(mu, rho, m, s)}
 
     return Problem(operands, run, (own,), _count(operands), kernels_alone=True)
@@ -187,7 +199,9 @@ def product(name: str) -> Callable[[Choices], Problem]:
             shape, weight, geometry, rows = shapes(c, int(kind[-2]), types)
         features = weight[1] * geometry["groups"] if "transpose" in kind else weight[0]
         operands, priors = product_operands(c, shape, weight, types, features), priors_of(c)
-        rng, with_kl = rng_of(c), c.chance("with_kl", 0.5)
+        batched = len(shape) > 1 if kind == "linear" else len(shape) == len(weight)
+        rng = draws_of(c, rng_of(c), shape[0]) if batched else rng_of(c)
+        with_kl = c.chance("with_kl", 0.5)
         taken = None if "transpose" in kind else routes_of(c, shape, weight, geometry)
 
         def run(t: Tensors, exact: bool) -> Tensors:
@@ -197,7 +211,8 @@ def product(name: str) -> Callable[[Choices], Problem]:
                 result = op(t["input"], *parameters, rng, **options, with_kl=with_kl)
             return {"output": result[0], "kl": result[1]} if with_kl else {"output": result}
 
-        return Problem(operands, run, types.all(), max(rows, math.prod(weight), 1), routes=taken)
+        summands = rows * (len(rng) if rng.dim() == 3 else 1)
+        return Problem(operands, run, types.all(), max(summands, math.prod(weight), 1), routes=taken)
 
     return problem
 
