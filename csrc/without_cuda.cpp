@@ -13,8 +13,9 @@ void no_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 TORCH_LIBRARY_IMPL(bbb_fast, CUDA, m) {
   for (const char* name :
-       {"normal", "sample_weights", "kl_divergence", "posterior_backward_out", "variance", "square",
-        "square_backward_", "lrt_sample_", "lrt_sample_backward", "flip_signs", "add_flipped_"}) {
+       {"normal", "sample_weights", "kl_divergence", "kl_tensor_prior", "kl_tensor_prior_backward",
+        "posterior_backward_out", "variance", "square", "square_backward_", "lrt_sample_",
+        "lrt_sample_backward", "flip_signs", "add_flipped_"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda>());
   }
 }
