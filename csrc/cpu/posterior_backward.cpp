@@ -97,6 +97,8 @@ TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
 
 #else
 
+#include "noise_of_draws.h"
+
 enum class Through { kl, weight, variance, noise };
 
 // Through the weight, dw/dmu = 1 and dw/drho = eps sigmoid(rho) (Blundell et al. 2015, section 3.2); through

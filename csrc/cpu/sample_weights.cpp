@@ -79,6 +79,7 @@ TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
 #else
 
 #include "kl_tile.h"
+#include "noise_of_draws.h"
 
 template <bool kWithKl, bool kCentered, bool kOne>
 void sample_chunks_float(const SampleArgs& a, int64_t begin, int64_t end) {
