@@ -102,6 +102,24 @@ def test_recomputed_draws(backend: str, estimator: str, form: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("estimator", ["bbb", "flipout"])
+def test_more_draws_than_go_together(native: None, estimator: str, whole: bool, recompute: bool) -> None:
+    """Backward forms the gradients of some draws' weights at a time."""
+    rngs = torch.stack([torch.arange(9) + 3, 7 - torch.arange(9)], 1)
+    for bias in (True, False):
+        case = linear_case((9, 2), 7, 3, bias=bias)
+        function = partial(
+            getattr(functional, f"{estimator}_linear"),
+            *case,
+            rngs.unsqueeze(1) if whole else rngs,
+            with_kl=True,
+            recompute_weight=recompute,
+        )
+        compare(function, case, torch.float32, 4)
+
+
 @pytest.mark.parametrize("form", RNGS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradcheck(native: None, estimator: str, form: str) -> None:
