@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 
 from . import _checks, _recompute
@@ -253,23 +254,25 @@ class Repeated(NamedTuple):
         return cls(t if same_order else repeated[: t.shape[0]], repeated)
 
     def part_of(self, t: Tensor) -> Tensor | None:
-        """One draw's part of ``t``, if that is ``all`` or shows its memory in the same order."""
-        if t is self.all:
-            return self.once if t.is_inference() or t._version == 0 else None
-        if type(t) is not Tensor or is_compiling() or t.requires_grad or self.all.requires_grad:
+        """One draw's part of ``t``, if that is ``all`` or shows its memory in the same order.
+
+        None also where nobody counts what was written to a tensor: in graphs, transforms and inference mode.
+        """
+        if type(t) is not Tensor or is_compiling() or t.is_inference() or is_functorch_wrapped_tensor(t):
             return None
-        if t.is_inference() or t._version != 0 or t.numel() != self.all.numel() or t.numel() == 0:
+        if t._version != 0:
+            return None
+        if t is self.all:
+            return self.once
+        if t.requires_grad or self.all.requires_grad or t.numel() != self.all.numel() or t.numel() == 0:
             return None
         if t.dtype != self.all.dtype or t.device != self.all.device or t.storage_offset() != 0:
             return None
         rows = t.shape[0] * len(self.once) // len(self.all)
         if t.stride(0) * t.shape[0] != t.numel() or rows * len(self.all) != t.shape[0] * len(self.once):
             return None
-        try:
-            if t.untyped_storage().data_ptr() != self.all.untyped_storage().data_ptr():
-                return None
-        except (NotImplementedError, RuntimeError):
-            return None  # of a transform, which have none
+        if t.untyped_storage().data_ptr() != self.all.untyped_storage().data_ptr():
+            return None
         return self.once.as_strided((rows, *t.shape[1:]), t.stride(), self.once.storage_offset())
 
 

@@ -307,6 +307,38 @@ def first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
+# What stands between the input, which is the same in all draws, and the first layer.
+FIRST: dict[str, Callable[[], nn.Module]] = {
+    "nothing": nn.Identity,
+    "views": lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Flatten()),
+    "a write": lambda: nn.ReLU(inplace=True),
+    "a write to a view": lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.ReLU(inplace=True), nn.Flatten()),
+}
+AROUND: dict[str, Callable[..., Tensor]] = {
+    "nothing": lambda run, x: run(x),
+    "no_grad": lambda run, x: torch.no_grad()(run)(x),
+    "inference_mode": lambda run, x: torch.inference_mode()(run)(x),
+    "vmap": lambda run, x: torch.func.vmap(run, randomness="same")(torch.stack([x, x + 1]))[0],
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("family", [BBB, BBB_LRT, Flipout], ids=["bbb", "lrt", "flipout"])
+def test_what_the_input_goes_through(backend: str, family: Any, first: str, around: str) -> None:
+    """A layer's products are shared by the draws only while the input is what it was."""
+    model = nn.Sequential(FIRST[first](), family.BBBLinear(6, 4))
+    x = torch.randn(5, 6)
+    expected = []
+    for k in range(3):
+        with torch.no_grad(), fixed_noise(7, k, model=model, draw="activations"):
+            expected.append(model(x.clone()))
+    apart = torch.empty(10, 6)[::2]
+    for given in (x.clone(), x.t().contiguous().t(), apart.copy_(x)):
+        y = AROUND[around](lambda t: multi_sample(model, t, 3, seed=7), given)
+        torch.testing.assert_close(y, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_as_many_forwards(backend: str, name: str, samples: int) -> None:
