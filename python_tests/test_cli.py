@@ -68,7 +68,7 @@ class TestSignals:
     @pytest.mark.parametrize("layer_type", ["lrt", "bbb"])
     def test_killed_and_resumed_is_as_if_unbroken(self, tmp_path: Path, layer_type: str) -> None:
         pytest.importorskip("sklearn")
-        epochs = 8
+        epochs = 40  # still running when the signal comes, on a busy machine too
         command = [*SMALL, "--layer-type", layer_type, "--epochs", str(epochs)]
         broken, whole = tmp_path / "broken", tmp_path / "whole"
         process = start(*command, "--out", broken)

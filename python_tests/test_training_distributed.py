@@ -494,7 +494,7 @@ def process_of_rank(rank: int, launcher: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-EPOCHS = 20
+EPOCHS = 30
 
 
 @pytest.fixture(scope="module")
