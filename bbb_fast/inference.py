@@ -200,9 +200,9 @@ def multi_sample(
 
     Element k is what the model returns under ``fixed_noise(seed, sample=k, model=model,
     draw="activations")``: each layer uses its own estimator. The rows of x are repeated for each draw, so
-    modules of other kinds see samples * N rows at once. A layer reads its parameters once for all draws, and
-    local reparameterization forms its products for all of them together: one for all of them, in a layer
-    that the input reaches unchanged (or as a view).
+    modules of other kinds see samples * N rows at once. On the CPU a layer reads its parameters once for all
+    draws, and local reparameterization forms its products for all of them together: one for all of them, in
+    a layer that the input reaches unchanged (or as a view).
 
     A model whose rows do not go through it side by side runs ``samples`` times instead: one in which batch
     norms are in training mode, or with modules in weight space that are not linear layers, convolutions or

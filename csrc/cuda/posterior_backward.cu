@@ -207,12 +207,11 @@ at::Tensor posterior_backward_out(
   };
   // A launch for each draw: the first writes, maybe to its own given gradients, and the others are added.
   for (size_t draw = 0; draw < draws; ++draw) {
-    std::vector<at::Tensor> shared = spread ? grad_w : of_draw(grad_w, draw), g_mu, g_rho;
+    std::vector<at::Tensor> g_w = spread ? grad_w : of_draw(grad_w, draw), g_mu, g_rho;
     const OptionalTensor own = several ? OptionalTensor(rng->select(0, static_cast<int64_t>(draw))) : rng;
     if (draw == 0) {
       run_backward(
-          shared, of_draw(grad_spread, draw), grad_kl, mu, rho, own, prior_mu, prior_sigma, grad_mu,
-          grad_rho);
+          g_w, of_draw(grad_spread, draw), grad_kl, mu, rho, own, prior_mu, prior_sigma, grad_mu, grad_rho);
       continue;
     }
     for (size_t k = 0; k < mu.size(); ++k) {
@@ -220,7 +219,7 @@ at::Tensor posterior_backward_out(
       g_rho.push_back(at::empty_like(grad_rho[k]));
     }
     run_backward(
-        shared, of_draw(grad_spread, draw), std::nullopt, mu, rho, own, prior_mu, prior_sigma, g_mu, g_rho);
+        g_w, of_draw(grad_spread, draw), std::nullopt, mu, rho, own, prior_mu, prior_sigma, g_mu, g_rho);
     for (size_t k = 0; k < mu.size(); ++k) {
       if (!spread) grad_mu[k].add_(g_mu[k]);
       grad_rho[k].add_(g_rho[k]);
