@@ -1,7 +1,8 @@
-"""The three networks, Bayesian and as point-estimate twins; input [N, inputs, 32, 32]."""
+"""Three networks, Bayesian and as point-estimate twins, and an autoencoder; input [N, inputs, 32, 32]."""
 
 from .alexnet import AlexNet, BBBAlexNet
 from .lenet import BBBLeNet, LeNet
 from .threeconvthreefc import BBB3Conv3FC, ThreeConvThreeFC
+from .vae import VAE
 
-__all__ = ["AlexNet", "BBB3Conv3FC", "BBBAlexNet", "BBBLeNet", "LeNet", "ThreeConvThreeFC"]
+__all__ = ["VAE", "AlexNet", "BBB3Conv3FC", "BBBAlexNet", "BBBLeNet", "LeNet", "ThreeConvThreeFC"]
