@@ -16,7 +16,7 @@ from .conversion import (
 from .frozen import FrozenEnsemble, frozen_ensemble
 from .inference import multi_sample, predict
 from .losses import ELBO, get_beta, kl_loss
-from .methods import Ensemble
+from .methods import Ensemble, mc_dropout
 from .predictive import CategoricalPredictive, GaussianPredictive, Predictive, predictive
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "get_beta",
     "kl_loss",
     "layers",
+    "mc_dropout",
     "methods",
     "metrics",
     "models",
