@@ -195,7 +195,7 @@ class TestArchitecture:
             model_type(4, 1)(torch.randn(4, 1, size, size))
 
     def test_exported_names(self) -> None:
-        assert set(models.__all__) == {m.__name__ for m in BAYESIAN + POINT}
+        assert set(models.__all__) == {m.__name__ for m in BAYESIAN + POINT} | {"VAE"}
 
 
 class TestStateDict:

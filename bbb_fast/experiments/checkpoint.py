@@ -11,17 +11,11 @@ label); ``run`` (a name that all files of one run share; files of earlier releas
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import pickle
-import re
-import stat
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +26,8 @@ from ..models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeCon
 from ..models.build import LAYER_TYPES, choose
 from ..priors import DEFAULT_PRIORS
 from ..routes import VarianceDtype
+from . import archive
+from .archive import CheckpointError
 
 __all__ = [
     "MODELS", "MODEL_LAYER_TYPES", "VARIANCE_DTYPES", "CheckpointError", "LoadedModel",
@@ -76,10 +72,6 @@ VARIANCE_DTYPES: dict[str, VarianceDtype] = {
 }
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, of another kind, or that does not fit its model."""
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A trained model and what it takes to use it.
@@ -106,9 +98,7 @@ class LoadedModel:
 
 def pack(state: Mapping[str, Any]) -> memoryview:
     """The content of a checkpoint; ``format`` and ``version`` are added."""
-    buffer = io.BytesIO()
-    torch.save({"format": _FORMAT, "version": _VERSION, **state}, buffer)
-    return buffer.getbuffer()
+    return archive.pack(_FORMAT, _VERSION, state)
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -122,47 +112,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises CheckpointError for a file that is missing, damaged, not a checkpoint of this package and
     version, that holds anything besides tensors and plain values, or whose parts contradict each other.
     """
-    path = Path(path)
-    try:
-        if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path} is not a file")  # reading from a pipe or a device may never end
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    foreign = f"{path} is not a bbb_fast checkpoint: allowed are the .pt files that `train` writes"
-    if not content.startswith(b"PK"):
-        raise CheckpointError(foreign)
-    damaged = f"{path} is damaged or cut short: use another checkpoint of the run"
-    try:
-        # torch.load does not compare the checksums that torch.save writes.
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            names = archive.namelist()
-            intact = archive.testzip() is None
-    except Exception as error:  # a damaged zip file can raise nearly anything
-        raise CheckpointError(damaged) from error
-    # Other zip files, and TorchScript's, which torch.load would take for damaged.
-    if not any(n.endswith("/data.pkl") for n in names) or any(n.endswith("/constants.pkl") for n in names):
-        raise CheckpointError(foreign)
-    if not intact:
-        raise CheckpointError(damaged)
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"the pickled object {name[1]}" if name else "pickled objects"
-        raise CheckpointError(
-            f"{path} was refused because it holds {what}: allowed are tensors and plain values"
-        ) from error
-    except Exception as error:
-        raise CheckpointError(damaged) from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(foreign)
-    if state.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint version {state.get('version')!r}: this bbb_fast reads {_VERSION}"
-        )
+    state = archive.read(
+        path, _FORMAT, _VERSION,
+        allowed="the .pt files that `train` writes", instead="use another checkpoint of the run",
+    )  # fmt: skip
     for key, kind in _FIELDS.items():
         if not isinstance(state.get(key, ...), kind):
             raise CheckpointError(f"{path} is incomplete: its entry {key!r} is missing or malformed")
