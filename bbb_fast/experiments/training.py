@@ -44,7 +44,15 @@ from .folder import OwnedFolder
 from .options import MAX_COUNT, MAX_SEED, MAX_THREADS, OptionError, check_int
 from .processes import Processes
 
-__all__ = ["LR_SCHEDULES", "TrainConfig", "TrainingError", "fit", "parse_device", "predict_probs"]
+__all__ = [
+    "LR_SCHEDULES",
+    "TrainConfig",
+    "TrainingError",
+    "fit",
+    "image_bar",
+    "parse_device",
+    "predict_probs",
+]
 
 LR_SCHEDULES = ("constant", "cosine", "plateau")
 
@@ -716,7 +724,7 @@ class _Run:
             for step in range(self.steps)
         ]
         checked = 0
-        with _bar(progress, total, f"epoch {self.epoch + 1}/{config.epochs}") as bar:
+        with image_bar(progress, total, f"epoch {self.epoch + 1}/{config.epochs}") as bar:
             for step, batch in enumerate(batches(total, config.batch_size, self.shuffle)):
                 part = batch[self.processes.part(len(batch))]
                 share = len(part) * self.processes.size / len(batch)
@@ -805,7 +813,7 @@ def _averages(stats: Tensor, sizes: Tensor) -> list[float]:
 
 
 @contextmanager
-def _bar(progress: bool, total: int, title: str) -> Iterator[Any]:
+def image_bar(progress: bool, total: int, title: str) -> Iterator[Any]:
     """tqdm's bar, or None: bars are for terminals, a log gets a line an epoch."""
     tqdm = None
     if progress and sys.stderr.isatty():
