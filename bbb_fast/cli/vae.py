@@ -18,8 +18,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "vae",
         help="train a variational autoencoder: its bound, its samples, a walk through its codes",
         description=(
-            "Train a variational autoencoder on grey images, and judge it on the test images by its bound and "
-            "by importance sampling. The output folder receives vae.json, vae.png (reconstructions, samples, "
+            "Train a variational autoencoder on grey images, and judge it on test images by its bound and by "
+            "importance sampling. The output folder receives vae.json, vae.png (reconstructions, samples, "
             "walks through the codes) and vae-curves.png. A run that was killed goes on from its last epoch."
         ),
     )
@@ -61,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="weight of the KL, one model for each (default 1: the bound itself)",
     )  # fmt: skip
     how.add_argument(
-        "--epochs", type=int, metavar="N", help="passes over the images (default: 100 of digits, else 20)"
+        "--epochs", type=int, metavar="N", help="passes over the images (default: 80 of digits, else 20)"
     )
     how.add_argument(
         "--batch-size", type=int, default=default.batch_size, metavar="N",

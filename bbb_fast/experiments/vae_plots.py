@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import Tensor
 
 from .._noise import fixed_noise
@@ -19,87 +20,129 @@ from ..models import VAE
 __all__ = ["curves", "pictures"]
 
 _COLUMNS = 10
-_WALKS = 6
+_SAMPLES, _WALKS = 6, 6
 _REACH = 3.0
-# Between pixels of images that lie side by side.
-_GAP = 2
+_SIDE = 32
 # Okabe and Ito's palette, which colour-blind people can tell apart.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7", "#000000")
+# In pixels of the PNG: an image's own, what is left of a panel, above it, and below the last one; but _GAP,
+# between images, in theirs.
+_SCALE, _GAP, _LEFT, _TITLE, _BOTTOM, _DPI = 2, 2, 110, 44, 76, 150
 
 
 @torch.no_grad()
 def pictures(
-    vae: VAE, x: Tensor, labels: Tensor, classes: Sequence[str], activity: Sequence[float], seed: int
+    vae: VAE,
+    grey: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    activity: Sequence[float],
+    seed: int,
 ) -> bytes:
     """A PNG: reconstructions, samples of the prior, codes between images, walks along single numbers.
 
-    Args: ``x`` test images [N, 1, 32, 32] with ``labels`` [N]; ``activity`` of each number of the code.
+    Args: ``grey`` test images [N, 1, 32, 32] and ``x``, what the model sees of them, with ``labels`` [N];
+    ``activity`` of each number of the code; ``seed`` of the samples.
     """
-    # Two images of each class, as far as there are, in the order of the classes.
     of_class = [torch.nonzero(labels == c).flatten()[:2].tolist() for c in range(len(classes))]
-    first = [found[0] for found in of_class if found]
-    second = [found[1] for found in of_class if len(found) > 1]
-    figure = Figure(figsize=(11, 7.2), layout="constrained", dpi=100)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.05, wspace=0.03)
-    left, right = figure.subfigures(1, 2)
-    top, bottom = left.subplots(2, 1, height_ratios=[4, 7])
-    rows, names = [], []
-    for chosen in (first, second):
-        if chosen:
-            own = x[chosen[:_COLUMNS]]
-            rows += [own, _images(vae, vae.encode(own)[0])]
-            names += ["test", "model"]
-    _mosaic(top, rows, "Test images and their reconstructions", names)
+    first, second = ([found[k] for found in of_class if len(found) > k][:_COLUMNS] for k in (0, 1))
+    codes = vae.encode(x)[0]
+
+    reconstructions, names = [], []
+    for chosen in filter(None, (first, second)):
+        reconstructions += [grey[chosen], x[chosen], _decoded(vae, codes[chosen])]
+        names += ["test image", "pixels seen", "model"]
+
     with fixed_noise(seed, model=vae):
-        drawn = vae.sample(7 * _COLUMNS)
-    _mosaic(bottom, drawn.split(_COLUMNS), "Samples of the prior")
+        samples = vae.sample(_SAMPLES * _COLUMNS).split(_COLUMNS)
 
-    top, bottom = right.subplots(2, 1, height_ratios=[5, 6])
-    ends = [(first[k], first[-1 - k]) for k in range(min(5, len(first) // 2))] or [(first[0], first[0])]
-    share = torch.linspace(0, 1, _COLUMNS)[:, None]
-    rows = []
-    for one, other in ends:
-        start, end = vae.encode(x[[one, other]])[0]
-        rows.append(torch.cat([x[[one]], _images(vae, start + share * (end - start)), x[[other]]]))
-    _mosaic(top, rows, "Codes between those of two test images (at the ends)")
+    between = []
+    share = torch.linspace(0, 1, _COLUMNS - 2)[:, None]
+    for one, other in zip(first[: (len(first) + 1) // 2], reversed(first), strict=False):
+        path = codes[one] + share * (codes[other] - codes[one])
+        between.append(torch.cat([grey[[one]], _decoded(vae, path), grey[[other]]]))
 
-    numbers = sorted(range(len(activity)), key=lambda k: -activity[k])[:_WALKS]
-    values = torch.linspace(-_REACH, _REACH, _COLUMNS + 1)
-    rows = []
+    walks, numbers = [], sorted(range(len(activity)), key=lambda k: -activity[k])[:_WALKS]
+    values = torch.linspace(-_REACH, _REACH, _COLUMNS - 1)
     for k, number in enumerate(numbers):
-        code = vae.encode(x[[first[k % len(first)]]])[0].repeat(len(values), 1)
-        code[:, number] = values
-        rows.append(_images(vae, code))
-    names = [f"$z_{{{number + 1}}}$  {activity[number]:.2f}" for number in numbers]
-    _mosaic(bottom, rows, "A latent walk: one number of a test image's code changes", names)
+        changed = codes[[first[k % len(first)]]].repeat(_COLUMNS, 1)
+        changed[1:, number] = values
+        walks.append(_decoded(vae, changed))
+    of_numbers = [f"$z_{{{number + 1}}}$ ({activity[number]:.2f})" for number in numbers]
+
+    columns = (
+        (
+            (reconstructions, "Test images and their reconstructions", names),
+            (samples, "Samples of the prior", ()),
+        ),
+        (
+            (between, "Codes between those of two test images (at the ends)", ()),
+            (walks, "A latent walk: the code, and one of its numbers changed", of_numbers),
+        ),
+    )
+    page = _Page([[len(rows) for rows, *_ in column] for column in columns])
+    panels = [page.panel(c, r, *panel) for c, column in enumerate(columns) for r, panel in enumerate(column)]
     ticks = range(0, len(values), 2)
-    side = x.shape[-1] + _GAP
-    bottom.set_xticks([k * side + x.shape[-1] / 2 for k in ticks], [f"{values[k]:.1f}" for k in ticks])
-    bottom.set_xlabel("value of the number; at the left which one, and its variance over the test images")
-    bottom.xaxis.label.set_size(8)
-    bottom.tick_params(axis="x", labelsize=8)
-    return _png(figure)
+    where = [(k + 1) * (_SIDE + _GAP) + _SIDE / 2 for k in ticks]
+    panels[-1].set_xticks(where, [f"{values[k]:g}" for k in ticks], fontsize=8)
+    panels[-1].set_xlabel(
+        "value of the number (in brackets: variance of its mean over test images)", fontsize=8
+    )
+    return page.png()
 
 
-def _images(vae: VAE, codes: Tensor) -> Tensor:
+def _decoded(vae: VAE, codes: Tensor) -> Tensor:
     return vae.decode(codes).sigmoid()
 
 
-def _mosaic(axis: Axes, rows: Sequence[Tensor], title: str, names: Sequence[str] = ()) -> None:
-    """Rows of images, each [columns, 1, side, side], in one picture: ink is dark."""
-    side = rows[0].shape[-1]
-    columns = max(len(row) for row in rows)
-    canvas = np.full((len(rows) * (side + _GAP) - _GAP, columns * (side + _GAP) - _GAP), np.nan)
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            top, left = r * (side + _GAP), c * (side + _GAP)
-            canvas[top : top + side, left : left + side] = image[0].cpu().numpy()
-    axis.imshow(canvas, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_title(title, fontsize=10, fontweight="bold", loc="left")
-    axis.set_xticks([])
-    axis.set_yticks([r * (side + _GAP) + side / 2 for r in range(len(names))], names, fontsize=8)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
+class _Page:
+    """Columns of panels of so many rows of images, each at a whole multiple of its pixels."""
+
+    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
+        self._rows = rows
+        heights = [sum(_TITLE + self._length(count) for count in column) for column in rows]
+        heights[-1] += _BOTTOM
+        self._width, self._height = (
+            len(rows) * (_LEFT + self._length(_COLUMNS)) + _GAP,
+            max(heights) + _BOTTOM,
+        )
+        self._figure = Figure(figsize=(self._width / _DPI, self._height / _DPI), dpi=_DPI)
+
+    @staticmethod
+    def _length(images: int) -> int:
+        return _SCALE * (images * (_SIDE + _GAP) - _GAP)
+
+    def panel(
+        self, column: int, row: int, images: Sequence[Tensor], title: str, names: Sequence[str]
+    ) -> Axes:
+        """Rows of images, each [columns, 1, 32, 32], in one picture; ink is dark."""
+        width, height = self._length(_COLUMNS), self._length(len(images))
+        left = column * (_LEFT + width) + _LEFT
+        top = sum(_TITLE + self._length(count) for count in self._rows[column][:row]) + _TITLE
+        canvas = np.zeros((height // _SCALE, width // _SCALE))
+        for r, of_row in enumerate(images):
+            for c, image in enumerate(of_row):
+                y, x = r * (_SIDE + _GAP), c * (_SIDE + _GAP)
+                canvas[y : y + _SIDE, x : x + _SIDE] = image[0].numpy()
+        place = left, self._height - top - height, width, height
+        axis = self._figure.add_axes(
+            [v / s for v, s in zip(place, 2 * (self._width, self._height), strict=True)]
+        )
+        axis.imshow(canvas, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(title, fontsize=9, fontweight="bold", loc="left", pad=4)
+        axis.set_xticks([])
+        axis.set_yticks([r * (_SIDE + _GAP) + _SIDE / 2 for r in range(len(names))], names, fontsize=8)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        return axis
+
+    def png(self) -> bytes:
+        """Without colours, of which there are none: a third of the size."""
+        grey = Image.open(io.BytesIO(_png(self._figure))).convert("L")
+        content = io.BytesIO()
+        grey.save(content, format="png", optimize=True)
+        return content.getvalue()
 
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
