@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +20,10 @@ from torch.distributions import Bernoulli, Independent, Normal
 
 import bbb_fast
 from bbb_fast import convert, fixed_noise, functional, kl_loss, multi_sample, posterior_means, predict
+from bbb_fast.cli import main
+from bbb_fast.experiments import vae as experiments
+from bbb_fast.experiments.document import read
+from bbb_fast.experiments.vae import VaeConfig
 from bbb_fast.models import VAE
 from bbb_fast.models.vae import GaussianSample
 
@@ -306,3 +317,241 @@ def test_wrong_arguments() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+# ---------------------------------------------------------------- the command
+
+SMALL = VaeConfig(
+    latent=4, width=4, epochs=3, batch_size=8, lr=1e-2, samples=5, train_size=96, valid_size=50, test_size=40
+)
+OPTIONS = (
+    "vae --latent 4 --width 4 --epochs 3 --batch-size 8 --lr 1e-2 --samples 5 --train-size 96 "
+    "--valid-size 50 --test-size 40 --threads 1"
+).split()
+command = pytest.mark.cpu_only("the command line names its device itself")
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("bbb-fast: error: ") and err.count("\n") == 1
+    return err.removeprefix("bbb-fast: error: ").rstrip()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run."""
+    pytest.importorskip("sklearn")
+    out = tmp_path_factory.mktemp("vae") / "run"
+    assert main([*OPTIONS, "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+@command
+class TestCommand:
+    def test_the_numbers_are_the_models(self, finished: Path) -> None:
+        """The table's, from the weights in the folder, by the textbook."""
+        document = read(finished / "vae.json")
+        (table,) = document.tables
+        (row,) = table.rows
+        row = dict(zip((column.name for column in table.columns), row, strict=True))
+        state = experiments._read(finished / "tasks/train-beta-1/model.pt", {})
+        history = document.results["1"]["history"]
+        assert row["beta"] == 1 and row["epoch"] == state["best"]["epoch"]
+        assert row["epoch"] - 1 == max(range(3), key=lambda k: history[k]["valid_elbo"])
+        vae = VAE(1, 4, 4)
+        vae.load_state_dict(state["best"]["model"])
+        images = experiments._Images.load(SMALL.settings(), None)
+        torch.testing.assert_close(images.test.unique(), torch.tensor([0.0, 1.0]))
+        assert len(images.grey_test.unique()) > 100
+        # The bound of the test images, at the noise that judges: draw 0 of the seed's complement.
+        noise = functional.normal((40, 4), torch.tensor([~0, 0]))
+        bound = [t.item() for t in textbook(vae, images.test, noise)]
+        assert [row[key] for key in ("test", "reconstruction", "KL")] == pytest.approx(bound, rel=1e-5)
+        of_images = vae.log_likelihood(images.test, 5, seed=0)
+        assert row["log p(x)"] == pytest.approx(float(of_images.mean()), rel=1e-6)
+        assert row["+-"] == pytest.approx(float(of_images.std()) / math.sqrt(40), rel=1e-4)
+        activity = vae.encode(images.test)[0].detach().var(0, correction=0)
+        assert document.results["1"]["activity"] == pytest.approx(activity.tolist(), rel=1e-4)
+        assert row["active"] == int((activity > 0.01).sum())
+
+    def test_training_improves_the_bound(self, finished: Path) -> None:
+        history = read(finished / "vae.json").results["1"]["history"]
+        for key in ("elbo", "valid_elbo"):
+            first, *_, last = (entry[key] for entry in history)
+            assert last > first + 20
+        for entry in history:
+            assert entry["elbo"] == pytest.approx(entry["reconstruction"] - entry["kl"])
+
+    def test_pictures(self, finished: Path) -> None:
+        image = pytest.importorskip("PIL.Image")
+        figures = {figure.file: figure for figure in read(finished / "vae.json").figures}
+        assert set(figures) == {"vae.png", "vae-curves.png"}
+        for file, least in (("vae.png", (1500, 850)), ("vae-curves.png", (600, 300))):
+            content = figures[file].png
+            assert content.startswith(b"\x89PNG") and len(content) < 150_000
+            with image.open(finished / file) as picture:
+                assert all(size >= low for size, low in zip(picture.size, least, strict=True))
+                # Paper, and ink in every quarter of it.
+                pixels = torch.frombuffer(bytearray(picture.convert("L").tobytes()), dtype=torch.uint8)
+                pixels = pixels.view(picture.size[::-1])
+                for part in (half for side in pixels.chunk(2, 0) for half in side.chunk(2, 1)):
+                    assert part.min() < 100 and part.max() == 255
+
+    def test_broken_off_and_resumed_is_as_if_unbroken(
+        self,
+        finished: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        epoch = experiments._epoch
+
+        def broken(
+            vae: VAE, optimizer: object, images: object, settings: object, beta: float, k: int, bar: object
+        ):
+            if k == 2:
+                raise KeyboardInterrupt
+            return epoch(vae, optimizer, images, settings, beta, k, bar)
+
+        monkeypatch.setattr(experiments, "_epoch", broken)
+        run = [*OPTIONS, "--out", str(tmp_path)]
+        assert main(run) == 130
+        output = capsys.readouterr()
+        assert "epoch 2/3: ELBO -" in output.out and "--resume" in output.err
+        file = tmp_path / "tasks/train-beta-1/model.pt"
+        assert experiments._read(file, {})["epoch"] == 2
+        monkeypatch.setattr(experiments, "_epoch", epoch)
+        torch.manual_seed(17)  # the caller's state has no part in it
+        assert main([*run, "--resume"]) == 0
+        assert "epoch 2/3" not in capsys.readouterr().out
+        one, other = (experiments._read(f / "tasks/train-beta-1/model.pt", {}) for f in (tmp_path, finished))
+        assert one.pop("format") == other.pop("format") == "bbb_fast-vae" and one.pop("run") == other.pop(
+            "run"
+        )
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert read(tmp_path / "vae.json").results == read(finished / "vae.json").results
+        assert (tmp_path / "vae.png").read_bytes() == (finished / "vae.png").read_bytes()
+
+    @pytest.mark.slow
+    def test_killed(self, finished: Path, tmp_path: Path) -> None:
+        """A real process, and workers side by side: the results are those of one after the other."""
+        run = [*OPTIONS, "--beta", "1", "4", "--jobs", "2", "--out", str(tmp_path)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(bbb_fast.__file__).parents[1])}
+        process = subprocess.Popen([sys.executable, "-m", "bbb_fast", *run], env=environment)
+        file, deadline = tmp_path / "tasks/train-beta-1/model.pt", time.monotonic() + 60
+        while not file.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert file.exists()
+        time.sleep(2.5)  # until its workers have noticed
+        assert main([*run, "--resume"]) == 0
+        results = read(tmp_path / "vae.json").results
+        assert results["1"] == read(finished / "vae.json").results["1"]
+        assert results["4"]["test"]["kl"] < results["1"]["test"]["kl"]
+        assert (tmp_path / "vae-beta-4.png").exists()
+
+    def test_beta_is_the_weight_in_training(self, finished: Path, tmp_path: Path) -> None:
+        assert main([*OPTIONS, "--beta", "50", "0", "--out", str(tmp_path), "--quiet"]) == 0
+        results = read(tmp_path / "vae.json").results
+        results["1"] = read(finished / "vae.json").results["1"]
+        large, one, none = (results[beta]["test"]["kl"] for beta in ("50", "1", "0"))
+        assert 2 * large < one and 2 * one < none
+        files = {"vae-beta-50.png", "vae-beta-0.png", "vae-curves.png"}
+        assert files == {path.name for path in tmp_path.glob("*.png")}
+
+    def test_without_matplotlib(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.delitem(sys.modules, "bbb_fast.experiments.vae_plots", raising=False)
+        monkeypatch.delattr("bbb_fast.experiments.vae_plots", raising=False)
+        assert main([*OPTIONS, "--epochs", "1", "--out", str(tmp_path), "--quiet"]) == 0
+        document = read(tmp_path / "vae.json")
+        assert not document.figures and "matplotlib is missing" in document.notes[0]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--latent", "0"], "--latent must be an int >= 1, got 0"),
+            (["--width", "0"], "--width must be an int >= 1, got 0"),
+            (["--epochs", "0"], "--epochs must be an int >= 1, got 0"),
+            (["--batch-size", "-1"], "--batch-size must be an int >= 1, got -1"),
+            (["--samples", "0"], "--samples must be an int >= 1, got 0"),
+            (["--beta", "-1"], "--beta must be finite numbers >= 0, got -1.0"),
+            (["--beta", "nan"], "--beta must be finite numbers >= 0, got nan"),
+            (["--beta", "1", "1.0"], "--beta must be different numbers, got 1.0 1.0"),
+            (["--lr", "0"], "--lr must be a finite number > 0, got 0.0"),
+            (["--seed", "-1"], "--seed must be an int >= 0, got -1"),
+            (["--jobs", "0"], "--jobs must be an int >= 1, got 0"),
+            (["--device", "tpu"], "--device must be cpu, cuda, cuda:0, cuda:1, ..., got 'tpu'"),
+            (["--dataset", "mnist"], "mnist needs a folder: pass --data-dir FOLDER (data_dir=...)"),
+            (["--test-size", "361"], "--test-size must be at most 360, the test images, got 361"),
+            (["--train-size", "1400"], "digits: cannot train on 1400 samples: 1437 images less 50"),
+            (["--lr", "1e30", "--epochs", "2"], "epoch 1: the bound is no longer finite; try a lower --lr"),
+        ],
+    )
+    def test_wrong_options(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    ) -> None:
+        pytest.importorskip("sklearn")
+        assert main([*OPTIONS, "--quiet", *options, "--out", str(tmp_path)]) == 1
+        assert error_line(capsys).startswith(message)
+
+    def test_usage(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for options in (["--dataset", "cifar10"], ["--pixels", "grey"], ["--latent", "many"]):
+            with pytest.raises(SystemExit, match="2"):
+                main(["vae", *options])
+            assert f"argument {options[0]}: invalid" in capsys.readouterr().err
+
+    def test_resuming_something_else(
+        self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "copy"
+        shutil.copytree(finished, out)
+        run = [*OPTIONS, "--quiet", "--resume", "--out", str(out)]
+        assert main([*run, "--pixels", "threshold"]) == 1
+        assert error_line(capsys).startswith(
+            f"cannot resume {out}: its pixels was 'sample', now it is 'threshold'"
+        )
+        folder = out / "tasks/train-beta-1"
+        (folder / "result.json").unlink()
+        file = folder / "model.pt"
+        whole = file.read_bytes()
+
+        def refused(content: bytes) -> str:
+            file.write_bytes(content)
+            assert main(run) == 1
+            return error_line(capsys)
+
+        assert refused(whole[: len(whole) // 2]) == f"{file} is damaged or cut short: remove it to train anew"
+        assert refused(b"GIF89a").startswith(
+            f"{file} is not a bbb_fast checkpoint: allowed are those that `vae`"
+        )
+        state = torch.load(io.BytesIO(whole), weights_only=True)
+        for change, message in (
+            ({"version": 2}, "has checkpoint version 2: this bbb_fast reads 1"),
+            ({"history": None}, "is incomplete: its entry 'history' is missing or malformed"),
+            ({"epoch": 2}, "is inconsistent: remove it to train anew"),
+            ({"run": {**state["run"], "images": 1}}, "is of another run: its images was 1, now it is "),
+            ({"model": {}}, "does not fit VAE: it lacks encoder.0.weight"),
+            ({"optimizer": {}}, "cannot be resumed: its optimizer does not fit"),
+        ):
+            buffer = io.BytesIO()
+            torch.save({**state, **change}, buffer)
+            assert refused(buffer.getvalue()).startswith(f"{file} {message}")
+
+
+@command
+def test_pixels() -> None:
+    pytest.importorskip("sklearn")
+    cut = experiments._Images.load({**SMALL.settings(), "pixels": "threshold"}, None)
+    coins, other = (experiments._Images.load({**SMALL.settings(), "seed": seed}, None) for seed in (0, 1))
+    assert torch.equal(cut.test, (cut.grey_test > 0.5).float())
+    assert torch.equal(coins.grey_test, cut.grey_test)
+    assert torch.equal(coins.grey_test, other.grey_test) and not torch.equal(coins.test, other.test)
+    # A coin shows ink as often as the pixel is grey, and never where it is white or always where it is black.
+    assert torch.equal(coins.test[coins.grey_test == 0].unique(), torch.tensor([0.0]))
+    assert torch.equal(coins.test[coins.grey_test == 1].unique(), torch.tensor([1.0]))
+    middle = (coins.grey_test > 0.25) & (coins.grey_test < 0.75)
+    expected = coins.grey_test[middle].mean()
+    torch.testing.assert_close(coins.test[middle].mean(), expected, rtol=0, atol=0.03)
+    assert len(cut.train) == 96 and len(cut.valid) == 50 and len(cut.test) == 40
