@@ -98,27 +98,23 @@ class TestBound:
         torch.testing.assert_close(logits, vae.decode(mu + F.softplus(rho) * eps))
 
     def test_is_below_the_log_likelihood(self) -> None:
-        """One code number: log p(x) by the trapezoidal rule. More draws come closer, from below."""
+        """One code number: log p(x) by the trapezoidal rule. More draws come closer."""
         vae, x = small(latent=1).double(), images(3, dtype=torch.float64)
-        z = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None]
+        z = torch.linspace(-8, 8, 1001, dtype=torch.float64)[:, None]
         with torch.no_grad():
+            vae.decoder[0].weight.mul_(4)
             logits = vae.decode(z)
             log_p = torch.stack([Independent(Bernoulli(logits=logits), 3).log_prob(one) for one in x], 1)
             log_p += Normal(0.0, 1.0).log_prob(z)
-            exact = log_p.logsumexp(0) + math.log(16 / 4000)
+            exact = float((log_p.logsumexp(0) + math.log(16 / 1000)).mean())
             elbos = []
-            for k in range(200):
+            for k in range(40):
                 with fixed_noise(SEED, k, model=vae, draw="activations"):
                     elbos.append(vae.elbo(x).elbo)
-            elbo = float(torch.stack(elbos).mean())
-        few, many = (
-            torch.stack([vae.log_likelihood(x, samples, seed=seed).mean() for seed in range(8)])
-            for samples in (5, 500)
-        )
-        exact_mean = float(exact.mean())
-        assert elbo < float(few.mean()) < exact_mean + 0.02
-        assert abs(float(many.mean()) - exact_mean) < 0.3 * (exact_mean - float(few.mean())) + 1e-3
-        assert elbo < exact_mean - 0.05
+        assert float(torch.stack(elbos).mean()) < exact - 1
+        few = torch.stack([vae.log_likelihood(x, 3, seed=seed).mean() for seed in range(40)])
+        assert exact - 1 < float(few.mean()) < exact - 0.1
+        assert abs(float(vae.log_likelihood(x, 500, seed=SEED).mean()) - exact) < 0.1
 
 
 class TestLogLikelihood:
