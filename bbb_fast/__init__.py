@@ -1,6 +1,6 @@
 """Fast Bayesian layers for PyTorch: fused sampling, local reparameterization and closed-form KL."""
 
-from . import functional, layers, metrics, models, priors, reference
+from . import functional, layers, methods, metrics, models, priors, reference
 from ._backend import backend, build_info, set_backend
 from ._noise import fixed_noise, posterior_means
 from ._version import __version__ as __version__
@@ -30,6 +30,7 @@ __all__ = [
     "get_beta",
     "kl_loss",
     "layers",
+    "methods",
     "metrics",
     "models",
     "multi_sample",
