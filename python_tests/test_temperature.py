@@ -75,12 +75,14 @@ def test_closed_form_of_two_classes() -> None:
 
 
 def test_of_several_minima_the_lowest() -> None:
-    # Of the mean over draws: one draw is sure of the label, one against it, on very different scales.
-    logits = torch.tensor([[[40.0, 0.0]], [[0.0, 0.2]]]).expand(2, 5, 2)
-    labels = torch.tensor([0, 0, 0, 1, 1])
+    # The mean of draws that contradict each other, on scales far apart: minima at 0.038 and 17.3.
+    margins = torch.tensor([[0.1, -200.0, 0.0, 0.0], [-10.0, 50.0, 0.1, -0.1]], dtype=torch.float64)
+    logits = torch.stack([margins, torch.zeros_like(margins)], -1)
+    labels = torch.zeros(4, dtype=torch.int64)
+    near = [nll(logits, labels, 0.038 * factor) for factor in (0.8, 1.0, 1.25)]
+    assert near[1] < min(near[0], near[2])
     found = scaled().fit(logits, labels).temperature.item()
-    best = min(nll(logits, labels, math.exp(k / 50)).item() for k in range(-230, 231))
-    assert nll(logits, labels, found).item() <= best + 1e-12
+    assert found == pytest.approx(17.3, rel=0.01) and nll(logits, labels, found) < near[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
