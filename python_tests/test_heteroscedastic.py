@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import DEVICE, DTYPES, rng
 from torch import Tensor, nn
 
-from bbb_fast import ELBO, convert, fixed_noise, kl_loss, metrics, posterior_means, predict
+from bbb_fast import ELBO, convert, fixed_noise, kl_loss, metrics, multi_sample, posterior_means, predict
 from bbb_fast.functional import normal
 from bbb_fast.layers import BBB_LRT
 from bbb_fast.methods import (
@@ -314,6 +314,14 @@ def test_predictions_are_functions(backend: str, layer: Callable[[int, int], nn.
         with fixed_noise(5, k, model=model):
             torch.testing.assert_close(model(x), draws[k])
     assert draws.std(0).min() > 0
+
+
+def test_multi_sample_is_as_many_forwards(backend: str) -> None:
+    model, x = Classifier(BBB_LRT.BBBLinear), torch.randn(6, 4)
+    draws = multi_sample(model, x, 3, seed=2)
+    for k in range(3):
+        with fixed_noise(2, k, model=model, draw="activations"):
+            torch.testing.assert_close(model(x), draws[k])
 
 
 def test_pinned_noise_is_the_formula(backend: str) -> None:
