@@ -1,6 +1,6 @@
 """Fast Bayesian layers for PyTorch: fused sampling, local reparameterization and closed-form KL."""
 
-from . import functional, layers, metrics, models, priors, reference
+from . import functional, layers, methods, metrics, models, priors, reference
 from ._backend import backend, build_info, set_backend
 from ._noise import fixed_noise, posterior_means
 from ._version import __version__ as __version__
@@ -16,6 +16,7 @@ from .conversion import (
 from .frozen import FrozenEnsemble, frozen_ensemble
 from .inference import multi_sample, predict
 from .losses import ELBO, get_beta, kl_loss
+from .methods import mc_dropout
 
 __all__ = [
     "ELBO",
@@ -30,6 +31,8 @@ __all__ = [
     "get_beta",
     "kl_loss",
     "layers",
+    "mc_dropout",
+    "methods",
     "metrics",
     "models",
     "multi_sample",

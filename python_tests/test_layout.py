@@ -17,6 +17,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("experiments",),
+    ("methods",),
     ("models", "frozen", "inference", "tuning"),
     ("losses", "_eval_mode", "conversion"),
     ("layers",),
