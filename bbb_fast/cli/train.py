@@ -63,7 +63,7 @@ def add_parser(subparsers: Any) -> None:
         "--layer-type",
         choices=MODEL_LAYER_TYPES,
         default=default.layer_type,
-        help="estimator of the Bayesian layers; or of the point-estimate twin: last (its last layer Bayesian), "
+        help="estimator of the Bayesian layers; or, of the point-estimate twin, last (Bayesian last layer), "
         "dropout (Monte Carlo dropout), concrete (dropout of learned rates), none (as it is)",
     )
     model.add_argument("--activation", choices=ACTIVATIONS, default=default.activation, help="between layers")

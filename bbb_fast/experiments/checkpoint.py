@@ -32,7 +32,15 @@ from ..conversion import convert
 from ..layers import ConcreteDropout
 from ..methods import mc_dropout
 from ..models import (
-    AlexNet, BBB3Conv3FC, BBBAlexNet, BBBCaffeLeNet, BBBLeNet, BBBSmallCNN, CaffeLeNet, LeNet, SmallCNN,
+    AlexNet,
+    BBB3Conv3FC,
+    BBBAlexNet,
+    BBBCaffeLeNet,
+    BBBLeNet,
+    BBBSmallCNN,
+    CaffeLeNet,
+    LeNet,
+    SmallCNN,
     ThreeConvThreeFC,
 )  # fmt: skip
 from ..models.build import LAYER_TYPES, choose
@@ -40,8 +48,8 @@ from ..priors import DEFAULT_PRIORS
 from ..routes import VarianceDtype
 
 __all__ = [
-    "DEFAULT_DROPOUT", "MODELS", "MODEL_LAYER_TYPES", "VARIANCE_DTYPES", "WITHOUT_KL", "CheckpointError", "LoadedModel",
-    "build_model", "load", "load_model", "pack", "restore_model",
+    "DEFAULT_DROPOUT", "MODELS", "MODEL_LAYER_TYPES", "VARIANCE_DTYPES", "WITHOUT_KL", "CheckpointError",
+    "LoadedModel",    "build_model", "load", "load_model", "pack", "restore_model",
     "same_run", "save",
 ]  # fmt: skip
 
@@ -74,8 +82,8 @@ MODELS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "caffe-lenet": (BBBCaffeLeNet, CaffeLeNet),
     "smallcnn": (BBBSmallCNN, SmallCNN),
 }
-# What a model may be made of: the estimators of the Bayesian layers; or the twin, with its last layer Bayesian
-# (by local reparameterization), under dropout of a given or a learned rate, or as it is.
+# What a model may be made of: the estimators of the Bayesian layers; or the twin, with its last layer
+# Bayesian (by local reparameterization), under dropout of a given or a learned rate, or as it is.
 MODEL_LAYER_TYPES: tuple[str, ...] = (*LAYER_TYPES, "last", "dropout", "concrete", "none")
 # Those that are trained by the likelihood alone.
 WITHOUT_KL = ("dropout", "none")
@@ -242,8 +250,8 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
 
     Args: ``config`` with ``model`` (a key of :data:`MODELS`), ``layer_type`` (one of
     :data:`MODEL_LAYER_TYPES`), ``activation``, ``inputs`` (channels), ``outputs`` (classes) and any of
-    the four keys of ``priors``, of ``variance_dtype`` (a key of :data:`VARIANCE_DTYPES`) and of ``dropout`` (a
-    rate); other keys are ignored. Raises ValueError for a missing or wrong value.
+    the four keys of ``priors``, of ``variance_dtype`` (a key of :data:`VARIANCE_DTYPES`) and of ``dropout``
+    (a rate); other keys are ignored. Raises ValueError for a missing or wrong value.
     """
     missing = [k for k in ("model", "layer_type", "activation", "inputs", "outputs") if k not in config]
     if missing:

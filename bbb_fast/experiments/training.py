@@ -177,7 +177,8 @@ class TrainConfig:
         if self.adversarial and self.train_samples > 1:
             raise OptionError(
                 "adversarial",
-                f"must be 0 with --train-samples {self.train_samples}, got {self.adversarial}: it is for one draw",
+                f"must be 0 with {self.train_samples} draws in a training step, got {self.adversarial}: it takes "
+                "one",
             )
         if self.variance_dtype != "float32" and self.layer_type != "lrt":
             raise OptionError(
@@ -815,7 +816,7 @@ class _Run:
                 part, value, causes = "KL", kl, tuple(DEFAULT_PRIORS)
             elif not math.isfinite(nll):
                 part, value = "NLL", nll
-                causes = ("posterior_mu_initial", "posterior_rho_initial") if config.has_kl else ()
+                causes = ("posterior_mu_initial", "posterior_rho_initial") if self.config.has_kl else ()
             else:
                 part, value, causes = "loss", loss, ("beta",)
             options = [f"--{key.replace('_', '-')} (it is {getattr(self.config, key)})" for key in causes]

@@ -1,4 +1,4 @@
-"""Caffe's LeNet, on which dropout was first read as a posterior (Gal and Ghahramani 2015, arXiv:1506.02158)."""
+"""Caffe's LeNet, the network of Gal and Ghahramani 2015 (arXiv:1506.02158), for 32 x 32 images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CaffeLeNet(_CaffeLeNet, PointModel):
 
     {PointModel.__doc__}
 
-    The rate is 0 until it is set: ``mc_dropout(CaffeLeNet(10, 1), p=0.5)`` is the network "LeNet-all" of Gal and
-    Ghahramani, which drops single elements behind a convolution, before the pooling. Unlike theirs it has an
-    activation behind each pooling, as the other models here.
+    The rate is 0 until it is set: ``mc_dropout(CaffeLeNet(10, 1), p=0.5)`` is the network "LeNet-all" of Gal
+    and Ghahramani 2015 (arXiv:1506.02158), which drops single elements behind a convolution, before the
+    pooling. Unlike theirs it has an activation behind each pooling, as the other models here.
     """
