@@ -16,11 +16,16 @@ from .conversion import (
 from .frozen import FrozenEnsemble, frozen_ensemble
 from .inference import multi_sample, predict
 from .losses import ELBO, get_beta, kl_loss
-from .methods import mc_dropout
+from .methods import Ensemble, mc_dropout
+from .predictive import CategoricalPredictive, GaussianPredictive, Predictive, predictive
 
 __all__ = [
     "ELBO",
+    "CategoricalPredictive",
+    "Ensemble",
     "FrozenEnsemble",
+    "GaussianPredictive",
+    "Predictive",
     "backend",
     "build_info",
     "convert",
@@ -39,6 +44,7 @@ __all__ = [
     "posterior_means",
     "posterior_to_prior",
     "predict",
+    "predictive",
     "priors",
     "prune",
     "reference",

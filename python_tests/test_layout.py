@@ -18,6 +18,7 @@ ROWS = (
     ("cli",),
     ("experiments",),
     ("methods",),
+    ("predictive",),
     ("models", "frozen", "inference", "tuning"),
     ("losses", "_eval_mode", "conversion"),
     ("layers",),
