@@ -238,7 +238,7 @@ class _Classes:
         self._probs.add(probs)
         self._noise.add(probs * (1 - probs))
         self._entropy.add(torch.special.entr(probs).sum(-1))
-        shares = metrics._softplus_normalized(outputs)
+        shares = metrics.decomposition._softplus_normalized(outputs)
         self._shares.add(shares)
         self._noise_of_shares.add(shares * (1 - shares))
         if self._targets is not None:
