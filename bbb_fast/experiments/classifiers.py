@@ -8,6 +8,7 @@ ensembles of that seed, and the members of a small ensemble are the first of a l
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -17,16 +18,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..inference import predict
+from ..methods.ensemble import Ensemble
+from ..methods.temperature import TemperatureScaling
 from . import checkpoint, data
 from .data import ImageSet
+from .judged import Judged
 from .options import MAX_SEED, OptionError, check_int
 from .tasks import RESULT, SETTINGS, TASKS, Task
 from .training import BEST, TrainConfig, fit
-from .uncertainty import DERIVED, pick, unseen
+from .uncertainty import DERIVED, is_bayesian, judge, pick, unseen
 
 __all__ = [
     "DEFAULTS", "LEFT_OUT", "METHODS", "NETWORKS", "SHARED", "Entry", "Network", "Opened", "Sets", "Study",
-    "leave_out", "load_sets", "open_entry", "read_study", "train_network",
+    "ask", "leave_out", "load_sets", "open_entry", "read_study", "train_network",
 ]  # fmt: skip
 
 # Kinds of network, as changes of the options that all share.
@@ -204,7 +209,9 @@ class Study:
         pairs = {key: tuple(value) for key, value in changes.items() if isinstance(value, list)}
         own_seed = (network.seed + network.member * _MEMBER_STEP) % (MAX_SEED + 1)
         sizes = {"valid_size": self.valid_size, "train_size": self.train_size}
-        return TrainConfig(**{**changes, **pairs}, **sizes, dataset=self.dataset, seed=own_seed, device=device)
+        return TrainConfig(
+            **{**changes, **pairs}, **sizes, dataset=self.dataset, seed=own_seed, device=device
+        )
 
     def tasks(self, data_dir: str | None = None, device: str = "cpu") -> list[Task]:
         """A task for each training."""
@@ -330,6 +337,7 @@ class Opened:
         mean, std: for :func:`data.normalize`.
         classes: names, by label.
         draws: how often it has to be asked.
+        temperature: what was fitted; None without temperature scaling.
     """
 
     model: nn.Module
@@ -337,6 +345,7 @@ class Opened:
     std: list[float]
     classes: tuple[str, ...]
     draws: int
+    temperature: float | None
 
 
 def open_entry(tasks: Path, entry: Entry, seed: int, samples: int, valid: ImageSet, device: str) -> Opened:
@@ -346,10 +355,26 @@ def open_entry(tasks: Path, entry: Entry, seed: int, samples: int, valid: ImageS
     deterministic network once. ``valid``: images for what is fitted after training.
     """
     loaded = [checkpoint.load_model(tasks / n.task / _RUN / BEST) for n in entry.networks(seed)]
-    first = loaded[0]
-    models = [network.model.to(device) for network in loaded]
-    ...
-    return Opened(models[0], first.mean, first.std, first.classes, samples)
+    first, temperature = loaded[0], None
+    model = first.model if entry.members == 1 else Ensemble(network.model for network in loaded)
+    model = model.to(device).eval()
+    draws = entry.members if entry.members > 1 else samples if is_bayesian(model) else 1
+    if entry.method == "temperature":
+        x = data.normalize(valid.images.to(device), first.mean, first.std)
+        outputs = predict(model, x, draws, seed=seed)
+        with warnings.catch_warnings():
+            # A validation set without an error does not tell the temperature: the tables show it.
+            warnings.simplefilter("ignore", UserWarning)
+            model = TemperatureScaling(model).fit(outputs, valid.labels.to(device)).eval()
+        temperature = float(model.temperature)
+    return Opened(model, first.mean, first.std, first.classes, draws, temperature)
+
+
+def ask(opened: Opened, images: ImageSet, seed: int, device: str) -> Judged:
+    """What an entry says of images."""
+    return judge(
+        opened.model, images, opened.mean, opened.std, samples=opened.draws, seed=seed, batch_size=1024, device=device
+    )  # fmt: skip
 
 
 def read_study(folder: Path) -> tuple[Study, Path]:
@@ -364,7 +389,9 @@ def read_study(folder: Path) -> tuple[Study, Path]:
     except FileNotFoundError:
         raise OptionError("from", f"must be the folder of a run: there is no {file}") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise OptionError("from", f"must be the folder of compare, ood or shift: {file} is not of one") from error
+        raise OptionError(
+            "from", f"must be the folder of compare, ood or shift: {file} is not of one"
+        ) from error
     for network in study.networks():
         if not (folder / TASKS / network.task / RESULT).exists():
             raise OptionError("from", f"names a run that is not finished: {folder} lacks {network.task}")

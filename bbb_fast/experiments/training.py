@@ -35,6 +35,7 @@ from .._backend import backend, build_info
 from ..inference import multi_sample, predict
 from ..layers import ModuleWrapper
 from ..losses import SCHEDULES, kl_loss, kl_weight
+from ..methods.ensemble import fgsm
 from ..metrics import classification_report
 from ..models.build import ACTIVATIONS, choose
 from ..priors import DEFAULT_PRIORS, resolve_priors
@@ -791,16 +792,15 @@ class _Run:
             outputs = multi_sample(self.model, x, samples, call=_layers_alone).flatten(0, 1)
             y = y.repeat(samples)
             return F.cross_entropy(outputs, y) * share, kl_loss(self.model), outputs, y
-        if config.adversarial:
-            x.requires_grad_()
-        outputs, kl = _outputs_and_kl(self.model, x)
+        result = self.model(x)
+        outputs = _outputs(result)
+        kl = result[1] if isinstance(self.model, ModuleWrapper) else kl_loss(self.model)
         nll = F.cross_entropy(outputs, y) * share
         if config.adversarial:
-            (slope,) = torch.autograd.grad(nll, x, retain_graph=True)
-            # A step in units of the pixels' range, which 1 / std is after normalization.
+            # The pixels' range, 1, is 1 / std after normalization.
             step = config.adversarial / torch.tensor(self.std, device=x.device).view(-1, 1, 1)
-            against = _layers_alone(self.model, x.detach() + step * slope.sign())
-            nll = (nll + F.cross_entropy(against, y) * share) / 2
+            against = fgsm(self.model, x, lambda result: F.cross_entropy(_outputs(result), y), step)
+            nll = (nll + F.cross_entropy(_layers_alone(self.model, against), y) * share) / 2
         return nll, kl, outputs, y
 
     def _check_finite(self, stats: Tensor) -> None:
@@ -838,12 +838,10 @@ def _layers_alone(model: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
-def _outputs_and_kl(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(model, ModuleWrapper):
-        outputs, kl = model(x)
-        return outputs, kl
-    outputs = model(x)
-    return outputs, kl_loss(model)
+def _outputs(result: Any) -> Tensor:
+    """The output in what a model returns: wrappers return the KL too."""
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 def _averages(stats: Tensor, sizes: Tensor) -> list[float]:
