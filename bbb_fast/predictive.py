@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import metrics
 from ._checks import initialised, integer
 from ._eval_mode import in_eval_mode
 from ._noise import _INT64_MAX, fixed_noise
 from .inference import _leaves, _map, _output, _part, _rows, _tensors_for
+from .metrics.decomposition import softplus_normalized
 
 __all__ = ["CategoricalPredictive", "GaussianPredictive", "Likelihood", "Predictive", "predictive"]
 
@@ -238,7 +238,7 @@ class _Classes:
         self._probs.add(probs)
         self._noise.add(probs * (1 - probs))
         self._entropy.add(torch.special.entr(probs).sum(-1))
-        shares = metrics.decomposition._softplus_normalized(outputs)
+        shares = softplus_normalized(outputs)
         self._shares.add(shares)
         self._noise_of_shares.add(shares * (1 - shares))
         if self._targets is not None:

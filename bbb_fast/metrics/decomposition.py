@@ -179,7 +179,7 @@ def _softmax(outputs: Tensor) -> Tensor:
     return torch.softmax(outputs, -1)
 
 
-def _softplus_normalized(outputs: Tensor) -> Tensor:
+def softplus_normalized(outputs: Tensor) -> Tensor:
     # In logarithms, since softplus underflows to 0 for outputs below -745 and a row of zeros has no
     # distribution. Below -40, ln softplus(x) is x to float64's last digit.
     # logaddexp(x, 0) is softplus without F.softplus's switch to x at 20, which would cost 7 digits.
@@ -189,7 +189,7 @@ def _softplus_normalized(outputs: Tensor) -> Tensor:
 
 _METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": _softmax,
-    "normalized": _softplus_normalized,
+    "normalized": softplus_normalized,
 }
 
 
