@@ -9,13 +9,13 @@ from typing import Any
 
 from ..experiments import classifiers, data
 from ..experiments.checkpoint import MODELS
-from ..experiments.classifiers import DEFAULTS, METHODS, NETWORKS, SHARED, Study
+from ..experiments.classifiers import DEFAULTS, METHODS, NETWORKS, SHARED, Judging, Study
 from ..experiments.options import OptionError, check_int
 from ..experiments.training import LR_SCHEDULES, TrainConfig, parse_device
 from ..models.build import ACTIVATIONS
 from . import options
 
-__all__ = ["add_options", "judging", "sources", "study"]
+__all__ = ["add_options", "settings", "study_and_judging"]
 
 
 def number_or_name(text: str) -> float | str:
@@ -45,7 +45,11 @@ _TYPES: dict[str, dict[str, Any]] = {
     "train_samples": {"type": int, "metavar": "T", "help": "draws in a training step"},
     "valid_samples": {"type": int, "metavar": "T", "help": "draws in a validation"},
 }  # fmt: skip
-_OF_STUDY = ("methods", "ensemble_sizes", "seeds", "valid_size", "train_size", "leave_out")
+_OF_STUDY = ("dataset", "methods", "ensemble_sizes", "seeds", "valid_size", "train_size")
+
+
+# Of these, what may be another part of what an earlier run has trained.
+_OF_JUDGING = ("methods", "ensemble_sizes", "seeds")
 
 
 def add_options(parser: argparse.ArgumentParser, *, source: bool = False) -> None:
@@ -124,38 +128,52 @@ def _change(text: str) -> tuple[str, str, Any]:
         raise OptionError("set", f"must give {name} as {kind_of}, got {value!r}") from None
 
 
-def study(args: argparse.Namespace) -> tuple[Study, Path | None]:
-    """What is to be trained, checked, and the folder of the tasks that have done it already, if any."""
-    source = getattr(args, "source", None)
-    changes = {name: getattr(args, name) for name in _TYPES if getattr(args, name) is not None}
-    overrides: dict[str, dict[str, Any]] = {}
-    for kind, name, value in map(_change, args.changes):
-        overrides.setdefault(kind, {})[name] = value
-    own = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name in _OF_STUDY
-        if (value := getattr(args, name, None)) is not None
-    }
+def study_and_judging(
+    args: argparse.Namespace, outside: str | None = None, leave_out: tuple[int, ...] = ()
+) -> tuple[Study, Judging]:
+    """What is to be trained and how it is judged, checked; missing data are fetched if that is asked for."""
     for name in ("samples", "limit"):
         if getattr(args, name) is not None:
             check_int(name, getattr(args, name))
     parse_device(args.device)
+    source = getattr(args, "source", None)
     if source is None:
-        wanted = Study(
-            dataset=args.dataset or "digits", seed=args.seed, options=changes, overrides=overrides, **own
-        )
-        wanted.validate()
-        return wanted, None
-    found, tasks = classifiers.read_study(source)
-    ...
-    return found, tasks
+        study, trained = _new(args, leave_out), None
+    else:
+        study, trained = _earlier(args, source)
+    data_dir, outside_dir = (
+        None if folder is None else str(folder)
+        for folder in (args.data_dir, getattr(args, "outside_dir", None))
+    )
+    judging = Judging(
+        args.samples, args.limit, outside, data_dir, outside_dir, args.device, trained and str(trained)
+    )
+    return study, judging
 
 
-def judging(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that the results depend on, besides the study."""
-    return {"samples": args.samples, "limit": args.limit}
+def settings(study: Study, judging: Judging) -> dict[str, Any]:
+    """What the results of a run depend on."""
+    return {"seed": study.seed, "study": study.to_dict(), "judging": judging.settings()}
 
 
-def sources(args: argparse.Namespace) -> dict[str, Any]:
-    """Where things are: nothing that results depend on."""
-    return {"data_dir": None if args.data_dir is None else str(args.data_dir), "device": args.device}
+def _new(args: argparse.Namespace, leave_out: tuple[int, ...]) -> Study:
+    given = {name: getattr(args, name) for name in _OF_STUDY if getattr(args, name) is not None}
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    options = {name: getattr(args, name) for name in _TYPES if getattr(args, name) is not None}
+    overrides: dict[str, dict[str, Any]] = {}
+    for kind, name, value in map(_change, args.changes):
+        overrides.setdefault(kind, {})[name] = value
+    study = Study(seed=args.seed, leave_out=leave_out, options=options, overrides=overrides, **own)
+    study.validate()
+    return study
+
+
+def _earlier(args: argparse.Namespace, source: Path) -> tuple[Study, Path]:
+    """The study of a finished run, or a part of it."""
+    for name in (*_OF_STUDY, *_TYPES, "changes"):
+        if getattr(args, name) and name not in _OF_JUDGING:
+            option = "set" if name == "changes" else name
+            raise OptionError(option, f"cannot be given with --from: {source} is trained already")
+    given = {name: getattr(args, name) for name in _OF_JUDGING if getattr(args, name) is not None}
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return classifiers.read_study(source, **own)

@@ -45,11 +45,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, judges, prints and writes; returns 0."""
-    study, _ = classifiers.study(args)
-    judging = {"outside": args.outside, **classifiers.judging(args)}
-    places = classifiers.sources(args)
+    study, judging = classifiers.study_and_judging(args, args.outside)
     return experiment.carry_out(
-        args,
-        {"seed": study.seed, "study": study.to_dict(), **judging},
-        lambda running: compare.run(running, study, **judging, **places),
+        args, classifiers.settings(study, judging), lambda running: compare.run(running, study, judging)
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .classifiers import Results
 from .document import mean_and_error
 from .judged import SCORES
 
@@ -18,7 +18,7 @@ __all__ = ["reliability", "scores"]
 
 # Okabe and Ito's palette, which colour-blind people can tell apart.
 _BLUE, _RED, _GREEN, _SKY, _PINK, _ORANGE = "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7", "#e69f00"
-_ACROSS = 4
+_ACROSS = 5
 
 
 def _png(figure: Figure) -> bytes:
@@ -32,13 +32,13 @@ def _mean_and_bar(values: Sequence[float]) -> tuple[float, float]:
     return mean, error or 0.0
 
 
-def scores(results: Mapping[str, Any]) -> bytes:
+def scores(labels: Mapping[str, str], found: Results) -> bytes:
     """A PNG of a compare run's scores: a panel a score, a row an entry, bars of one standard error."""
-    names = [entry["label"] for entry in results.values()]
+    names = [labels[name] for name in found]
     panels: dict[str, list[list[float]]] = {
-        "accuracy (%)": [[100 * one["accuracy"] for one in e["seeds"]] for e in results.values()],
-        "NLL (nats)": [[one["nll"] for one in e["seeds"]] for e in results.values()],
-        "ECE": [[one["ece"] for one in e["seeds"]] for e in results.values()],
+        "accuracy (%)": [[100 * one["accuracy"] for one in of_seeds] for of_seeds in found.values()],
+        "NLL (nats)": [[one["nll"] for one in of_seeds] for of_seeds in found.values()],
+        "ECE": [[one["ece"] for one in of_seeds] for of_seeds in found.values()],
     }
     figure = Figure(figsize=(13, 1.3 + 0.34 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(panels) + 1, sharey=True)
@@ -51,7 +51,7 @@ def scores(results: Mapping[str, Any]) -> bytes:
         ("predictive_entropy", _BLUE, "o", 0.14),
         ("mutual_information", _RED, "s", -0.14),
     ):
-        rows = [[one["detection"][score]["auroc"] for one in e["seeds"]] for e in results.values()]
+        rows = [[one["detection"][score]["auroc"] for one in of_seeds] for of_seeds in found.values()]
         _dots(last, places + shift, rows, color, marker, SCORES[score])
     last.set_title("AUROC of never-seen images", fontsize=10)
     # Below the axes: the dots may be anywhere.
@@ -73,13 +73,13 @@ def _dots(
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def reliability(results: Mapping[str, Any]) -> bytes:
+def reliability(labels: Mapping[str, str], found: Results) -> bytes:
     """A PNG of a compare run's reliability diagrams, all seeds together: a panel an entry."""
-    down = math.ceil(len(results) / _ACROSS)
-    figure = Figure(figsize=(3.1 * _ACROSS, 3.0 * down), layout="constrained")
+    down = math.ceil(len(found) / _ACROSS)
+    figure = Figure(figsize=(2.6 * _ACROSS, 2.6 * down), layout="constrained")
     axes = figure.subplots(down, _ACROSS, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis, entry in zip(axes, results.values(), strict=False):
-        diagrams = [one["reliability"] for one in entry["seeds"]]
+    for axis, (name, of_seeds) in zip(axes, found.items(), strict=False):
+        diagrams = [one["reliability"] for one in of_seeds]
         counts = np.sum([d["count"] for d in diagrams], axis=0)
         size = np.maximum(counts, 1)
         accuracy, confidence = (
@@ -96,11 +96,13 @@ def reliability(results: Mapping[str, Any]) -> bytes:
         share = counts / counts.sum()
         # A dot is as large as its bin is full: empty bins decide nothing.
         axis.scatter(confidence[shown], accuracy[shown], 6 + 90 * share[shown], color=_BLUE, zorder=3)
-        ece, _ = mean_and_error([one["ece"] for one in entry["seeds"]])
-        axis.set_title(f"{entry['label']}: ECE {ece:.4f}", fontsize=10)
+        ece, _ = mean_and_error([one["ece"] for one in of_seeds])
+        axis.set_title(f"{labels[name]}: ECE {ece:.4f}", fontsize=10)
         axis.set(xlim=(0, 1), ylim=(0, 1.02))
-    for axis in axes[len(results) :]:
-        axis.set_visible(False)
+    for k, axis in enumerate(axes):
+        axis.set_visible(k < len(found))
+        # The lowest that is shown in each column.
+        axis.tick_params(labelbottom=k < len(found) <= k + _ACROSS)
     figure.supxlabel("confidence (largest probability)", fontsize=10)
     figure.supylabel("fraction that is right", fontsize=10)
     return _png(figure)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..inference import predict
 from ..methods.ensemble import Ensemble
@@ -25,13 +25,14 @@ from . import checkpoint, data
 from .data import ImageSet
 from .judged import Judged
 from .options import MAX_SEED, OptionError, check_int
-from .tasks import RESULT, SETTINGS, TASKS, Task
+from .tasks import RESULT, SETTINGS, TASKS, Experiment, Task
 from .training import BEST, TrainConfig, fit
 from .uncertainty import DERIVED, is_bayesian, judge, pick, unseen
 
 __all__ = [
-    "DEFAULTS", "LEFT_OUT", "METHODS", "NETWORKS", "SHARED", "Entry", "Network", "Opened", "Sets", "Study",
-    "ask", "leave_out", "load_sets", "open_entry", "read_study", "train_network",
+    "DEFAULTS", "LEFT_OUT", "METHODS", "NETWORKS", "SHARED", "Entry", "Judging", "Network", "Opened", "Results",
+    "Sets", "Study", "ask", "judge_entries", "leave_out", "load_sets", "notes", "open_entry", "open_task",
+    "read_study", "train", "train_network",
 ]  # fmt: skip
 
 # Kinds of network, as changes of the options that all share.
@@ -171,12 +172,10 @@ class Study:
             for size in self.ensemble_sizes:
                 check_int("ensemble_sizes", size, least=2)
         _check_options("options", self.options)
-        kinds = [METHODS[method].network for method in self.methods]
+        kinds = list(dict.fromkeys(METHODS[method].network for method in self.methods))
         for kind, changes in self.overrides.items():
             if kind not in kinds:
-                raise OptionError(
-                    "set", f"can change the networks of {', '.join(dict.fromkeys(kinds))} here, got {kind!r}"
-                )
+                raise OptionError("set", f"can change the networks of {', '.join(kinds)} here, got {kind!r}")
             _check_options("set", changes)
         for network in self.networks():
             self.config(network).validate()
@@ -240,11 +239,16 @@ def _check_options(option: str, changes: Mapping[str, Any]) -> None:
 
 
 class Sets(NamedTuple):
-    """``test``: of known classes; ``outside``: what the networks have never seen, if that is asked for."""
+    """What a seed's networks are trained on and judged by.
+
+    ``test``: of known classes; ``numbers``, int64 [N], their places among all of them. ``outside``: what the
+    networks have never seen, if that is asked for.
+    """
 
     train: ImageSet
     valid: ImageSet
     test: ImageSet
+    numbers: Tensor
     outside: ImageSet | None
 
 
@@ -300,16 +304,118 @@ def load_sets(
     valid_size = len(whole) // 10 if study.valid_size is None else study.valid_size
     train, valid = data.split_validation(whole, valid_size, seed, study.train_size)
     # Every seed is judged by the same images.
-    test = test.subset(pick(test, limit, study.seed))
+    numbers = pick(test, limit, study.seed)
+    test = test.subset(numbers)
     if outside is None:
-        return Sets(train, valid, test, None)
+        return Sets(train, valid, test, numbers, None)
     if outside in DERIVED:
-        return Sets(train, valid, test, unseen(outside, test, study.seed))
+        return Sets(train, valid, test, numbers, unseen(outside, test, study.seed))
     if outside == LEFT_OUT:
         other = replace(left_out, name=f"{left_out.name}, classes left out")
     else:
         other = _load(outside, "test", outside_dir or data_dir)
-    return Sets(train, valid, test, other.subset(pick(other, limit, study.seed)))
+    return Sets(train, valid, test, numbers, other.subset(pick(other, limit, study.seed)))
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a study's entries are judged.
+
+    Attributes:
+        samples: draws of what answers at random.
+        limit: at most so many test images of each set.
+        outside: the never-seen images (see :func:`load_sets`), if any.
+        data_dir, outside_dir: where the data are.
+        device: where the models run.
+        trained: the folder of the tasks that have trained the networks; None: the experiment's own.
+    """
+
+    samples: int
+    limit: int | None = None
+    outside: str | None = None
+    data_dir: str | None = None
+    outside_dir: str | None = None
+    device: str = "cpu"
+    trained: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {
+            "samples": self.samples,
+            "limit": self.limit,
+            "outside": self.outside,
+            "trained": self.trained,
+        }
+
+
+Results = dict[str, list[Any]]
+
+
+def judge_entries(
+    running: Experiment,
+    study: Study,
+    judging: Judging,
+    function: Callable[..., Mapping[str, Any]],
+    parts: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Results]:
+    """Judges every entry of every seed, each in a task of its own.
+
+    The task is ``function(folder, entry=name, seed=..., study=..., judging=..., **arguments)``, which begins by
+    :func:`open_task`. ``parts``: further arguments, by name, where there are several tasks for an entry.
+
+    Returns: for each part (one, "", without ``parts``) and entry the results of all seeds.
+    """
+    given: Mapping[str, Mapping[str, Any]] = parts or {"": {}}
+    how = {"study": study.to_dict(), "judging": asdict(judging)}
+    tasks = {
+        (part, entry.name, seed): Task(
+            f"judge-{entry.name}-seed{seed}" + (f"-{part}" if part else ""),
+            function,
+            {"entry": entry.name, "seed": seed, **how, **arguments},
+        )
+        for entry in study.entries()
+        for seed in study.all_seeds()
+        for part, arguments in given.items()
+    }
+    found = running.run(list(tasks.values()), "judging")
+    results: dict[str, Results] = {part: {} for part in given}
+    for (part, name, _), task in tasks.items():
+        results[part].setdefault(name, []).append(found[task.name])
+    return results
+
+
+def open_task(
+    folder: Path, entry: str, seed: int, study: Mapping[str, Any], judging: Mapping[str, Any]
+) -> tuple[Opened, Sets, str]:
+    """An entry of a seed, its images, and the device."""
+    plan, how = Study.from_dict(study), Judging(**judging)
+    own = next(e for e in plan.entries() if e.name == entry)
+    sets = load_sets(
+        plan, seed, data_dir=how.data_dir, outside=how.outside, outside_dir=how.outside_dir, limit=how.limit
+    )
+    trained = folder.parent if how.trained is None else Path(how.trained)
+    return open_entry(trained, own, seed, how.samples, sets.valid, how.device), sets, how.device
+
+
+def train(running: Experiment, study: Study, judging: Judging) -> dict[str, dict[str, Any]]:
+    """What the tasks of all networks say, by the tasks' names; trains those that no earlier run has trained."""
+    if judging.trained is not None:
+        folder = Path(judging.trained)
+        return {
+            n.task: json.loads((folder / n.task / RESULT).read_text())["result"] for n in study.networks()
+        }
+    return running.run(study.tasks(judging.data_dir, judging.device), "training")
+
+
+def notes(study: Study, judging: Judging) -> list[str]:
+    """What a reader of any table of a study must know."""
+    found = [
+        f"Entries that answer at random are asked {judging.samples} times, an ensemble once for each member, "
+        "a deterministic network once."
+    ]
+    if study.seeds > 1:
+        found.append(f"±: the standard error of the mean over {study.seeds} seeds.")
+    return found
 
 
 def train_network(
@@ -371,16 +477,17 @@ def open_entry(tasks: Path, entry: Entry, seed: int, samples: int, valid: ImageS
 
 
 def ask(opened: Opened, images: ImageSet, seed: int, device: str) -> Judged:
-    """What an entry says of images."""
+    """What an entry says of images, by the draws of ``seed``."""
     return judge(
         opened.model, images, opened.mean, opened.std, samples=opened.draws, seed=seed, batch_size=1024, device=device
     )  # fmt: skip
 
 
-def read_study(folder: Path) -> tuple[Study, Path]:
-    """The study of a finished run, and the folder of its tasks.
+def read_study(folder: Path, **changes: Any) -> tuple[Study, Path]:
+    """The study of a run, or with other entries of the same networks; and the folder of its tasks.
 
-    Raises ValueError where the folder holds none, or one with networks that are not trained yet.
+    ``changes``: methods, ensemble_sizes and seeds. Raises OptionError where the folder holds no study, or
+    lacks trained networks.
     """
     file = folder / SETTINGS
     try:
@@ -388,11 +495,18 @@ def read_study(folder: Path) -> tuple[Study, Path]:
         study.validate()
     except FileNotFoundError:
         raise OptionError("from", f"must be the folder of a run: there is no {file}") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError):
         raise OptionError(
-            "from", f"must be the folder of compare, ood or shift: {file} is not of one"
-        ) from error
+            "from", f"must be the folder of a run of compare, ood or shift: {file} is not of one"
+        ) from None
+    # Methods that are not asked for need no options.
+    kinds = {METHODS[method].network for method in changes.get("methods", study.methods)}
+    kept = {kind: options for kind, options in study.overrides.items() if kind in kinds}
+    study = replace(study, overrides=kept, **changes)
+    study.validate()
     for network in study.networks():
         if not (folder / TASKS / network.task / RESULT).exists():
-            raise OptionError("from", f"names a run that is not finished: {folder} lacks {network.task}")
+            raise OptionError(
+                "from", f"has no trained {network.task}: {folder} is of other networks, or unfinished"
+            )
     return study, folder / TASKS

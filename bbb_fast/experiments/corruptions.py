@@ -100,7 +100,9 @@ CORRUPTIONS: dict[str, Corruption] = {
 }
 
 
-def corrupt(images: ImageSet, kind: str, strength: float, seed: int, numbers: Tensor | None = None) -> ImageSet:
+def corrupt(
+    images: ImageSet, kind: str, strength: float, seed: int, numbers: Tensor | None = None
+) -> ImageSet:
     """The images under a corruption of this strength, rounded to pixels again.
 
     Args: ``kind``, a key of :data:`CORRUPTIONS`; ``strength`` >= 0, in its unit, 0 the images themselves;
