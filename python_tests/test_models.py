@@ -17,7 +17,15 @@ from bbb_fast import kl_loss, models
 from bbb_fast.layers import BBB, BBB_LRT
 from bbb_fast.layers.base import BayesianLayer
 from bbb_fast.models import (
-    AlexNet, BBB3Conv3FC, BBBAlexNet, BBBCaffeLeNet, BBBLeNet, BBBSmallCNN, CaffeLeNet, LeNet, SmallCNN,
+    AlexNet,
+    BBB3Conv3FC,
+    BBBAlexNet,
+    BBBCaffeLeNet,
+    BBBLeNet,
+    BBBSmallCNN,
+    CaffeLeNet,
+    LeNet,
+    SmallCNN,
     ThreeConvThreeFC,
 )  # fmt: skip
 from bbb_fast.models.build import ACTIVATIONS
