@@ -16,13 +16,15 @@ from typing import Any
 
 from .._version import __version__
 from ..experiments.options import OptionError
-from . import info, train, tune, uncertainty, vae
+from . import compare, info, train, tune, uncertainty, vae
 from .launch import Launch
 from .memory import keep_freed_memory
 
 __all__ = ["main"]
 
-_COMMANDS = {"train": train, "uncertainty": uncertainty, "vae": vae, "tune": tune, "info": info}
+_COMMANDS = {
+    "train": train, "uncertainty": uncertainty, "compare": compare, "vae": vae, "tune": tune, "info": info,
+}  # fmt: skip
 # Those whose output is all they do.
 _PRINTING = ("info",)
 # Those that several processes can do together.

@@ -72,18 +72,19 @@ def float64(probs: Tensor) -> Tensor:
     return probs.to(torch.float64).clamp(max=1.0).contiguous()
 
 
-def check_labels(labels: object, probs: Tensor, device: torch.device) -> Tensor:
+def check_labels(labels: object, probs: Tensor, device: torch.device, name: str = "probs") -> Tensor:
+    """``device``: that of ``probs``, which is called ``name``, as the caller gave it."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor of shape [N], got {type(labels).__name__}")
     n, classes = probs.shape
     if list(labels.shape) != [n]:
         raise ValueError(
-            f"labels must have shape [{n}] to match probs {[n, classes]}, got {list(labels.shape)}"
+            f"labels must have shape [{n}] to match {name} {[n, classes]}, got {list(labels.shape)}"
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must have dtype torch.int64, got {labels.dtype}")
     if labels.device != device:
-        raise ValueError(f"labels must be on the device of probs ({device}), got {labels.device}")
+        raise ValueError(f"labels must be on the device of {name} ({device}), got {labels.device}")
     labels = labels.to(probs.device)
     low, high = torch.stack(torch.aminmax(labels)).tolist()
     if low < 0 or high >= classes:

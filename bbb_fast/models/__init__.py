@@ -1,8 +1,13 @@
-"""Three networks, Bayesian and as point-estimate twins, and an autoencoder; input [N, inputs, 32, 32]."""
+"""Five networks, Bayesian and as point-estimate twins, and an autoencoder; input [N, inputs, 32, 32]."""
 
 from .alexnet import AlexNet, BBBAlexNet
+from .caffelenet import BBBCaffeLeNet, CaffeLeNet
 from .lenet import BBBLeNet, LeNet
+from .smallcnn import BBBSmallCNN, SmallCNN
 from .threeconvthreefc import BBB3Conv3FC, ThreeConvThreeFC
 from .vae import VAE
 
-__all__ = ["VAE", "AlexNet", "BBB3Conv3FC", "BBBAlexNet", "BBBLeNet", "LeNet", "ThreeConvThreeFC"]
+__all__ = [
+    "VAE", "AlexNet", "BBB3Conv3FC", "BBBAlexNet", "BBBCaffeLeNet", "BBBLeNet", "BBBSmallCNN",
+    "CaffeLeNet", "LeNet", "SmallCNN", "ThreeConvThreeFC",
+]  # fmt: skip
