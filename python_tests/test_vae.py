@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from bbb_fast.experiments import vae as experiments
 from bbb_fast.experiments.document import read
 from bbb_fast.experiments.vae import VaeConfig
 from bbb_fast.models import VAE
-from bbb_fast.models.vae import GaussianSample
+from bbb_fast.models.vae import Bound, GaussianSample
 
 SEED = 5
 
@@ -427,6 +429,61 @@ class TestCommand:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
         assert read(tmp_path / "vae.json").results == read(finished / "vae.json").results
         assert (tmp_path / "vae.png").read_bytes() == (finished / "vae.png").read_bytes()
+
+    def test_every_step_has_noise_coins_and_a_rate_of_its_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        draws, rates, seen = [], [], []
+        elbo, step = VAE.elbo, torch.optim.Adam.step
+
+        def noted(vae: VAE, x: Tensor, beta: float = 1.0) -> Bound:
+            if torch.is_grad_enabled():
+                seen.append(x)
+            return elbo(vae, x, beta)
+
+        def draw(seed: int, sample: int, **options: Any) -> fixed_noise:
+            draws.append((seed, sample))
+            return fixed_noise(seed, sample, **options)
+
+        def rate(optimizer: torch.optim.Adam) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+            step(optimizer)
+
+        monkeypatch.setattr(VAE, "elbo", noted)
+        monkeypatch.setattr(experiments, "fixed_noise", draw)
+        monkeypatch.setattr(torch.optim.Adam, "step", rate)
+        experiments.train(tmp_path, SMALL.settings(), 1.0, None)
+        assert [sample for seed, sample in draws if seed == 0] == list(range(36))
+        expected = [0.01 * (1 + math.cos(math.pi * k / 36)) / 2 for k in range(36)]
+        assert rates == pytest.approx(expected)
+        epochs = [torch.cat(seen[k : k + 12]) for k in (0, 12, 24)]
+        # The images come in another order, and the coins of an image fall otherwise.
+        for one, other in itertools.combinations(epochs, 2):
+            assert not torch.equal(one, other)
+            assert not {row.numpy().tobytes() for row in one} & {row.numpy().tobytes() for row in other}
+
+    def test_the_best_epoch_is_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By what was trained for: with the KL as often as in training."""
+        bounds = [(-100.0, 20.0), (-80.0, 35.0), (-75.0, 50.0)]
+        after = []
+
+        def epoch(vae: VAE, *_: Any) -> dict[str, float]:
+            with torch.no_grad():
+                vae.decoder[0].bias.add_(1.0)
+            after.append(vae.decoder[0].bias.detach().clone())
+            reconstruction, kl = bounds[len(after) - 1]
+            parts = {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
+            return {**parts, **{f"valid_{name}": value for name, value in parts.items()}}
+
+        monkeypatch.setattr(experiments, "_epoch", epoch)
+        for beta, best in ((1.0, 2), (2.0, 1), (0.1, 3)):
+            after.clear()
+            folder = tmp_path / str(best)
+            folder.mkdir()
+            assert experiments.train(folder, SMALL.settings(), beta, None)["epoch"] == best
+            state = experiments._read(folder / "model.pt", {})
+            assert torch.equal(state["best"]["model"]["decoder.0.bias"], after[best - 1])
+            assert torch.equal(state["model"]["decoder.0.bias"], after[-1])
 
     @pytest.mark.slow
     def test_killed(self, finished: Path, tmp_path: Path) -> None:
