@@ -45,8 +45,8 @@ class Browser:
         ours_in, theirs_out = os.pipe()
 
         def connect() -> None:
-            # The browser reads commands from 3 and writes answers to 4. Copies that lie above those first: else one
-            # could take the place of the other.
+            # The browser reads commands from 3 and writes answers to 4. Copies above those first: else
+            # one could take the place of the other.
             copies = os.dup(theirs_in), os.dup(theirs_out)
             high = [os.dup2(copy, 10 + k) for k, copy in enumerate(copies)]
             os.dup2(high[0], 3)

@@ -16,13 +16,20 @@ from typing import Any
 
 from .._version import __version__
 from ..experiments.options import OptionError
-from . import info, report, train, tune, uncertainty
+from . import active, info, report, train, tune, uncertainty
 from .launch import Launch
 from .memory import keep_freed_memory
 
 __all__ = ["main"]
 
-_COMMANDS = {"train": train, "uncertainty": uncertainty, "report": report, "tune": tune, "info": info}
+_COMMANDS = {
+    "train": train,
+    "uncertainty": uncertainty,
+    "active": active,
+    "report": report,
+    "tune": tune,
+    "info": info,
+}
 # Those whose output is all they do.
 _PRINTING = ("info",)
 # Those that several processes can do together.

@@ -18,8 +18,8 @@ def add_parser(subparsers: Any) -> None:
         "report",
         help="one HTML page over finished runs",
         description=(
-            "Find the finished runs in folders and those below them, and write their tables, figures, settings "
-            "and versions as one HTML page that needs no network and no other file."
+            "Find the finished runs in folders and those below them, and write their tables, figures, "
+            "settings and versions as one HTML page that needs no network and no other file."
         ),
     )
     add = parser.add_argument

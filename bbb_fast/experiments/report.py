@@ -35,25 +35,22 @@ def find(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Section], list
     """The finished runs in these folders and those below, and the folders of runs that are not finished.
 
     Each run once, in the order of the folders, then of their names. Where there is more than one run of
-    ``train``, all of them side by side come first. What a run keeps for its own tasks is part of it, and no run.
+    ``train``, all of them side by side come first. What a run keeps for its own tasks is part of it, no run.
 
-    Raises FileNotFoundError or NotADirectoryError for a folder that is none, OSError for a file that cannot be
-    read, ValueError for a file of a run that is damaged and where there is no finished run.
+    Raises FileNotFoundError or NotADirectoryError for a folder that is none, OSError for a file that cannot
+    be read, ValueError for a file of a run that is damaged and where there is no finished run.
     """
     sections: list[Section] = []
     unfinished: list[Path] = []
-    trained: list[tuple[str, Mapping[str, Any]]] = []
     seen: set[Path] = set()
     for given in folders:
         for folder, names in _walk(Path(given).expanduser()):
             if folder.resolve() in seen:
                 continue
             seen.add(folder.resolve())
-            documents = [(name, document) for name in names if (document := _document(folder / name))]
-            sections += [Section(str(folder), document) for _, document in documents]
-            if METRICS in (name for name, _ in documents):
-                trained.append((str(folder), json.loads((folder / METRICS).read_text(encoding="utf-8"))))
-            if _is_begun(folder, names) and not documents:
+            documents = [document for name in names if (document := _document(folder / name))]
+            sections += [Section(str(folder), document) for document in documents]
+            if not documents and _is_begun(folder, names):
                 unfinished.append(folder)
     if not sections:
         where = ", ".join(str(folder) for folder in folders)
@@ -63,6 +60,7 @@ def find(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Section], list
             else ""
         )
         raise ValueError(f"{where} holds no finished run{hint}")
+    trained = [section for section in sections if section.document.command == "train"]
     if len(trained) > 1:
         sections.insert(0, Section(f"{len(trained)} folders", _side_by_side(trained)))
     return sections, unfinished
@@ -153,9 +151,10 @@ def _trained(folder: Path, metrics: Mapping[str, Any]) -> Document:
         tables=[Table("Scores", columns, rows, note)],
         figures=_png(
             folder, CURVES, "Training",
-            f"Negative log-likelihood and accuracy of training and validation images over {epochs} epochs, and "
-            "the KL of a Bayesian model.",
+            f"Negative log-likelihood and accuracy of training and validation images over {epochs} epochs, "
+            "and the KL of a Bayesian model.",
         ),
+        results=metrics,
         seconds=metrics["timing"]["train_seconds"],
         build=metrics["versions"],
     )  # fmt: skip
@@ -165,19 +164,21 @@ def _model(config: Mapping[str, Any]) -> str:
     return f"{config['model']} on {config['dataset']}, layers {config['layer_type']}, seed {config['seed']}"
 
 
-def _side_by_side(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Document:
-    """Several runs of ``train`` in one table."""
+def _side_by_side(runs: Sequence[Section]) -> Document:
+    """Several runs of ``train``, as :func:`_trained` makes them, in one table."""
     columns = (
         Column("run"), Column("data"), Column("model"), Column("layers"), Column("seed", "d"),
         Column("epochs", "d"), *(Column(name, ".4f", better) for name, _, better in _SCORES),
         Column("training (s)", ".1f", "low"),
     )  # fmt: skip
     rows = []
-    for where, metrics in runs:
+    for run in runs:
+        metrics = run.document.results
         config, test = metrics["config"], metrics["test"] or {}
         rows.append([
-            where, *(config[key] for key in ("dataset", "model", "layer_type", "seed")), len(metrics["history"]),
-            *(test.get(key) for _, key, _ in _SCORES), metrics["timing"]["train_seconds"],
+            run.where, *(config[key] for key in ("dataset", "model", "layer_type", "seed")),
+            len(metrics["history"]), *(test.get(key) for _, key, _ in _SCORES),
+            metrics["timing"]["train_seconds"],
         ])  # fmt: skip
     note = "Scores of the test images under the weights of the epoch that was best on the validation images."
     return Document("train", "Trained models", {}, [Table("Scores", columns, rows, note)], build={})
@@ -216,7 +217,7 @@ def _judged(folder: Path, found: Mapping[str, Any]) -> Document:
         figures=_png(
             folder, FIGURE, "What the model says of both sets",
             f"Images of {known['name']} and of {other['name']} with the model's answer and its uncertainty; "
-            "histograms of predictive entropy and mutual information of both sets; ROC curves of every score.",
+            "histograms of predictive entropy and mutual information of both sets; ROC curves of all scores.",
         ),
         notes=found["notes"],
         build=found["build"],
