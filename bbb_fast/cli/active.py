@@ -11,8 +11,8 @@ from . import experiment, options
 __all__ = ["add_parser", "run"]
 
 # On the embedded images everything is smaller: all of it takes a minute or two.
-_DEFAULTS = {"labels": 400, "seeds": 5, "pool": 2000, "steps": 300}
-_DIGITS = {"labels": 140, "seeds": 3, "pool": 500, "steps": 150}
+_DEFAULTS = {"labels": 400, "seeds": 5, "pool": 2000}
+_DIGITS = {"labels": 200, "seeds": 3, "pool": 500}
 
 
 def _default(name: str) -> str:
@@ -77,14 +77,18 @@ def add_parser(subparsers: Any) -> None:
         help="what makes it doubt (default mc-dropout)",
     )
     model.add_argument(
-        "--steps", type=int, metavar="N", help=f"of the optimizer, a round {_default('steps')}"
+        "--first-steps", type=int, default=200, metavar="N",
+        help="of the optimizer in the first round (default 200)",
+    )  # fmt: skip
+    model.add_argument(
+        "--steps", type=int, default=40, metavar="N", help="in every later one, going on (default 40)"
     )
     model.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a step (default 64)")
     model.add_argument(
-        "--lr", type=float, default=5e-3, help="learning rate of Adam, falling to 0 (default 0.005)"
+        "--lr", type=float, default=2e-3, help="of Adam, falling to 0 in every round (default 0.002)"
     )
     model.add_argument("--kl-weight", type=float, default=0.03, help="of lrt, bbb and flipout (default 0.03)")
-    model.add_argument("--dropout", type=float, default=0.4, metavar="P", help="of mc-dropout (default 0.4)")
+    model.add_argument("--dropout", type=float, default=0.5, metavar="P", help="of mc-dropout (default 0.5)")
     model.add_argument("--members", type=int, default=5, metavar="M", help="of an ensemble (default 5)")
     experiment.add_options(parser, "runs/active")
     parser.set_defaults(run=run)
@@ -97,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
         name: sized[name] if name in sized and getattr(args, name) is None else getattr(args, name)
         for name in (
             "dataset", "valid_size", "judge", "acquisitions", "seeds", "start", "step", "labels", "pool",
-            "draws", "accuracies", "method", "steps", "batch_size", "lr", "kl_weight", "dropout", "members",
-            "seed",
+            "draws", "accuracies", "method", "first_steps", "steps", "batch_size", "lr", "kl_weight",
+            "dropout", "members", "seed",
         )
     }  # fmt: skip
     active.check(settings)

@@ -5,18 +5,18 @@ are labelled next, again and again. Houlsby et al. 2011 (arXiv:1112.5745) score 
 label and weights (BALD); Gal, Islam and Ghahramani, "Deep Bayesian active learning with image data", ICML
 2017 (arXiv:1703.02910) do so on images, from 20 labels, 10 more a round.
 
-Every round trains a new model, so that all it depends on is the seed and the labels so far: a round is done
-again with the same result, and a file of those labels is all that an interrupted task needs.
+A round goes on with the weights of the one before it. Its random numbers are its own, those weights and the
+labels are kept in a file, and so a task that is interrupted ends as if it had not been.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ METHODS = (*LAYER_TYPES, "mc-dropout", "ensemble")
 _PRIORS = {"posterior_rho_initial": (-4.0, 0.1)}
 JUDGED_ON = ("test", "validation")
 
-# A task's labels and scores so far.
-ROUNDS = "rounds.json"
+# A task's labels, scores and weights so far.
+ROUNDS = "rounds.pt"
 FIGURE = "active.png"
 # Images that a network sees at a time.
 _ROWS = 500
@@ -62,7 +62,18 @@ _OF_ALL = ("command", "acquisitions", "seeds", "accuracies", "seed")
 
 def check(settings: Mapping[str, Any]) -> None:
     """Raises OptionError for the first option that is wrong; those of the data are checked with the data."""
-    for name in ("seeds", "start", "step", "labels", "pool", "draws", "members", "steps", "batch_size"):
+    for name in (
+        "seeds",
+        "start",
+        "step",
+        "labels",
+        "pool",
+        "draws",
+        "members",
+        "steps",
+        "first_steps",
+        "batch_size",
+    ):
         check_int(name, settings[name])
     if settings["labels"] < settings["start"]:
         raise OptionError(
@@ -135,44 +146,56 @@ def learn(
     ones need.
     """
     pool, judged = images(settings, data_dir)
+    classes, channels = len(pool.classes), pool.images.shape[1]
     mean, std = channel_stats(pool.images)
     sizes = [*range(settings["start"], settings["labels"], settings["step"]), settings["labels"]]
-    labelled, accuracy = _continue(folder / ROUNDS, sizes, len(pool)) or (
-        first_labels(pool.labels, len(pool.classes), settings["start"], _generator(seed, "start")).tolist(),
-        [],
-    )
+    torch.manual_seed(_seed(seed, "weights"))
+    model = build(classes, channels, settings)
+    labelled, accuracy = _continue(folder / ROUNDS, model, sizes, len(pool)) or (
+        first_labels(pool.labels, classes, settings["start"], _generator(seed, "start")).tolist(), [],
+    )  # fmt: skip
     for k in range(len(accuracy), len(sizes)):
         own = pool.subset(labelled)
-        model = train(
-            normalize(own.images, mean, std), own.labels, len(pool.classes), settings, _seed(seed, k)
-        )
+        steps = settings["steps" if k else "first_steps"]
+        torch.manual_seed(_seed(seed, k))
+        train(model, normalize(own.images, mean, std), own.labels, steps, settings)
         accuracy.append(accuracy_of_means(model, normalize(judged.images, mean, std), judged.labels))
         if k + 1 < len(sizes):
 
-            def score(index: Tensor, model: nn.Module = model, k: int = k) -> Tensor:
-                inputs = normalize(pool.images[index], mean, std)
-                return SCORES[acquisition](_ask(model, inputs, settings, _seed(seed, k, "ask")))
+            def score(index: Tensor, k: int = k) -> Tensor:
+                said = ask(model, normalize(pool.images[index], mean, std), settings, _seed(seed, k, "ask"))
+                return SCORES[acquisition](said)
 
             labelled += acquire(
                 None if acquisition == RANDOM else score, len(pool), labelled, sizes[k + 1] - sizes[k],
                 settings["pool"], _generator(seed, k, "pool"),
             )  # fmt: skip
-        atomic_write(folder / ROUNDS, json.dumps({"labelled": labelled, "accuracy": accuracy}).encode())
+        kept = {"labelled": labelled, "accuracy": accuracy, "weights": model.state_dict()}
+        content = io.BytesIO()
+        torch.save(kept, content)
+        atomic_write(folder / ROUNDS, content.getbuffer())
     return {"labels": sizes, "accuracy": accuracy}
 
 
-def _continue(path: Path, sizes: Sequence[int], pool: int) -> tuple[list[int], list[float]] | None:
-    """What an interrupted task has kept; None: it has not done a round. ValueError for a damaged file."""
+def _continue(
+    path: Path, model: nn.Module, sizes: Sequence[int], pool: int
+) -> tuple[list[int], list[float]] | None:
+    """What an interrupted task has kept, with ``model`` as it was; None: it has not done a round.
+
+    Raises ValueError for a damaged file.
+    """
     if not path.exists():
         return None
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        labelled, accuracy = (list(kept[key]) for key in ("labelled", "accuracy"))
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        labelled, accuracy = list(kept["labelled"]), list(kept["accuracy"])
         fits = len(labelled) == sizes[min(len(accuracy), len(sizes) - 1)]
         if not fits or len(set(labelled)) < len(labelled) or not all(0 <= i < pool for i in labelled):
-            raise ValueError("it is of another run")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be continued ({error}): replace the run with --overwrite") from error
+            raise ValueError("its labels are not those of such a run")
+        model.load_state_dict(kept["weights"])
+    except Exception as error:  # of a damaged file torch.load may raise nearly anything
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be continued ({why}): replace the run with --overwrite") from error
     return labelled, accuracy
 
 
@@ -227,63 +250,67 @@ def acquire(
     return chosen[:count].tolist()
 
 
-def train(x: Tensor, y: Tensor, classes: int, settings: Mapping[str, Any], seed: int) -> nn.Module:
-    """A LeNet trained on all of ``x`` (float32 [N, C, 32, 32]) and ``y`` (int64 [N]), from scratch.
-
-    ``settings["steps"]`` steps of Adam, the learning rate falling to 0 along a cosine. The loss is mean NLL +
-    kl_weight * KL / N. PyTorch's random state is another one afterwards.
-    """
-    method, sizes = settings["method"], (classes, x.shape[1])
-    torch.manual_seed(seed)
+def build(classes: int, channels: int, settings: Mapping[str, Any]) -> nn.Module:
+    """A LeNet, untrained, of ``settings["method"]``."""
+    method = settings["method"]
+    if method in LAYER_TYPES:
+        return BBBLeNet(classes, channels, _PRIORS, method, "relu")
     if method == "ensemble":
-        members = [_train_one(LeNet(*sizes, "relu"), x, y, settings) for _ in range(settings["members"])]
-        return Ensemble(members)
-    if method == "mc-dropout":
-        return mc_dropout(
-            _train_one(_with_dropout(LeNet(*sizes, "relu"), settings["dropout"]), x, y, settings)
-        )
-    return _train_one(BBBLeNet(*sizes, _PRIORS, method, "relu"), x, y, settings)
-
-
-def _with_dropout(net: LeNet, p: float) -> nn.Sequential:
-    """Its layers, with dropout before each linear one."""
+        return Ensemble([LeNet(classes, channels, "relu") for _ in range(settings["members"])])
     parts: dict[str, nn.Module] = {}
-    for name, layer in net.named_children():
+    for name, layer in LeNet(classes, channels, "relu").named_children():
         if isinstance(layer, nn.Linear):
-            parts[f"{name}_dropout"] = nn.Dropout(p)
+            parts[f"{name}_dropout"] = nn.Dropout(settings["dropout"])
         parts[name] = layer
     return nn.Sequential(OrderedDict(parts))
 
 
-def _train_one(model: nn.Module, x: Tensor, y: Tensor, settings: Mapping[str, Any]) -> nn.Module:
-    steps, weight = settings["steps"], settings["kl_weight"] / len(y)
-    bayesian = settings["method"] in LAYER_TYPES
+def train(model: nn.Module, x: Tensor, y: Tensor, steps: int, settings: Mapping[str, Any]) -> None:
+    """Steps of a new Adam, its learning rate falling to 0 along a cosine; of an ensemble each member's.
+
+    The loss is mean NLL + kl_weight * KL / N. Args: x float32 [N, C, 32, 32], y int64 [N].
+    """
+    if isinstance(model, Ensemble):
+        for member in model.members:
+            train(member, x, y, steps, settings)
+        return
+    weight = settings["kl_weight"] / len(y)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2
     )
     model.train()
-    step = 0
-    while step < steps:
-        for index in batches(len(y), settings["batch_size"], torch.default_generator):
-            if step == steps:
-                break
-            output = model(x[index])
-            loss = F.cross_entropy(output[0] if bayesian else output, y[index])
-            if bayesian:
-                loss = loss + weight * output[1]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-    return model
+    for index in islice(_endless(len(y), settings["batch_size"]), steps):
+        output, kl = output_and_kl(model(x[index]))
+        loss = F.cross_entropy(output, y[index]) + weight * kl
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
-def _ask(model: nn.Module, x: Tensor, settings: Mapping[str, Any], seed: int) -> CategoricalPredictive:
-    """What the draws of a model say; of an ensemble, each member once."""
-    draws = settings["members"] if settings["method"] == "ensemble" else settings["draws"]
-    return predictive(model, x, draws, seed=seed)
+def _endless(n: int, batch_size: int) -> Iterator[Tensor]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from batches(n, batch_size, torch.default_generator)
+
+
+def output_and_kl(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | float]:
+    """Of a Bayesian model both; of others, a KL of 0."""
+    return result if isinstance(result, tuple) else (result, 0.0)
+
+
+@torch.no_grad()
+def ask(model: nn.Module, x: Tensor, settings: Mapping[str, Any], seed: int) -> CategoricalPredictive:
+    """What the draws of a model say of each row; an ensemble's members are asked once each."""
+    if isinstance(model, Ensemble):
+        return predictive(model, x, len(model), seed=seed)
+    if isinstance(model, nn.Sequential):
+        # What comes before the first dropout is the same in every draw.
+        first = next(k for k, layer in enumerate(model) if isinstance(layer, nn.Dropout))
+        x = torch.cat([model[:first](part) for part in x.split(_ROWS)])
+        model = mc_dropout(model[first:])
+    return predictive(model, x, settings["draws"], seed=seed)
 
 
 @torch.no_grad()
@@ -292,7 +319,7 @@ def accuracy_of_means(model: nn.Module, x: Tensor, labels: Tensor) -> float:
     model.eval()
     with posterior_means():
         outputs = [model(part) for part in x.split(_ROWS)]
-    logits = torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs])
+    logits = torch.cat([output_and_kl(output)[0] for output in outputs])
     return float((logits.argmax(-1) == labels).double().mean())
 
 
@@ -309,8 +336,8 @@ def document(
     title = f"Active learning on {settings['dataset']}: {settings['method']}, {len(sizes)} rounds"
     on = f"the {judged} {settings['judge']} images, mean of {settings['seeds']} seeds"
     notes = [
-        f"Each round trains a new LeNet on the labels so far and looks at {settings['pool']} of the pool's "
-        f"{pool} images, drawn anew, for the next ones to label.",
+        f"Each round trains on with {settings['steps']} steps on all labels so far, and looks at "
+        f"{settings['pool']} of the pool's {pool} images, drawn anew, for the next ones to label.",
         "The first labels of a seed are the same for every acquisition, as many of each class.",
     ]
     figures = []
