@@ -20,8 +20,8 @@ pytestmark = pytest.mark.cpu_only("the command runs on the CPU")
 
 SETTINGS: dict[str, Any] = {
     "dataset": "digits", "data_dir": None, "valid_size": 100, "judge": "validation", "start": 20, "step": 10,
-    "labels": 45, "pool": 60, "draws": 3, "method": "mc-dropout", "first_steps": 3, "steps": 2, "batch_size": 16,
-    "lr": 0.005, "kl_weight": 0.03, "dropout": 0.4, "members": 2,
+    "labels": 45, "pool": 60, "draws": 3, "method": "mc-dropout", "first_steps": 3, "steps": 2,
+    "batch_size": 16, "lr": 0.005, "kl_weight": 0.03, "dropout": 0.4, "members": 2,
 }  # fmt: skip
 # Of the command; all that is not here has its default.
 SMALL = [
