@@ -16,13 +16,21 @@ from typing import Any
 
 from .._version import __version__
 from ..experiments.options import OptionError
-from . import compare, info, train, tune, uncertainty
+from . import compare, info, ood, shift, train, tune, uncertainty
 from .launch import Launch
 from .memory import keep_freed_memory
 
 __all__ = ["main"]
 
-_COMMANDS = {"train": train, "uncertainty": uncertainty, "compare": compare, "tune": tune, "info": info}
+_COMMANDS = {
+    "train": train,
+    "uncertainty": uncertainty,
+    "compare": compare,
+    "ood": ood,
+    "shift": shift,
+    "tune": tune,
+    "info": info,
+}
 # Those whose output is all they do.
 _PRINTING = ("info",)
 # Those that several processes can do together.
