@@ -16,7 +16,7 @@ from typing import Any
 
 from .._version import __version__
 from ..experiments.options import OptionError
-from . import active, compare, info, report, train, tune, uncertainty, vae
+from . import active, compare, info, ood, report, shift, train, tune, uncertainty, vae
 from .launch import Launch
 from .memory import keep_freed_memory
 
@@ -26,6 +26,8 @@ _COMMANDS = {
     "train": train,
     "uncertainty": uncertainty,
     "compare": compare,
+    "ood": ood,
+    "shift": shift,
     "active": active,
     "vae": vae,
     "report": report,
