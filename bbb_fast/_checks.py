@@ -154,6 +154,19 @@ def optional_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype}")
 
 
+def probability(op: str, name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {value:g}")
+
+
+def dropout(op: str, input: Tensor, rng_: Tensor, p: float, channels: bool) -> None:
+    floating(op, "input", input)
+    rng(op, rng_, input.device)
+    probability(op, "p", p)
+    if channels and input.dim() < 2:
+        raise ValueError(f"{op}: with channels, input must have dimensions [N, C, ...], got {_shape(input)}")
+
+
 def layer(
     op: str,
     input: Tensor,

@@ -416,6 +416,11 @@ class fixed_noise(_DrawContext):
             self._count(module)
         return self._places[id(module)]
 
+    def before(self, module: RandomModule) -> Iterator[nn.Module]:
+        """The modules that draw and stand before this one in the model that it is a part of."""
+        own = self._place(module).own
+        return (other for other, _ in self._seen if self._places[id(other)].own < own)
+
     def number(self, module: RandomModule) -> int:
         """The module's place among those that draw, in the model that it is a part of."""
         return self._place(module).own // STREAMS_A_BLOCK

@@ -16,6 +16,7 @@ __all__ = [
     "bbb_conv_transpose3d",
     "bbb_linear",
     "draw_rng",
+    "dropout",
     "flipout_conv1d",
     "flipout_conv2d",
     "flipout_conv3d",
@@ -34,6 +35,7 @@ __all__ = [
     "normal",
     "sample_weight",
     "sample_weights",
+    "uniform",
 ]
 
 def bbb_conv1d(
@@ -307,6 +309,27 @@ def draw_rng(device: torch.device | str | None = None) -> Tensor:
 
     Ranks of an initialised ``torch.distributed`` group get different ones, also where every rank was
     seeded alike."""
+
+def dropout(
+    input: Tensor, rng: Tensor, p: float = 0.5, *, channels: bool = False, one_mask: bool = False
+) -> Tensor:
+    """input * mask / (1 - p): each element of the mask is 0 with probability ``p``, else 1.
+
+    Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 2014. Element
+    i is kept where its 32-bit word of Philox4x32-10, numbered as :func:`normal` numbers them, is at least
+    round(p 2^32): the same elements on every device, in every dtype and memory format, and those of a smaller
+    ``p`` among them. The gradient is the incoming one under the same mask.
+
+    Args:
+        input: [N, ...] of any shape; with ``channels``, [N, C, ...].
+        rng: int64 [2].
+        p: in [0, 1]; 1 gives zeros.
+        channels: one mask element for each row and channel (dimensions 0 and 1), instead of each element.
+        one_mask: all rows (dimension 0) share the first row's mask, so that one ``rng`` is one function of a
+            row, whatever the batch. An input of one dimension is one row.
+
+    Returns a tensor like input. Raises TypeError for a dtype that is not floating, ValueError for ``p``
+    outside [0, 1] and, with ``channels``, for fewer than two dimensions."""
 
 def flipout_conv1d(
     input: Tensor,
@@ -966,3 +989,10 @@ def sample_weights(
     Returns the weights, shaped like ``mu``, in ``dtype`` (default: mu's), and the scalar KL in float32
     (float64 for float64). An ``rng`` [S, 2] names S draws, which take one pass over mu and rho (on the CPU)
     and have a dimension before the others: [S, ...]. Differentiable in mu and rho through both results."""
+
+def uniform(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform noise of shape ``size`` on ``rng``'s device, in the open interval (0, 1).
+
+    u = (k + 1/2) / 2^b, k the upper b bits of the element's 32-bit word of Philox4x32-10, numbered as
+    :func:`normal` numbers them; b is 23 in float32 and float64, 10 in float16, 7 in bfloat16. So u and 1 - u
+    are exact in the type, never 0 or 1, and the same bits on every device. Not differentiable."""

@@ -71,31 +71,71 @@ def _box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return radius * cos, radius * sin
 
 
-def _normal_blocks(block: Tensor, rng: Tensor) -> Tensor:
-    """Noise of the given blocks: int64 [B] -> float32 [B, 4]."""
-    seed, stream = rng[0], rng[1]
-    words = philox4x32(
+def _words(block: Tensor, seed: Tensor, stream: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words of each of a stream's blocks, which are int64 [B]."""
+    return philox4x32(
         (block & _MASK, block >> 32, stream & _MASK, (stream >> 32) & _MASK),
         (seed & _MASK, (seed >> 32) & _MASK),
     )
+
+
+def _normal_blocks(block: Tensor, rng: Tensor) -> Tensor:
+    """Noise of the given blocks: int64 [B] -> float32 [B, 4]."""
+    words = _words(block, rng[0], rng[1])
     z0, z1 = _box_muller(words[0], words[1])
     z2, z3 = _box_muller(words[2], words[3])
     return torch.stack((z0, z1, z2, z3), dim=-1)
 
 
-def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """See :func:`bbb_fast.functional.normal`."""
-    size = tuple(size) if isinstance(size, Iterable) else (size,)
+def _word_blocks(block: Tensor, rng: Tensor) -> Tensor:
+    """The words themselves: int64 [B] -> int64 [B, 4]."""
+    return torch.stack(_words(block, rng[0], rng[1]), dim=-1)
+
+
+def _numbered(size: Sequence[int], rng: Tensor, of_blocks: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A tensor of this size, four elements of which each block gives, in row-major order."""
     count = math.prod(size)
     blocks = (count + 3) // 4
     edges = [0, blocks]
     if not torch.compiler.is_compiling():
         edges = [*range(0, blocks, _CHUNK), blocks]
-    parts = [
-        _normal_blocks(torch.arange(start, stop, device=rng.device), rng) for start, stop in pairwise(edges)
-    ] or [torch.empty(0, 4, device=rng.device)]
+    starts = [torch.arange(start, stop, device=rng.device) for start, stop in pairwise(edges)]
+    parts = [of_blocks(block, rng) for block in starts or [torch.arange(0, device=rng.device)]]
     noise = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return noise.reshape(-1)[:count].reshape(tuple(size)).to(dtype)
+    return noise.reshape(-1)[:count].reshape(tuple(size))
+
+
+def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See :func:`bbb_fast.functional.normal`."""
+    size = tuple(size) if isinstance(size, Iterable) else (size,)
+    return _numbered(size, rng, _normal_blocks).to(dtype)
+
+
+# The numbers k + 1/2 for k of so many bits are exact in these types, and so are their products with 2^-bits.
+_UNIFORM_BITS = {torch.float32: 23, torch.float64: 23, torch.float16: 10, torch.bfloat16: 7}
+
+
+def uniform(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See :func:`bbb_fast.functional.uniform`."""
+    size = tuple(size) if isinstance(size, Iterable) else (size,)
+    bits = _UNIFORM_BITS[dtype]
+    upper = _numbered(size, rng, _word_blocks) >> (32 - bits)
+    return ((upper.to(torch.float32) + 0.5) * 2.0**-bits).to(dtype)
+
+
+def dropout(
+    input: Tensor, rng: Tensor, p: float = 0.5, *, channels: bool = False, one_mask: bool = False
+) -> Tensor:
+    """See :func:`bbb_fast.functional.dropout`."""
+    drawn = tuple(input.shape[:2] if channels else input.shape)
+    if one_mask and len(drawn) > 1:
+        drawn = (1, *drawn[1:])
+    acc = accumulate_dtype(input)
+    kept = _numbered(drawn, rng, _word_blocks) >= round(p * 2.0**32)
+    factor = kept.to(acc) * (1 / (1 - p) if p < 1 else 0.0)
+    if channels:
+        factor = factor.reshape(*drawn, *(1 for _ in input.shape[2:]))
+    return (input.to(acc) * factor).to(input.dtype)
 
 
 def normal_rows(index: Tensor, width: int, rng: Tensor) -> Tensor:
@@ -268,12 +308,8 @@ def signs(shape: Sequence[int], rng: Tensor, stream: int, channel_dim: int) -> T
     own = tuple(shape) if channel_dim == -1 else (*shape[:2], *(1 for _ in shape[2:]))
     count = math.prod(own)
     block = torch.arange((count + 127) // 128, device=rng.device)
-    seed, number = rng[0], rng[1] + stream
-    words = philox4x32(
-        (block & _MASK, block >> 32, number & _MASK, (number >> 32) & _MASK),
-        (seed & _MASK, (seed >> 32) & _MASK),
-    )
-    bits = torch.stack(words, dim=-1).unsqueeze(-1) >> torch.arange(32, device=rng.device) & 1
+    words = torch.stack(_words(block, rng[0], rng[1] + stream), dim=-1)
+    bits = words.unsqueeze(-1) >> torch.arange(32, device=rng.device) & 1
     return (1 - 2 * bits).reshape(-1)[:count].reshape(own).to(torch.float32)
 
 

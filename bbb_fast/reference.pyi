@@ -160,6 +160,11 @@ def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     channels_last if the input or the weight is stored so and not at the same time contiguous (a single
     channel or a single pixel is both), else contiguous. The same rule stands in csrc/products.cpp."""
 
+def dropout(
+    input: Tensor, rng: Tensor, p: float = 0.5, *, channels: bool = False, one_mask: bool = False
+) -> Tensor:
+    """See :func:`bbb_fast.functional.dropout`."""
+
 def flipout_conv1d(
     input: Tensor,
     W_mu: Tensor,
@@ -494,6 +499,9 @@ def softplus(rho: Tensor) -> Tensor:
 
 def square(input: Tensor, dtype: torch.dtype) -> Tensor:
     """input^2 as ``dtype``, squared before it is rounded."""
+
+def uniform(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See :func:`bbb_fast.functional.uniform`."""
 
 def variance(rho: Tensor, dtype: torch.dtype) -> Tensor:
     """sigma^2 = softplus(rho)^2, computed in float32 (float64 for float64) and stored as ``dtype``."""

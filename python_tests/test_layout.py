@@ -17,6 +17,8 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("experiments",),
+    ("methods",),
+    ("predictive",),
     ("models", "frozen", "inference", "tuning"),
     ("losses", "_eval_mode", "conversion"),
     ("layers",),

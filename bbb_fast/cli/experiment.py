@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
 def carry_out(
     args: argparse.Namespace, settings: Mapping[str, Any], run: Callable[[Experiment], Document]
 ) -> int:
-    """Runs an experiment in the folder that the options name, prints its tables and writes its files; returns 0."""
+    """Runs an experiment in the folder of the options, prints its tables, writes its files; returns 0."""
     with experiment(
         args.out, args.command, settings,
         jobs=args.jobs, threads=args.threads, resume=args.resume, overwrite=args.overwrite,
@@ -49,8 +49,8 @@ def carry_out(
             written = running.finish(document)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"interrupted; {args.out} holds every finished task, and the same command with --resume continues "
-                "from there"
+                f"interrupted; {args.out} holds every finished task, and the same command with --resume "
+                "continues from there"
             ) from None
     for table in document.tables:
         print(f"\n{table.text()}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._noise import RandomModule
 from ..layers import WeightSpace
 from ..layers.base import BayesianModule
 from ..priors import resolve_priors
@@ -173,7 +174,7 @@ class _Conversion:
         """What stands for the module: itself, with what is below it converted, or a Bayesian one."""
         if module in self._made:
             return self._made[module]
-        if module in self._excluded or isinstance(module, BayesianModule):
+        if module in self._excluded or isinstance(module, RandomModule):
             return module
         included = module in self._included
         made = self._bayesian(module) if included else None

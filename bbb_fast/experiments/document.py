@@ -1,4 +1,4 @@
-"""What an experiment reports: tables, figures and settings, as a terminal, a JSON file and a page show them."""
+"""What an experiment reports: tables, figures and settings, for a terminal, a JSON file and a page."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""An experiment as tasks, each done once: one after the other or side by side, and on resuming only what is left.
+"""An experiment as tasks, each done once: one by one or side by side, and on resuming only what is left.
 
-A task is a function of plain values that returns plain values. Its result is kept in a file of its own as soon as
-it is done, so that an experiment that is killed loses at most the tasks that were running; those that keep
-checkpoints in their folder (as :func:`bbb_fast.experiments.training.fit` does) lose an epoch.
+A task is a function of plain values that returns plain values. Its result is kept in a file of its own as
+soon as it is done, so that an experiment that is killed loses at most the tasks that were running; those that
+keep checkpoints in their folder (as :func:`bbb_fast.experiments.training.fit` does) lose an epoch.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Experiment:
     def run(self, tasks: Sequence[Task], title: str = "") -> dict[str, dict[str, Any]]:
         """Does what is left of the tasks; returns the results of all, by name, in the order of the tasks.
 
-        The first error of a task is raised once the others that run beside it have ended; what is done is kept.
+        The first error of a task is raised; what is done is kept.
         """
         names = [task.name for task in tasks]
         if len(set(names)) != len(names):
@@ -180,8 +180,8 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     for key in (*settings, *was):
         if was.get(key) != settings.get(key):
             raise ValueError(
-                f"cannot resume {path}: its {key} was {was.get(key)!r}, now it is {settings.get(key)!r}; give the "
-                "same options, or choose another folder with --out"
+                f"cannot resume {path}: its {key} was {was.get(key)!r}, now it is {settings.get(key)!r}; "
+                "give the same options, or choose another folder with --out"
             )
 
 
@@ -215,7 +215,7 @@ _watching: set[int] = set()
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when ``parent`` has ended: a run that is resumed must not meet workers of the killed one."""
+    """Ends this process when ``parent`` has: a resumed run must not meet workers of the killed one."""
     if os.getppid() != parent or parent in _watching:
         return  # a worker on another machine, or one that watches already
     _watching.add(parent)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .. import metrics
 from .._backend import build_info
+from .._noise import RandomModule
 from ..inference import predict
-from ..layers.base import BayesianLayer
 from .checkpoint import LoadedModel
 from .data import DATASETS, ImageSet, load, normalize
 from .folder import OwnedFolder
@@ -40,8 +40,8 @@ DERIVED: tuple[str, ...] = ("noise", "rotated", "inverted")
 
 
 def is_bayesian(model: nn.Module) -> bool:
-    """Whether any layer of the model draws its weights."""
-    return any(isinstance(module, BayesianLayer) for module in model.modules())
+    """Whether anything in the model answers at random: Bayesian layers, Monte Carlo dropout."""
+    return any(isinstance(module, RandomModule) for module in model.modules())
 
 
 def pick(images: ImageSet, limit: int | None, seed: int) -> Tensor:

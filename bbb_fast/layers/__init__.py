@@ -1,10 +1,12 @@
-"""Bayesian layers. ``BBB``, ``BBB_LRT`` and ``Flipout`` hold the same class names, for three estimators."""
+"""Bayesian layers. ``BBB``, ``BBB_LRT`` and ``Flipout`` hold the same class names, for three estimators; what
+draws by dropping inputs is beside them."""
 
 from . import BBB, BBB_LRT, Flipout
 from .BBB import BBBConv2d as BBB_Conv2d
 from .BBB import BBBLinear as BBB_Linear
 from .BBB_LRT import BBBConv2d as BBB_LRT_Conv2d
 from .BBB_LRT import BBBLinear as BBB_LRT_Linear
+from .dropout import ConcreteDropout, MCDropout, MCDropout1d, MCDropout2d, MCDropout3d
 from .misc import FlattenLayer, ModuleWrapper
 from .weight_space import WeightSpace
 
@@ -15,8 +17,13 @@ __all__ = [
     "BBB_LRT_Conv2d",
     "BBB_LRT_Linear",
     "BBB_Linear",
+    "ConcreteDropout",
     "FlattenLayer",
     "Flipout",
+    "MCDropout",
+    "MCDropout1d",
+    "MCDropout2d",
+    "MCDropout3d",
     "ModuleWrapper",
     "WeightSpace",
 ]

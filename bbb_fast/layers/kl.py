@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._noise import RandomModule
 from .base import BayesianLayer, BayesianModule, Term, kl_of_layers, kl_of_terms
 
 __all__ = ["kl_loss"]
@@ -18,7 +19,8 @@ def kl_loss(model: nn.Module) -> Tensor:
 
     Always that of the parameters as they are now; one call for all layers of a device and dtype. Parameters
     that several layers share count once. A module of another kind with a ``kl_loss()`` of its own speaks for
-    itself and everything below it (the model's own is not asked, as it may be the caller). A model without
+    itself and everything below it (the model's own is not asked, as it may be the caller, unless the model is
+    a layer such as ``ConcreteDropout``). A model without
     any gives 0.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[BayesianLayer]] = {}
@@ -70,7 +72,8 @@ def _with_kl(module: nn.Module, seen: set[nn.Module], root: bool = False) -> Ite
     if module in seen:
         return
     seen.add(module)
-    if isinstance(module, BayesianModule) or (not root and _has_kl(module)):
+    own = isinstance(module, BayesianModule) or (isinstance(module, RandomModule) and _has_kl(module))
+    if own or (not root and _has_kl(module)):
         yield module
         return
     for child in module.children():
