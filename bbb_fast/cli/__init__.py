@@ -16,13 +16,20 @@ from typing import Any
 
 from .._version import __version__
 from ..experiments.options import OptionError
-from . import info, train, tune, uncertainty
+from . import info, regress, toy, train, tune, uncertainty
 from .launch import Launch
 from .memory import keep_freed_memory
 
 __all__ = ["main"]
 
-_COMMANDS = {"train": train, "uncertainty": uncertainty, "tune": tune, "info": info}
+_COMMANDS = {
+    "train": train,
+    "uncertainty": uncertainty,
+    "regress": regress,
+    "toy": toy,
+    "tune": tune,
+    "info": info,
+}
 # Those whose output is all they do.
 _PRINTING = ("info",)
 # Those that several processes can do together.

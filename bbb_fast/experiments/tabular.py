@@ -66,7 +66,9 @@ class Tabular:
         ):
             bad = (~column.isfinite()).nonzero()
             if len(bad):
-                raise DataError(f"{self.name}: column {name} is {column[bad[0, 0]]} in row {int(bad[0, 0]) + 1}")
+                raise DataError(
+                    f"{self.name}: column {name} is {column[bad[0, 0]]} in row {int(bad[0, 0]) + 1}"
+                )
             if bool((column == column[0]).all()):
                 cure = "choose another target" if name == self.target else "leave it out with --drop"
                 raise DataError(f"{self.name}: column {name} is {column[0]:g} in every row: {cure}")
@@ -97,7 +99,9 @@ def load_table(path: str | os.PathLike[str], target: str, drop: Sequence[str] = 
     for k in [wanted, *rest]:
         for line, cells in values:
             _check_cell(path, names[k], line, cells[k])
-    numbers = torch.tensor([[float(cells[k]) for k in (*rest, wanted)] for _, cells in values], dtype=torch.float64)
+    numbers = torch.tensor(
+        [[float(cells[k]) for k in (*rest, wanted)] for _, cells in values], dtype=torch.float64
+    )
     return Tabular(numbers[:, :-1], numbers[:, -1], tuple(names[k] for k in rest), names[wanted], path.stem)
 
 
@@ -121,7 +125,9 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     width = len(rows[0][1])
     for number, cells in rows:
         if len(cells) != width:
-            raise DataError(f"{path}: line {number} has {len(cells)} cells, but line {rows[0][0]} has {width}")
+            raise DataError(
+                f"{path}: line {number} has {len(cells)} cells, but line {rows[0][0]} has {width}"
+            )
     first = rows[0][1]
     if any(_number(cell) is None and cell.lower() not in _MISSING for cell in first):
         return first, rows[1:]
@@ -131,7 +137,9 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 def _cells(line: str, mark: str | None) -> list[str]:
     if mark is None:
         return line.split()
-    return [cell.strip() for cell in next(csv.reader([line.strip() if mark != "\t" else line], delimiter=mark))]
+    return [
+        cell.strip() for cell in next(csv.reader([line.strip() if mark != "\t" else line], delimiter=mark))
+    ]
 
 
 def _number(cell: str) -> float | None:
@@ -158,7 +166,9 @@ def _column(path: Path, names: Sequence[str], wanted: str, option: str) -> int:
     """The place of a column that is told by its name or its number."""
     places = [k for k, name in enumerate(names) if name == wanted]
     if len(places) > 1:
-        raise DataError(f"{path}: {len(places)} columns are called {wanted}: tell --{option} by its number, from 1 on")
+        raise DataError(
+            f"{path}: {len(places)} columns are called {wanted}: tell --{option} by its number, from 1 on"
+        )
     if places:
         return places[0]
     try:
@@ -181,7 +191,9 @@ def bundled() -> Tabular:
     try:
         from sklearn.datasets import load_diabetes
     except ImportError as error:
-        raise DataError(f"diabetes needs scikit-learn ({error}): pip install bbb_fast[experiments]") from error
+        raise DataError(
+            f"diabetes needs scikit-learn ({error}): pip install bbb_fast[experiments]"
+        ) from error
     data = load_diabetes(scaled=False)
     return Tabular(
         torch.from_numpy(np.asarray(data.data, np.float64)),
@@ -201,7 +213,9 @@ def random_splits(count: int, splits: int, seed: int, test_share: float = 0.1) -
     made = []
     for k in range(splits):
         # One generator a split, from a seed that no sum of small numbers meets.
-        order = torch.randperm(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + k) % (1 << 63)))
+        order = torch.randperm(
+            count, generator=torch.Generator().manual_seed((seed * 1_000_003 + k) % (1 << 63))
+        )
         made.append(Split(order[held_out:].sort().values, order[:held_out].sort().values))
     return tuple(made)
 
@@ -212,7 +226,9 @@ _DATA, _FEATURES, _TARGET, _COUNT = "data.txt", "index_features.txt", "index_tar
 def found_sets(folder: str | os.PathLike[str]) -> list[str]:
     """The sets in a folder: its subfolders with a ``data.txt``, by name. Raises DataError where there are none."""
     folder = Path(folder)
-    names = sorted(path.name for path in folder.iterdir() if _place(path) is not None) if folder.is_dir() else []
+    names = (
+        sorted(path.name for path in folder.iterdir() if _place(path) is not None) if folder.is_dir() else []
+    )
     if not names:
         raise DataError(
             f"{folder} holds no regression set: expected folders with {_DATA}, {_FEATURES}, {_TARGET}, {_COUNT} and "
@@ -270,7 +286,9 @@ def _indices(path: Path, size: int) -> Tensor:
             number = _number(cell)
             # They are written as floats, some as 1.000000000000000000e+00.
             if number is None or not number.is_integer() or not 0 <= number < size:
-                raise DataError(f"{path}: line {line} has {cell!r}: allowed are whole numbers from 0 to {size - 1}")
+                raise DataError(
+                    f"{path}: line {line} has {cell!r}: allowed are whole numbers from 0 to {size - 1}"
+                )
             found.append(int(number))
     if len(set(found)) != len(found):
         raise DataError(f"{path} names an index twice")
