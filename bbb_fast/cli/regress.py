@@ -20,9 +20,9 @@ def add_parser(subparsers: Any) -> None:
         "regress",
         help="compare methods on a regression: error, likelihood, calibration",
         description=(
-            "Train small networks by several methods on a table of numbers, and judge the predictions and their "
-            "uncertainty on test rows, over several splits. Without --data and --data-dir: the diabetes set of "
-            "scikit-learn."
+            "Train small networks by several methods on a table of numbers, and judge the predictions and "
+            "their uncertainty on test rows, over several splits. Without --data and --data-dir: the "
+            "diabetes set of scikit-learn."
         ),
     )
     own = Training()

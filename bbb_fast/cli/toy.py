@@ -21,8 +21,8 @@ def add_parser(subparsers: Any) -> None:
         "toy",
         help="a regression of one input: epistemic uncertainty widens off the data, aleatoric does not",
         description=(
-            "Train each method on points of a curve with a gap, and draw its mean with a band of its epistemic and one "
-            "of all its uncertainty."
+            "Train each method on points of a curve with a gap, and draw its mean with a band of its "
+            "epistemic and one of all its uncertainty."
         ),
     )
     group = parser.add_argument_group("methods and data")

@@ -72,9 +72,13 @@ def _fingerprint(table: Tabular) -> str:
 
 
 def settings(
-    where: Mapping[str, Mapping[str, Any]], methods: Sequence[str], splits: int | None, samples: int, seed: int,
+    where: Mapping[str, Mapping[str, Any]],
+    methods: Sequence[str],
+    splits: int | None,
+    samples: int,
+    seed: int,
     training: Training,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """All that the results depend on, with the number of splits of each set.
 
     Raises DataError for sets that cannot be read, OptionError for wrong options.
@@ -203,8 +207,9 @@ def _table(name: str, about: Mapping[str, Any], results: Mapping[str, Sequence[M
         f"{name}: {about['rows']} rows, {about['inputs']} inputs, {count} of {whose}",
         columns,
         rows,
-        "Mean over the splits, ± its standard error, in the target's own units. In 95 %: the share of test targets in "
-        "the central 95 % interval; calib. err.: mean squared distance of the calibration curve from the diagonal.",
+        "Mean over the splits, ± its standard error, in the target's own units. In 95 %: the share of test "
+        "targets in the central 95 % interval; calib. err.: mean squared distance of the calibration curve "
+        "from the diagonal.",
     )
 
 
@@ -219,8 +224,8 @@ def _figures(
         Figure(
             "calibration.png",
             "Calibration",
-            "For each probability, the share of test targets below the quantile that the method predicts for it; a "
-            "calibrated method is on the diagonal.",
+            "For each probability, the share of test targets below the quantile that the method predicts for "
+            "it; a calibrated method is on the diagonal.",
             pixels,
         )
     ]
@@ -229,8 +234,8 @@ def _figures(
             Figure(
                 f"predictions-{name}.png",
                 f"Predictions for {name}, first split",
-                "Predicted against true targets, with bars of two standard deviations: thick the epistemic part, thin "
-                "all. On the diagonal they are right.",
+                "Predicted against true targets, with bars of two standard deviations: thick the epistemic "
+                "part, thin all. On the diagonal they are right.",
                 _predictions_figure(of_set),
             )
         )
@@ -288,7 +293,8 @@ def _predictions_figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> b
         for key, width, alpha in (("std", 0.8, 0.6), ("epistemic_std", 2.6, 0.8)):
             bars = [2 * value for value in told[key]]
             panel.errorbar(
-                told["target"], told["mean"], yerr=bars, fmt="none", ecolor=color, elinewidth=width, alpha=alpha
+                told["target"], told["mean"], yerr=bars,
+                fmt="none", ecolor=color, elinewidth=width, alpha=alpha,
             )  # fmt: skip
         panel.plot(told["target"], told["mean"], "o", color="black", markersize=2.5)
         panel.set_title(f"{method}: RMSE {splits[0]['rmse']:.3g}", fontsize=10)

@@ -1,15 +1,17 @@
 """Small networks that answer a regression with a mean and a noise, trained by each method, and their scores.
 
-Every model here takes inputs in their own units, float64 ``[N, D]``, and returns the mean and the log variance of
-the target in its own units, float64 ``[N, 2]``; it obeys ``fixed_noise``, so that :func:`bbb_fast.predictive`
-with ``likelihood="heteroscedastic"`` knows all it needs. The networks inside see standardized numbers.
+Every model here takes inputs in their own units, float64 ``[N, D]``, and returns the mean and the log
+variance of the target in its own units, float64 ``[N, 2]``; it obeys ``fixed_noise``, so that
+:func:`bbb_fast.predictive` with ``likelihood="heteroscedastic"`` knows all it needs. The networks inside see
+standardized numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -36,8 +38,8 @@ class Training:
 
     Attributes:
         hidden: units of each hidden layer; ReLU behind each.
-        noise: of the targets: "constant", one number for all inputs, "heteroscedastic", a second output of the
-            network, or "own": heteroscedastic in ensembles, as their paper has it, constant elsewhere.
+        noise: of the targets: "constant", one number for all inputs, "heteroscedastic", a second output of
+            the network, or "own": heteroscedastic in ensembles, as their paper has it, constant elsewhere.
         steps: of Adam, for one network.
         batch_size: rows a step; all of them where there are fewer.
         members: of an ensemble.
@@ -86,8 +88,8 @@ class _Noisy(nn.Module):
 class Standardized(nn.Module):
     """A model of standardized numbers, for numbers in their own units.
 
-    Mean and standard deviation are those of the rows it is made with, which must be training rows alone. A column
-    that is constant there says nothing and becomes 0.
+    Mean and standard deviation are those of the rows it is made with, which must be training rows alone. A
+    column that is constant there says nothing and becomes 0.
 
     ``forward``: inputs ``[N, D]`` to mean and log variance of the target, float64 ``[N, 2]``.
     """
@@ -127,8 +129,8 @@ def fit(method: str, inputs: Tensor, targets: Tensor, training: Training, seed: 
         inputs: float64 ``[N, D]``.
         targets: float64 ``[N]``.
         training: how.
-        seed: of weights, order of rows and noise: the same seed gives the same model. The caller's random state
-            stays as it was.
+        seed: of weights, order of rows and noise: the same seed gives the same model. The caller's random
+            state stays as it was.
 
     Raises:
         OptionError: an unknown method.
@@ -158,7 +160,7 @@ class _Problem:
         """A network with dropout before every layer, if any."""
         sizes = [self.x.shape[1], *self.training.hidden, 1 if self.constant else 2]
         made: list[nn.Module] = []
-        for k, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for k, (inputs, outputs) in enumerate(pairwise(sizes)):
             made += [nn.ReLU()] if k else []
             made += [nn.Dropout(rate)] if rate else []
             made.append(nn.Linear(inputs, outputs))
@@ -191,19 +193,24 @@ def negative_log_likelihood(output: Tensor, y: Tensor) -> Tensor:
     return 0.5 * ((y - mean).square() * torch.exp(-log_variance) + log_variance).mean()
 
 
-def _train(
+# The share of the steps over which the KL's weight rises from 0 to 1.
+_WARM_UP = 0.5
+
+
+def _steps(
     model: nn.Module,
     problem: _Problem,
     rate: float,
     steps: int,
     *,
-    decay: bool,
+    decay: bool = True,
     bayesian: bool = False,
     weight_decay: float = 0.0,
-    looks: Sequence[int] = (),
-    look: Callable[[int], None] | None = None,
-) -> nn.Module:
-    """Trains in place by Adam; ``look(step)`` is called after each step of ``looks``."""
+) -> Iterator[int]:
+    """Trains in place by Adam, a step each time the next number is asked for; ends in eval mode.
+
+    Args: ``decay``, by half a cosine of the learning rate to 0; ``bayesian``, on the evidence lower bound.
+    """
     x, y, count = problem.x, problem.y, len(problem.x)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=weight_decay, fused=True)
     model.train()
@@ -217,16 +224,21 @@ def _train(
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
         loss = negative_log_likelihood(model(shuffled_x[rows]), shuffled_y[rows])
         if bayesian:
-            loss = loss + kl_loss(model) / count
+            # The prior comes in slowly: at full weight it switches off hidden units that have yet to learn.
+            loss = loss + min(1.0, step / (_WARM_UP * steps)) * kl_loss(model) / count
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if look is not None and step in looks:
+        if step == steps:
             model.eval()
-            with torch.no_grad():
-                look(step)
-            model.train()
-    return model.eval()
+        yield step
+
+
+def _train(model: nn.Module, *args: Any, **options: Any) -> nn.Module:
+    """All steps of :func:`_steps`."""
+    for _ in _steps(model, *args, **options):
+        pass
+    return model
 
 
 def _mixture_log_likelihood(mean: Tensor, log_variance: Tensor, y: Tensor) -> float:
@@ -244,7 +256,7 @@ def _variational(estimator: str) -> Callable[[_Problem], nn.Module]:
 
     def train(problem: _Problem) -> nn.Module:
         model = problem.noisy(convert(problem.layers(), estimator, priors=_PRIORS))
-        return _train(model, problem, _VARIATIONAL_RATE, problem.training.steps, decay=True, bayesian=True)
+        return _train(model, problem, _VARIATIONAL_RATE, problem.training.steps, bayesian=True)
 
     return train
 
@@ -256,11 +268,11 @@ def _concrete_dropout(problem: _Problem) -> nn.Module:
         if isinstance(layer, nn.Linear):
             network[k] = ConcreteDropout(layer)
     model = problem.noisy(network)
-    return _train(model, problem, _VARIATIONAL_RATE, problem.training.steps, decay=True, bayesian=True)
+    return _train(model, problem, _VARIATIONAL_RATE, problem.training.steps, bayesian=True)
 
 
-# Gal and Ghahramani's weight decay is lengthscale^2 (1 - p) / (2 N tau); theirs is this lengthscale. Then it is
-# around 1e-7 and does nothing, whatever tau: so tau is chosen after training, not before.
+# Gal and Ghahramani's weight decay is lengthscale^2 (1 - p) / (2 N tau); theirs is this lengthscale. Then it
+# is around 1e-7 and does nothing, whatever tau: so tau is chosen after training, not before.
 _LENGTHSCALE = 1e-2
 _DROPOUT_RATE = 1e-3
 _DRAWS_TO_CHOOSE = 100
@@ -271,7 +283,7 @@ _NOISE_STDS = tuple(10 ** (k / 20 - 2) for k in range(43))
 def _dropout_network(problem: _Problem, rate: float) -> nn.Module:
     model = problem.noisy(problem.layers(rate))
     decay = _LENGTHSCALE**2 * (1 - rate) / len(problem.x)
-    _train(model, problem, _DROPOUT_RATE, problem.training.steps, decay=True, weight_decay=decay)
+    _train(model, problem, _DROPOUT_RATE, problem.training.steps, weight_decay=decay)
     return mc_dropout(model)
 
 
@@ -294,33 +306,36 @@ def _mc_dropout(problem: _Problem) -> nn.Module:
 
 
 _POINT_RATE = 1e-2
-_LOOKS = (50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+# When to look at held-out rows, and how many times the best number of steps to go without a better one.
+_LOOKS = (50, 100, 150, 200, 300, 500, 700, *(k * 1000 for k in (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50)))
+_PATIENCE = 4
 
 
 def _point_networks(problem: _Problem, members: int) -> nn.Module:
-    """Networks without posterior, trained for as many steps as serve all of them together on held-out rows."""
-    looks = [step for step in _LOOKS if step < problem.training.steps] + [problem.training.steps]
+    """Networks without posterior, trained for as many steps as serve them together on held-out rows."""
+    steps = _steps_that_serve(problem, members)
+    trained = [problem.noisy(problem.layers()) for _ in range(members)]
+    return Ensemble([_train(model, problem, _POINT_RATE, steps, decay=False) for model in trained])
+
+
+def _steps_that_serve(problem: _Problem, members: int) -> int:
+    """After how many steps the networks' mixture has the best likelihood of held-out rows."""
     rest, held_out = problem.held_out()
-    outputs: dict[int, list[Tensor]] = {step: [] for step in looks}
-    for _ in range(members):
-        model = rest.noisy(rest.layers())
-
-        def look(step: int, model: nn.Module = model) -> None:
-            outputs[step].append(model(held_out.x))
-
-        _train(model, rest, _POINT_RATE, looks[-1], decay=False, looks=looks, look=look)
-
-    def quality(step: int) -> float:
-        mean, log_variance = torch.stack(outputs[step]).unbind(-1)
-        return _mixture_log_likelihood(mean, log_variance, held_out.y)
-
-    steps = max(looks, key=quality)
-    return Ensemble(
-        [
-            _train(problem.noisy(problem.layers()), problem, _POINT_RATE, steps, decay=False)
-            for _ in range(members)
-        ]
-    )
+    models = [rest.noisy(rest.layers()) for _ in range(members)]
+    most = problem.training.steps
+    runs = [_steps(model, rest, _POINT_RATE, most, decay=False) for model in models]
+    best, best_quality = 1, -math.inf
+    for step in zip(*runs, strict=True):
+        if step[0] not in _LOOKS and step[0] != most:
+            continue
+        with torch.no_grad():
+            outputs = torch.stack([model(held_out.x) for model in models])
+        quality = _mixture_log_likelihood(*outputs.unbind(-1), held_out.y)
+        if quality > best_quality:
+            best, best_quality = step[0], quality
+        elif step[0] >= _PATIENCE * best:
+            break
+    return best
 
 
 @dataclass(frozen=True)
@@ -351,8 +366,8 @@ def judge(
 
     Args: ``inputs`` float64 ``[N, D]``, ``targets`` float64 ``[N]``, draws and their seed.
     Returns the prediction and, by name: ``rmse``; ``log_likelihood``, the mean of ln 1/T sum_t p(y | draw t);
-    ``crps``, ``coverage`` of the central 95 % interval, its mean ``width`` and ``calibration_error``, of the Gaussian
-    with the mixture's mean and variance.
+    ``crps``, ``coverage`` of the central 95 % interval, its mean ``width`` and ``calibration_error``, of the
+    Gaussian with the mixture's mean and variance.
     """
     said = predictive(model, inputs, samples, likelihood="heteroscedastic", targets=targets, seed=seed)
     return said, {

@@ -1,7 +1,7 @@
-"""Tables of numbers with a target column: files, folders with their splits, and a set that scikit-learn brings.
+"""Tables of numbers with a target column: files, folders with their splits, and a set of scikit-learn.
 
-Everything a file can get wrong raises :class:`bbb_fast.experiments.data.DataError` with one sentence that names the
-file, the place in it, and what is allowed. Nothing is guessed: a missing value is never filled in.
+Everything a file can get wrong raises :class:`bbb_fast.experiments.data.DataError` with one sentence that
+names the file, the place in it, and what is allowed. Nothing is guessed: a missing value is never filled in.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def load_table(path: str | os.PathLike[str], target: str, drop: Sequence[str] = 
         drop: columns to leave out, told likewise.
 
     Raises:
-        DataError: a column that is not there or named twice, lines of different length, a cell that is missing
-            or no number, and what :class:`Tabular` refuses.
+        DataError: a column that is not there or named twice, lines of different length, a cell that is
+            missing or no number, and what :class:`Tabular` refuses.
     """
     path = Path(path)
     names, values = _read(path)
@@ -152,13 +152,14 @@ def _number(cell: str) -> float | None:
 def _check_cell(path: Path, name: str, line: int, cell: str) -> None:
     if cell.lower() in _MISSING:
         raise DataError(
-            f"{path}: line {line} has no value in column {name} ({cell!r}): remove such lines, or fill them in"
+            f"{path}: line {line} has no value in column {name} ({cell!r}): remove such lines, or fill them "
+            "in"
         )
     number = _number(cell)
     if number is None or not math.isfinite(number):
         raise DataError(
-            f"{path}: line {line} has {cell!r} in column {name}, which is no finite number: encode it as numbers, "
-            "or leave the column out with --drop"
+            f"{path}: line {line} has {cell!r} in column {name}, which is no finite number: encode it as "
+            "numbers, or leave the column out with --drop"
         )
 
 
@@ -177,8 +178,8 @@ def _column(path: Path, names: Sequence[str], wanted: str, option: str) -> int:
         number = 0
     if not 1 <= abs(number) <= len(names):
         raise DataError(
-            f"{path} has no column {wanted!r} for --{option}: its columns are {', '.join(names)}; their numbers go "
-            f"from 1 to {len(names)}, or from -1 back"
+            f"{path} has no column {wanted!r} for --{option}: its columns are {', '.join(names)}; their "
+            f"numbers go from 1 to {len(names)}, or from -1 back"
         )
     return number - 1 if number > 0 else len(names) + number
 
@@ -224,15 +225,15 @@ _DATA, _FEATURES, _TARGET, _COUNT = "data.txt", "index_features.txt", "index_tar
 
 
 def found_sets(folder: str | os.PathLike[str]) -> list[str]:
-    """The sets in a folder: its subfolders with a ``data.txt``, by name. Raises DataError where there are none."""
+    """The sets in a folder: its subfolders with a ``data.txt``, by name. Raises DataError for none."""
     folder = Path(folder)
     names = (
         sorted(path.name for path in folder.iterdir() if _place(path) is not None) if folder.is_dir() else []
     )
     if not names:
         raise DataError(
-            f"{folder} holds no regression set: expected folders with {_DATA}, {_FEATURES}, {_TARGET}, {_COUNT} and "
-            "index_train_0.txt, index_test_0.txt, ..."
+            f"{folder} holds no regression set: expected folders with {_DATA}, {_FEATURES}, {_TARGET}, "
+            f"{_COUNT} and index_train_0.txt, index_test_0.txt, ..."
         )
     return names
 
@@ -245,13 +246,13 @@ def _place(folder: Path) -> Path | None:
 def load_set(folder: str | os.PathLike[str], name: str) -> Tabular:
     """A set of a folder in the layout of the UCI sets that the literature on Bayesian networks shares.
 
-    ``FOLDER/name/`` (or ``data/`` below it) holds ``data.txt`` (numbers between blanks), the columns of inputs and
-    target (``index_features.txt``, ``index_target.txt``), and the rows of each split (``n_splits.txt``,
-    ``index_train_K.txt``, ``index_test_K.txt``), all counted from 0.
+    ``FOLDER/name/`` (or ``data/`` below it) holds ``data.txt`` (numbers between blanks), the columns of
+    inputs and target (``index_features.txt``, ``index_target.txt``), and the rows of each split
+    (``n_splits.txt``, ``index_train_K.txt``, ``index_test_K.txt``), all counted from 0.
 
     Raises:
-        DataError: files that are missing or damaged, indices out of range, a row that is both for training and for
-            testing, and what :class:`Tabular` refuses.
+        DataError: files that are missing or damaged, indices out of range, a row that is both for training
+            and for testing, and what :class:`Tabular` refuses.
     """
     place = _place(Path(folder) / name)
     if place is None:

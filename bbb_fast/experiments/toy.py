@@ -1,4 +1,4 @@
-"""``bbb-fast toy``: a regression of one input, with a gap in the data, that shows which uncertainty is which."""
+"""``bbb-fast toy``: a regression of one input with a gap in the data: which uncertainty is which."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tasks import Experiment, Task
 
 __all__ = ["REGIONS", "make_data", "noise_std", "settings", "toy", "true_mean"]
 
-# Intervals of x. The data lie in the first two; the gap and the two ends are told by what is between and beside.
+# Intervals of x. The data lie in two; the gap and the two ends are what is well between and beside them.
 _LEFT, _RIGHT, _EDGE = (-3.0, -1.0), (1.0, 3.0), 6.0
 REGIONS: dict[str, tuple[tuple[float, float], ...]] = {
     "on data": (_LEFT, _RIGHT),
@@ -108,8 +108,9 @@ def toy(running: Experiment) -> Document:
         notes = [f"no figure: matplotlib is missing ({error}): pip install bbb_fast[experiments]"]
     else:
         text = (
-            "For each method the data, the mean, and bands of two standard deviations: dark the epistemic part, light "
-            "all. The dark band widens where there are no data; the rest of the light one does not."
+            "For each method the data, the mean, and bands of two standard deviations: dark the epistemic "
+            "part, light all. The dark band widens where there are no data; the rest of the light one does "
+            "not."
         )
         figures = [Figure("toy.png", "Which uncertainty is which", text, pixels)]
     return Document(
@@ -153,7 +154,8 @@ def _table(results: Mapping[str, Mapping[str, Any]], noise: str) -> Table:
             Column("train s", ".1f", "low"),
         ],
         rows,
-        "Error: of the mean from the true function, where there are data. Epistemic: what more data would remove.",
+        "Error: of the mean from the true function, where there are data. Epistemic: what more data would "
+        "remove.",
     )
 
 
