@@ -21,7 +21,7 @@ from .. import metrics
 from ..conversion import convert
 from ..inference import predict
 from ..layers import ConcreteDropout
-from ..losses import kl_loss
+from ..losses import get_beta, kl_loss
 from ..methods import Ensemble, mc_dropout
 from ..predictive import GaussianPredictive, predictive
 from .options import OptionError, check_int
@@ -54,7 +54,7 @@ class Training:
     steps: int = 20_000
     batch_size: int = 128
     members: int = 5
-    rates: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1)
+    rates: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
 
     def __post_init__(self) -> None:
         if not self.hidden:
@@ -157,12 +157,12 @@ class _Problem:
     constant: bool
 
     def layers(self, rate: float = 0.0) -> nn.Sequential:
-        """A network with dropout before every layer, if any."""
+        """A network with dropout, if any, before every layer but the first: inputs are never dropped."""
         sizes = [self.x.shape[1], *self.training.hidden, 1 if self.constant else 2]
         made: list[nn.Module] = []
         for k, (inputs, outputs) in enumerate(pairwise(sizes)):
             made += [nn.ReLU()] if k else []
-            made += [nn.Dropout(rate)] if rate else []
+            made += [nn.Dropout(rate)] if k and rate else []
             made.append(nn.Linear(inputs, outputs))
         return nn.Sequential(*made)
 
@@ -193,10 +193,6 @@ def negative_log_likelihood(output: Tensor, y: Tensor) -> Tensor:
     return 0.5 * ((y - mean).square() * torch.exp(-log_variance) + log_variance).mean()
 
 
-# The share of the steps over which the KL's weight rises from 0 to 1.
-_WARM_UP = 0.5
-
-
 def _steps(
     model: nn.Module,
     problem: _Problem,
@@ -225,7 +221,7 @@ def _steps(
         loss = negative_log_likelihood(model(shuffled_x[rows]), shuffled_y[rows])
         if bayesian:
             # The prior comes in slowly: at full weight it switches off hidden units that have yet to learn.
-            loss = loss + min(1.0, step / (_WARM_UP * steps)) * kl_loss(model) / count
+            loss = loss + get_beta(0, 1, "Soenderby", step, steps) * kl_loss(model) / count
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -265,7 +261,7 @@ def _concrete_dropout(problem: _Problem) -> nn.Module:
     """Dropout whose rates are learned, by the bound of its paper."""
     network = problem.layers()
     for k, layer in enumerate(network):
-        if isinstance(layer, nn.Linear):
+        if k and isinstance(layer, nn.Linear):
             network[k] = ConcreteDropout(layer)
     model = problem.noisy(network)
     return _train(model, problem, _VARIATIONAL_RATE, problem.training.steps, bayesian=True)
@@ -274,7 +270,7 @@ def _concrete_dropout(problem: _Problem) -> nn.Module:
 # Gal and Ghahramani's weight decay is lengthscale^2 (1 - p) / (2 N tau); theirs is this lengthscale. Then it
 # is around 1e-7 and does nothing, whatever tau: so tau is chosen after training, not before.
 _LENGTHSCALE = 1e-2
-_DROPOUT_RATE = 1e-3
+_DROPOUT_RATE = 3e-3
 _DRAWS_TO_CHOOSE = 100
 # Standard deviations of the noise to choose from, in units of the targets'.
 _NOISE_STDS = tuple(10 ** (k / 20 - 2) for k in range(43))
