@@ -16,7 +16,7 @@ from typing import Any
 
 from .._version import __version__
 from ..experiments.options import OptionError
-from . import active, compare, info, ood, report, shift, train, tune, uncertainty, vae
+from . import active, compare, info, ood, regress, report, shift, toy, train, tune, uncertainty, vae
 from .launch import Launch
 from .memory import keep_freed_memory
 
@@ -29,6 +29,8 @@ _COMMANDS = {
     "ood": ood,
     "shift": shift,
     "active": active,
+    "regress": regress,
+    "toy": toy,
     "vae": vae,
     "report": report,
     "tune": tune,
