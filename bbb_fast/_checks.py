@@ -7,6 +7,7 @@ holds the two against each other.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,13 @@ def integer(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def number(owner: str, name: str, value: Any) -> float:
+    """``value`` as a float; TypeError for what is no real number, a bool included."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def is_lazy(module: nn.Module, recurse: bool = True) -> bool:

@@ -22,6 +22,15 @@ def _normal(size: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
     return rng.new_empty(size, dtype=dtype)
 
 
+def _dropout(input: Tensor, rng: Tensor, p: float, channels: bool = False, one_mask: bool = False) -> Tensor:
+    _checks.dropout("dropout", input, rng, p, channels)
+    return torch.empty_like(input)
+
+
+def _drop_elements(input: Tensor, rng: Tensor, p: float) -> Tensor:
+    return torch.empty_like(input)
+
+
 def _of_each_draw(t: Tensor, rng: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """Room for what is formed of ``t``: of each draw that an rng [2], [S, 2] or [S, 1, 2] names."""
     draws = () if rng is None or rng.dim() == 1 else (rng.shape[0],)
@@ -225,6 +234,9 @@ def _backward(product: str) -> Callable[..., Any]:
 
 FAKES: dict[str, Callable[..., Any]] = {
     "normal": _normal,
+    "uniform": _normal,
+    "dropout": _dropout,
+    "drop_elements": _drop_elements,
     "sample_weights": _sample_weights,
     "kl_divergence": _kl_divergence,
     "kl_tensor_prior": _kl_tensor_prior,

@@ -88,6 +88,8 @@ def uniform(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torc
     are exact in the type, never 0 or 1, and the same bits on every device. Not differentiable.
     """
     size = tuple(size) if isinstance(size, Iterable) else (size,)
+    if use_native(rng.device):
+        return _native.uniform(size, rng, dtype)
     _checks.optional_dtype("uniform", "dtype", dtype)
     _checks.rng("uniform", rng, rng.device)
     if any(length < 0 for length in size):
@@ -117,6 +119,8 @@ def dropout(
     outside [0, 1] and, with ``channels``, for fewer than two dimensions.
     """
     refuse_sharded("dropout", input=input)
+    if use_native(input.device):
+        return _native.dropout(input, rng, p, channels, one_mask)
     _checks.dropout("dropout", input, rng, p, channels)
     return reference.dropout(input, rng, p, channels=channels, one_mask=one_mask)
 
