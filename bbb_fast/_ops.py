@@ -18,8 +18,12 @@ from .reference import accumulate_dtype, channels_last, conv_memory_format, vari
 OptionalTensor = Tensor | None
 
 
-def _normal(size: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
-    return rng.new_empty(size, dtype=dtype)
+def _noise(op: str) -> Callable[..., Any]:
+    def fake(size: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
+        _checks.given_dtype(op, "dtype", dtype)
+        return rng.new_empty(size, dtype=dtype)
+
+    return fake
 
 
 def _dropout(input: Tensor, rng: Tensor, p: float, channels: bool = False, one_mask: bool = False) -> Tensor:
@@ -233,8 +237,8 @@ def _backward(product: str) -> Callable[..., Any]:
 
 
 FAKES: dict[str, Callable[..., Any]] = {
-    "normal": _normal,
-    "uniform": _normal,
+    "normal": _noise("normal"),
+    "uniform": _noise("uniform"),
     "dropout": _dropout,
     "drop_elements": _drop_elements,
     "sample_weights": _sample_weights,

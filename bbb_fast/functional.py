@@ -73,10 +73,7 @@ def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch
     size = tuple(size) if isinstance(size, Iterable) else (size,)
     if use_native(rng.device):
         return _native.normal(size, rng, dtype)
-    _checks.optional_dtype("normal", "dtype", dtype)
-    _checks.rng("normal", rng, rng.device)
-    if any(length < 0 for length in size):
-        raise ValueError(f"normal: size must be >= 0, got {list(size)}")
+    _checks.noise("normal", size, rng, dtype)
     return reference.normal(size, rng, dtype=dtype)
 
 
@@ -90,10 +87,7 @@ def uniform(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torc
     size = tuple(size) if isinstance(size, Iterable) else (size,)
     if use_native(rng.device):
         return _native.uniform(size, rng, dtype)
-    _checks.optional_dtype("uniform", "dtype", dtype)
-    _checks.rng("uniform", rng, rng.device)
-    if any(length < 0 for length in size):
-        raise ValueError(f"uniform: size must be >= 0, got {list(size)}")
+    _checks.noise("uniform", size, rng, dtype)
     return reference.uniform(size, rng, dtype=dtype)
 
 

@@ -1,6 +1,8 @@
 // dropout for every device: drop_elements (cpu/dropout.cpp, cuda/dropout.cu) of the input, or of a factor for
 // each row and channel, or for each element of a row; and its autograd. It is linear, so that the gradient is
 // dropout of the incoming one, by the same rng.
+#include "dropout.h"
+
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
@@ -10,6 +12,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/huge_pages.h"
 #include "kl_node.h"
 #include "passes.h"
 
@@ -28,17 +31,20 @@ at::Tensor dropout_kernel(
     const at::Tensor& input, const at::Tensor& rng, double p, bool channels, bool one_mask) {
   check_dropout("dropout", input, rng, p, channels);
   const bool of_a_row = one_mask && input.dim() > 1;
-  if (!channels && !of_a_row) {
-    if (input.is_contiguous()) return drop_elements(input, rng, p);
-    return at::empty_like(input).copy_(drop_elements(input.contiguous(), rng, p));
-  }
+  const bool every = !channels && !of_a_row;
+  if (every && input.is_contiguous()) return drop_elements(input, rng, p);
+  at::Tensor out = at::empty_like(input);
+  hint_huge_pages(out);
+  if (every) return out.copy_(drop_elements(input.contiguous(), rng, p));
   std::vector<int64_t> sizes = input.sizes().vec();
   if (of_a_row) sizes[0] = 1;
   if (channels) std::fill(sizes.begin() + 2, sizes.end(), 1);
-  const auto wide = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor factor = drop_elements(at::ones(sizes, input.options().dtype(wide)), rng, p);
-  at::Tensor out = at::empty_like(input);
-  return at::mul_out(out, input, factor);
+  const auto dtype = input.scalar_type();
+  const bool wide = dtype == at::kFloat || dtype == at::kDouble;
+  // Of a narrow type the scale has more digits than a tensor holds, but not than a number does.
+  const at::Tensor kept = drop_elements(at::ones(sizes, input.options()), rng, p);
+  at::mul_out(out, input, wide ? kept : kept.ne(0).to(dtype));
+  return wide ? out : out.mul_(Dropout(p).scale);
 }
 
 struct DropoutNode : ag::Node {
