@@ -19,14 +19,6 @@ from . import options
 __all__ = ["add_options", "settings", "study_and_judging"]
 
 
-def number_or_name(text: str) -> float | str:
-    """Of an option that is a number, or names a schedule."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 # Of those options of a training that have one of their own; the others go by --set.
 _TYPES: dict[str, dict[str, Any]] = {
     "model": {"choices": MODELS, "help": "architecture of all networks"},
@@ -36,7 +28,7 @@ _TYPES: dict[str, dict[str, Any]] = {
     "lr": {"type": float, "help": "learning rate of Adam"},
     "lr_schedule": {"choices": LR_SCHEDULES, "help": "of the learning rate"},
     "beta": {
-        "type": number_or_name, "metavar": "NUMBER|Blundell|Soenderby|Standard",
+        "type": options.number_or_name, "metavar": "NUMBER|Blundell|Soenderby|Standard",
         "help": "weight of the KL: 1 is the exact bound",
     },
     "prior_sigma": {"type": float, "metavar": "S", "help": "standard deviation of the prior"},
@@ -46,17 +38,21 @@ _TYPES: dict[str, dict[str, Any]] = {
     "train_samples": {"type": int, "metavar": "T", "help": "draws in a training step"},
     "valid_samples": {"type": int, "metavar": "T", "help": "draws in a validation"},
 }  # fmt: skip
-_OF_STUDY = ("dataset", "methods", "ensemble_sizes", "seeds", "valid_size", "train_size")
-
-
+_OF_STUDY = ("dataset", "methods", "ensemble_sizes", "scaled", "seeds", "valid_size", "train_size")
 # Of these, what may be another part of what an earlier run has trained.
-_OF_JUDGING = ("methods", "ensemble_sizes", "seeds")
+_OF_JUDGING = ("methods", "ensemble_sizes", "scaled", "seeds")
 
 
-def add_options(parser: argparse.ArgumentParser, *, source: bool = False) -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    *,
+    source: bool = False,
+    methods: Sequence[str] = tuple(METHODS),
+    samples: int = 50,
+) -> None:
     """The data, the networks, how they are trained and how they are asked.
 
-    ``source``: whether the networks may be those of an earlier run.
+    ``source``: whether the networks may be those of an earlier run. ``methods``, ``samples``: the defaults.
     """
     given = parser.add_argument_group("data")
     # None: not given. What a run in --from says must not be contradicted.
@@ -75,12 +71,17 @@ def add_options(parser: argparse.ArgumentParser, *, source: bool = False) -> Non
             "--from", dest="source", type=options.folder, metavar="FOLDER",
             help="judge the networks that compare, ood or shift has trained there, in place of new ones",
         )  # fmt: skip
+    usual = "all" if set(methods) == set(METHODS) else " ".join(methods)
     what.add_argument(
         "--methods", nargs="+", choices=METHODS, metavar="METHOD",
-        help=f"which (default all): {', '.join(METHODS)}",
+        help=f"some of {', '.join(METHODS)} (default {usual})",
     )  # fmt: skip
+    parser.set_defaults(usual_methods=tuple(methods))
     what.add_argument(
         "--ensemble-sizes", nargs="+", type=int, metavar="M", help="members of the ensembles (default 5)"
+    )
+    what.add_argument(
+        "--scaled", action="store_true", default=None, help="judge every method under temperature scaling too"
     )
     what.add_argument(
         "--seeds", type=int, metavar="N", help="train everything N times, from --seed on (default 1)"
@@ -99,7 +100,7 @@ def add_options(parser: argparse.ArgumentParser, *, source: bool = False) -> Non
     )  # fmt: skip
     asked = parser.add_argument_group("judging")
     asked.add_argument(
-        "--samples", type=int, default=50, metavar="T", help="draws of a prediction (default 50)"
+        "--samples", type=int, default=samples, metavar="T", help=f"draws of a prediction (default {samples})"
     )
     asked.add_argument(
         "--limit", type=int, metavar="N", help="at most N test images of each set, chosen by the seed"
@@ -120,7 +121,7 @@ def _change(text: str) -> tuple[str, str, Any]:
     default = getattr(TrainConfig, name)
     try:
         if name == "beta":
-            return kind, name, number_or_name(value)
+            return kind, name, options.number_or_name(value)
         if isinstance(default, tuple):
             return kind, name, [float(part) for part in value.split(",")]
         return kind, name, type(default)(value)
@@ -140,34 +141,27 @@ def study_and_judging(args: argparse.Namespace) -> tuple[Study, Judging]:
     parse_device(args.device)
     source, outside = getattr(args, "source", None), getattr(args, "outside", None)
     study, trained = (_new(args), None) if source is None else _earlier(args, source)
-    # All data are read here, so that what is missing shows before the work; the workers read them again.
-    _, test = (
-        data.load(study.dataset, split, args.data_dir, download=args.download) for split in ("train", "test")
-    )
+    outside_dir = getattr(args, "outside_dir", None)
     if outside == study.dataset:
         raise OptionError(
-            "out_of_distribution", f"must be another set than {outside}, which is what is known"
+            "out_of_distribution", f"must be another set than {outside}, which the networks are trained on"
         )
-    outside_dir = getattr(args, "outside_dir", None)
-    if outside in data.DATASETS:
-        other = data.load(outside, "test", outside_dir or args.data_dir, download=args.download)
-        if other.images.shape[1] != test.images.shape[1]:
-            raise OptionError(
-                "out_of_distribution",
-                f"must have images of {test.images.shape[1]} channel(s), as {study.dataset}: {outside} has "
-                f"{other.images.shape[1]}",
-            )
+    if args.download:
+        for split in ("train", "test"):
+            data.load(study.dataset, split, args.data_dir, download=True)
+        if outside in data.DATASETS:
+            data.load(outside, "test", outside_dir or args.data_dir, download=True)
     if hasattr(args, "leave_out") and outside is None:
         if source is None:
-            names = args.leave_out or [test.classes[-1]]
-            study = replace(study, leave_out=_labels(names, test.classes))
+            classes = data.load(study.dataset, "test", args.data_dir).classes
+            study = replace(study, leave_out=_labels(args.leave_out or classes[-1:], classes))
         elif not study.leave_out:
             raise OptionError(
                 "out_of_distribution",
-                f"must say which images are never seen: the networks in {source} know all classes of {study.dataset}",
+                f"must say which images are never seen: the networks in {source} know all classes of "
+                f"{study.dataset}",
             )
         outside = LEFT_OUT
-    classifiers.leave_out(test, study.leave_out)
     judging = Judging(
         samples=args.samples,
         limit=args.limit,
@@ -177,6 +171,8 @@ def study_and_judging(args: argparse.Namespace) -> tuple[Study, Judging]:
         device=args.device,
         trained=None if trained is None else str(trained),
     )
+    # What is wrong with the data shows before any work.
+    classifiers.load_sets(study, study.seed, judging)
     return study, judging
 
 
@@ -194,6 +190,7 @@ def settings(study: Study, judging: Judging) -> dict[str, Any]:
 
 def _new(args: argparse.Namespace) -> Study:
     given = {name: getattr(args, name) for name in _OF_STUDY if getattr(args, name) is not None}
+    given.setdefault("methods", args.usual_methods)
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     options = {name: getattr(args, name) for name in _TYPES if getattr(args, name) is not None}
     overrides: dict[str, dict[str, Any]] = {}
@@ -212,4 +209,9 @@ def _earlier(args: argparse.Namespace, source: Path) -> tuple[Study, Path]:
             raise OptionError(option, f"cannot be given with --from: {source} is trained already")
     given = {name: getattr(args, name) for name in _OF_JUDGING if getattr(args, name) is not None}
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return classifiers.read_study(source, **own)
+    study, trained = classifiers.read_study(source, **own)
+    if args.seed not in (0, study.seed):
+        raise OptionError(
+            "seed", f"cannot be given with --from: the networks in {source} begin at {study.seed}"
+        )
+    return study, trained

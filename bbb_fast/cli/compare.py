@@ -19,10 +19,10 @@ def add_parser(subparsers: Any) -> None:
         "compare",
         help="train a classifier in several ways and compare them",
         description=(
-            "Train the same network as a point estimate, an ensemble, with MC dropout, concrete dropout, a Bayesian "
-            "last layer and Bayesian layers of every estimator, under one budget, and judge all of them: accuracy, "
-            "NLL, Brier score, calibration, detection of never-seen images, time. The output folder receives "
-            "compare.json and two figures."
+            "Train the same network as a point estimate, an ensemble, with MC dropout, concrete dropout, a "
+            "Bayesian last layer and Bayesian layers of every estimator, under one budget, and judge all of "
+            "them: accuracy, NLL, Brier score, calibration, detection of never-seen images, time. The output "
+            "folder receives compare.json and two figures."
         ),
     )
     classifiers.add_options(parser)

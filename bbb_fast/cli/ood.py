@@ -19,9 +19,9 @@ def add_parser(subparsers: Any) -> None:
         "ood",
         help="train classifiers without some classes, and see whether they notice those",
         description=(
-            "Train classifiers in several ways without some of the classes, or take those of an earlier run, and "
-            "compare what they say of known and of never-seen images: entropy, and how well each score tells the "
-            "two apart. The output folder receives ood.json and a figure."
+            "Train classifiers in several ways without some of the classes, or take those of an earlier run, "
+            "and compare what they say of known and of never-seen images: entropy, and how well each score "
+            "tells the two apart. The output folder receives ood.json and a figure."
         ),
     )
     classifiers.add_options(parser, source=True)

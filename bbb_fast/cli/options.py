@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-__all__ = ["folder", "path"]
+__all__ = ["folder", "number_or_name", "path"]
 
 
 def path(text: str) -> Path:
@@ -25,3 +25,11 @@ def folder(text: str) -> Path:
     if os.path.exists(name) and not name.is_dir():
         raise argparse.ArgumentTypeError(f"{name} is not a folder")
     return name
+
+
+def number_or_name(text: str) -> float | str:
+    """A number, or else the name of something."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

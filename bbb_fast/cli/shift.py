@@ -11,6 +11,8 @@ from . import classifiers, experiment
 
 __all__ = ["add_parser", "run"]
 
+# Those that differ most: every one is asked at every strength of every corruption.
+_METHODS = ("deterministic", "temperature", "ensemble", "mc-dropout", "bbb", "lrt")
 _DEFAULT = ("rotation", "noise", "blur", "contrast", "pixelate")
 
 
@@ -20,12 +22,13 @@ def add_parser(subparsers: Any) -> None:
         "shift",
         help="judge classifiers under corruptions of rising strength",
         description=(
-            "Train classifiers in several ways, or take those of an earlier run, and judge them on test images that are "
-            "rotated, blurred, noisy and so on, more and more: accuracy, NLL, calibration and entropy against the "
-            "strength. The output folder receives shift.json, a figure of all methods and one of each."
+            "Train classifiers in several ways, or take those of an earlier run, and judge them on test "
+            "images that are rotated, blurred, noisy and so on, more and more: accuracy, NLL, calibration "
+            "and entropy against the strength. The output folder receives shift.json, a figure of all "
+            "methods and one of each."
         ),
     )
-    classifiers.add_options(parser, source=True)
+    classifiers.add_options(parser, source=True, methods=_METHODS, samples=20)
     parser.add_argument_group("corruptions").add_argument(
         "--corruptions", nargs="+", choices=CORRUPTIONS, default=list(_DEFAULT), metavar="KIND",
         help=f"some of {', '.join(CORRUPTIONS)} (default {' '.join(_DEFAULT)})",

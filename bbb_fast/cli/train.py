@@ -25,13 +25,6 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _number_or_name(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def add_parser(subparsers: Any) -> None:
     """Registers the command and its options; their defaults are those of ``TrainConfig``."""
     parser = subparsers.add_parser(
@@ -106,7 +99,7 @@ def add_parser(subparsers: Any) -> None:
         )
     how.add_argument(
         "--beta",
-        type=_number_or_name,
+        type=options.number_or_name,
         default=default.beta,
         metavar="NUMBER|Blundell|Soenderby|Standard",
         help="weight of the KL: a step minimizes mean NLL + beta * KL / N with N training images, so 1 "

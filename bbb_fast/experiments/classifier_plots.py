@@ -93,8 +93,8 @@ def reliability(labels: Mapping[str, str], found: Results) -> bytes:
         edges = np.asarray(diagrams[0]["edges"])
         shown = counts > 0
         axis.bar(
-            edges[:-1][shown], accuracy[shown], np.diff(edges)[shown], align="edge", color=_SKY, edgecolor="white",
-            linewidth=0.6,
+            edges[:-1][shown], accuracy[shown], np.diff(edges)[shown],
+            align="edge", color=_SKY, edgecolor="white", linewidth=0.6,
         )  # fmt: skip
         axis.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
         share = counts / counts.sum()
@@ -145,8 +145,11 @@ def shifts(labels: Mapping[str, str], curves: Mapping[str, Results]) -> bytes:
                 _curve(axis, strengths, of_seeds, key, k, labels[name])
         column[0].set_title(corruption.label, fontsize=10)
         column[-1].set_xlabel(corruption.unit, fontsize=9)
-    for row, name in zip(axes, CURVES.values(), strict=True):
+    for row, (key, name) in zip(axes, CURVES.items(), strict=True):
         row[0].set_ylabel(name, fontsize=9)
+        if key == "nll":
+            # Of what is hard by far: on a linear axis nothing else would be seen.
+            row[0].set_yscale("log")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
     return _png(figure)

@@ -1,8 +1,8 @@
 """Ways to a classifier that knows how sure it is, trained under one budget: what several commands judge.
 
-A study trains networks, each a task of its own (a kind of network, a seed, a member), and judges entries: what
-a method makes of them. Entries share networks: the deterministic one of a seed is the first member of the
-ensembles of that seed, and the members of a small ensemble are the first of a large one.
+A study trains networks, each a task of its own (a kind of network, a seed, a member), and judges entries:
+what a method makes of them. Entries share networks: the deterministic one of a seed is the first member of
+the ensembles of that seed, and the members of a small ensemble are the first of a large one.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .training import BEST, TrainConfig, fit
 from .uncertainty import DERIVED, is_bayesian, judge, pick, unseen
 
 __all__ = [
-    "DEFAULTS", "LEFT_OUT", "METHODS", "NETWORKS", "SHARED", "Entry", "Judging", "Network", "Opened", "Results",
-    "Sets", "Study", "ask", "draw", "judge_entries", "leave_out", "load_sets", "notes", "open_entry", "open_task",
-    "read_study", "train", "train_network",
+    "DEFAULTS", "LEFT_OUT", "METHODS", "NETWORKS", "SHARED", "Entry", "Judging", "Network", "Opened",
+    "Results", "Sets", "Study", "ask", "check_names", "draw", "judge_entries", "leave_out", "load_sets", "notes",
+    "open_entry", "open_task", "read_study", "train", "train_network",
 ]  # fmt: skip
 
 # Kinds of network, as changes of the options that all share.
@@ -90,6 +90,8 @@ LEFT_OUT = "left-out"
 # Between the seeds of an ensemble's members: 2^63 over the golden ratio, far from those of other members.
 _MEMBER_STEP = 0x4F1BBCDCBFA53E0B
 _RUN = "run"
+# Images that are normalized at a time.
+_BATCH = 1000
 
 
 class Network(NamedTuple):
@@ -106,12 +108,16 @@ class Network(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What is judged: ``members`` networks of a kind, and what a method makes of them."""
+    """What is judged: ``members`` networks of a kind, and what a method makes of them.
+
+    ``scaled``: under temperature scaling.
+    """
 
     name: str
     label: str
     method: str
     members: int = 1
+    scaled: bool = False
 
     @property
     def kind(self) -> str:
@@ -131,6 +137,7 @@ class Study:
         dataset: one of ``data.DATASETS``.
         methods: some of :data:`METHODS`.
         ensemble_sizes: members of the ensembles; each size is an entry.
+        scaled: whether every entry is judged under temperature scaling too.
         seed, seeds: the first seed, and how many there are: each has its own networks and validation set.
         valid_size, train_size: as in :class:`TrainConfig`.
         leave_out: labels of classes that are not trained on, and never seen therefore.
@@ -141,6 +148,7 @@ class Study:
     dataset: str = "digits"
     methods: tuple[str, ...] = tuple(METHODS)
     ensemble_sizes: tuple[int, ...] = (5,)
+    scaled: bool = False
     seed: int = 0
     seeds: int = 1
     valid_size: int | None = None
@@ -161,7 +169,7 @@ class Study:
 
     def validate(self) -> None:
         """Raises ValueError for the first thing that is wrong; says what is allowed."""
-        _check_names("methods", self.methods, METHODS)
+        check_names("methods", self.methods, METHODS)
         check_int("seed", self.seed, 0, MAX_SEED)
         check_int("seeds", self.seeds)
         if self.seed + self.seeds - 1 > MAX_SEED:
@@ -191,7 +199,14 @@ class Study:
                 sizes = self.ensemble_sizes
                 found += [Entry(f"ensemble-{size}", f"{label} of {size}", name, size) for size in sizes]
             else:
-                found.append(Entry(name, label, name))
+                found.append(Entry(name, label, name, scaled=name == "temperature"))
+        if self.scaled:
+            # The deterministic network under it is an entry of its own.
+            found += [
+                entry._replace(name=f"{entry.name}-scaled", label=f"{entry.label}, scaled", scaled=True)
+                for entry in found
+                if not entry.scaled and (entry.method != "deterministic" or "temperature" not in self.methods)
+            ]
         return found
 
     def all_seeds(self) -> range:
@@ -225,7 +240,8 @@ class Study:
         ]  # fmt: skip
 
 
-def _check_names(option: str, names: Sequence[str], allowed: Mapping[str, Any]) -> None:
+def check_names(option: str, names: Sequence[str], allowed: Mapping[str, Any]) -> None:
+    """Raises OptionError unless the names are one or more of those allowed, each once."""
     for name in names:
         if name not in allowed:
             raise OptionError(option, f"must be some of {', '.join(allowed)}, got {name!r}")
@@ -284,21 +300,13 @@ def leave_out(images: ImageSet, labels: Sequence[int]) -> tuple[ImageSet, ImageS
     return renumbered, images.subset((new < 0).nonzero().flatten())
 
 
-def load_sets(
-    study: Study,
-    seed: int,
-    *,
-    data_dir: str | None = None,
-    outside: str | None = None,
-    outside_dir: str | None = None,
-    limit: int | None = None,
-) -> Sets:
-    """The images of a seed's networks, and those they are judged by: at most ``limit`` of each set.
+def load_sets(study: Study, seed: int, judging: Judging) -> Sets:
+    """The images of a seed's networks, and those they are judged by.
 
-    ``outside``: one of ``data.DATASETS``, of ``uncertainty.DERIVED``, or :data:`LEFT_OUT`. Raises DataError
-    for what is wrong with the data.
+    Raises DataError for what is wrong with the data.
     """
-    whole, test = (_load(study.dataset, split, data_dir) for split in ("train", "test"))
+    outside, limit = judging.outside, judging.limit
+    whole, test = (_load(study.dataset, split, judging.data_dir) for split in ("train", "test"))
     left_out = test
     if study.leave_out:
         whole, _ = leave_out(whole, study.leave_out)
@@ -315,7 +323,13 @@ def load_sets(
     if outside == LEFT_OUT:
         other = replace(left_out, name=f"{left_out.name}, classes left out")
     else:
-        other = _load(outside, "test", outside_dir or data_dir)
+        other = _load(outside, "test", judging.outside_dir or judging.data_dir)
+        channels = test.images.shape[1]
+        if other.images.shape[1] != channels:
+            raise data.DataError(
+                f"{outside} has images of {other.images.shape[1]} channel(s), {study.dataset} of {channels}: "
+                "the same networks cannot see both"
+            )
     return Sets(train, valid, test, numbers, other.subset(pick(other, limit, study.seed)))
 
 
@@ -326,13 +340,14 @@ class Judging:
     Attributes:
         samples: draws of what answers at random.
         limit: at most so many test images of each set.
-        outside: the never-seen images (see :func:`load_sets`), if any.
+        outside: the never-seen images, if any: one of ``data.DATASETS``, of ``uncertainty.DERIVED``, or
+            :data:`LEFT_OUT`.
         data_dir, outside_dir: where the data are.
         device: where the models run.
         trained: the folder of the tasks that have trained the networks; None: the experiment's own.
     """
 
-    samples: int
+    samples: int = 50
     limit: int | None = None
     outside: str | None = None
     data_dir: str | None = None
@@ -362,8 +377,8 @@ def judge_entries(
 ) -> dict[str, Results]:
     """Judges every entry of every seed, each in a task of its own.
 
-    The task is ``function(folder, entry=name, seed=..., study=..., judging=..., **arguments)``, which begins by
-    :func:`open_task`. ``parts``: further arguments, by name, where there are several tasks for an entry.
+    The task is ``function(folder, entry=name, seed=..., study=..., judging=..., **arguments)``, which begins
+    by :func:`open_task`. ``parts``: further arguments, by name, where there are several tasks for an entry.
 
     Returns: for each part (one, "", without ``parts``) and entry the results of all seeds.
     """
@@ -392,15 +407,13 @@ def open_task(
     """An entry of a seed, its images, and the device."""
     plan, how = Study.from_dict(study), Judging(**judging)
     own = next(e for e in plan.entries() if e.name == entry)
-    sets = load_sets(
-        plan, seed, data_dir=how.data_dir, outside=how.outside, outside_dir=how.outside_dir, limit=how.limit
-    )
+    sets = load_sets(plan, seed, how)
     trained = folder.parent if how.trained is None else Path(how.trained)
     return open_entry(trained, own, seed, how.samples, sets.valid, how.device), sets, how.device
 
 
 def train(running: Experiment, study: Study, judging: Judging) -> dict[str, dict[str, Any]]:
-    """What the tasks of all networks say, by the tasks' names; trains those that no earlier run has trained."""
+    """What the tasks of all networks say, by the tasks' names; trains what no earlier run has trained."""
     if judging.trained is not None:
         folder = Path(judging.trained)
         return {
@@ -434,7 +447,7 @@ def train_network(
 ) -> dict[str, Any]:
     """The task of one training: goes on where it was stopped; its checkpoints are in ``folder/run``."""
     own, plan = Network(*network), Study.from_dict(study)
-    sets = load_sets(plan, own.seed, data_dir=data_dir)
+    sets = load_sets(plan, own.seed, Judging(data_dir=data_dir))
     config = plan.config(own, device)
     metrics = fit(config, sets.train, sets.valid, None, folder / _RUN, progress=False, name=own.task)
     return {
@@ -476,7 +489,7 @@ def open_entry(tasks: Path, entry: Entry, seed: int, samples: int, valid: ImageS
     model = first.model if entry.members == 1 else Ensemble(network.model for network in loaded)
     model = model.to(device).eval()
     draws = entry.members if entry.members > 1 else samples if is_bayesian(model) else 1
-    if entry.method == "temperature":
+    if entry.scaled:
         x = data.normalize(valid.images.to(device), first.mean, first.std)
         outputs = predict(model, x, draws, seed=seed)
         with warnings.catch_warnings():
@@ -490,7 +503,8 @@ def open_entry(tasks: Path, entry: Entry, seed: int, samples: int, valid: ImageS
 def ask(opened: Opened, images: ImageSet, seed: int, device: str) -> Judged:
     """What an entry says of images, by the draws of ``seed``."""
     return judge(
-        opened.model, images, opened.mean, opened.std, samples=opened.draws, seed=seed, batch_size=1024, device=device
+        opened.model, images, opened.mean, opened.std,
+        samples=opened.draws, seed=seed, batch_size=_BATCH, device=device,
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def run(running: Experiment, study: Study, judging: Judging) -> Document:
     seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
     return Document(
         "compare",
-        f"{len(labels)} ways to a classifier of {study.dataset}: {config.model}, {config.epochs} epochs, {seeds}",
+        f"{len(labels)} classifiers of {study.dataset}: {config.model}, {config.epochs} epochs, {seeds}",
         running.settings,
         [_table(labels, found, judging)],
         figures,
@@ -121,8 +121,8 @@ def _figures(plots: ModuleType, labels: Mapping[str, str], found: Results) -> li
         ),
         Figure(
             "reliability.png", "Reliability",
-            "How often predictions of each confidence are right: on the diagonal a method is as sure as it is "
-            "right. A dot's size is the share of the images in its bin.",
+            "How often predictions of each confidence are right: on the diagonal a method is as sure as it "
+            "is right. A dot's size is the share of the images in its bin.",
             plots.reliability(labels, found),
         ),
     ]  # fmt: skip

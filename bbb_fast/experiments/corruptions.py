@@ -106,9 +106,9 @@ def corrupt(
     """The images under a corruption of this strength, rounded to pixels again.
 
     Args: ``kind``, a key of :data:`CORRUPTIONS`; ``strength`` >= 0, in its unit, 0 the images themselves;
-    ``seed``, of noise and directions, 0 ... 2^63 - 1; ``numbers``, int64 [N], what each image is known by (None:
-    its place), so that one of a subset gets what it gets in the whole set. Raises ValueError for another kind,
-    and a strength that is negative or not finite.
+    ``seed``, of noise and directions, 0 ... 2^63 - 1; ``numbers``, int64 [N], what each image is known by
+    (None: its place), so that one of a subset gets what it gets in the whole set. Raises ValueError for
+    another kind, and a strength that is negative or not finite.
     """
     if kind not in CORRUPTIONS:
         raise ValueError(f"unknown corruption {kind!r}: allowed are {', '.join(CORRUPTIONS)}")

@@ -24,7 +24,7 @@ _DETECTION = {"auroc": ("AUROC", "high"), "aupr": ("AUPR", "high"), "fpr95": ("F
 
 
 def run(running: Experiment, study: Study, judging: Judging) -> Document:
-    """Trains the networks of a study, or takes those of another run, and judges what they say of never-seen images."""
+    """Trains the networks of a study, or takes those of another run, and shows them never-seen images."""
     train(running, study, judging)
     (found,) = judge_entries(running, study, judging, judge_entry).values()
     labels = {entry.name: entry.label for entry in study.entries()}
@@ -39,8 +39,8 @@ def run(running: Experiment, study: Study, judging: Judging) -> Document:
         {"entries": found},
         [
             *notes(study, judging),
-            "Entropies and mutual information in nats; where all draws are equal, as of a deterministic network, mutual "
-            "information and the epistemic parts are 0 and their AUROC is 0.5 by construction.",
+            "Entropies and mutual information in nats. Where all draws are equal, as of a deterministic "
+            "network, mutual information and the epistemic parts are 0, their AUROC is 0.5 by construction.",
             *missing,
         ],
         running.seconds,
@@ -118,7 +118,7 @@ def _figures(
     plots: ModuleType, labels: Mapping[str, str], found: Results, names: tuple[str, str]
 ) -> list[Figure]:
     text = (
-        "The entropy of the predictions, all seeds together, as a share of each set's images: the less the two "
-        "overlap, the better the never-seen images are noticed."
+        "The entropy of the predictions, all seeds together, as a share of each set's images: the less the "
+        "two overlap, the better the never-seen images are noticed."
     )
     return [Figure("entropy.png", "Entropy", text, plots.entropies(labels, found, names))]

@@ -1,7 +1,7 @@
 """Classifiers under images that get harder step by step: the words of the shift command.
 
-After Ovadia et al. 2019, "Can you trust your model's uncertainty? Evaluating predictive uncertainty under dataset
-shift" (arXiv:1906.02530): a good method gets less sure as it gets less right.
+After Ovadia et al. 2019, "Can you trust your model's uncertainty? Evaluating predictive uncertainty under
+dataset shift" (arXiv:1906.02530): a good method gets less sure as it gets less right.
 """
 
 from __future__ import annotations
@@ -12,10 +12,20 @@ from types import ModuleType
 from typing import Any
 
 from .. import metrics
-from .classifiers import Judging, Results, Study, ask, draw, judge_entries, notes, open_task, train
+from .classifiers import (
+    Judging,
+    Results,
+    Study,
+    ask,
+    check_names,
+    draw,
+    judge_entries,
+    notes,
+    open_task,
+    train,
+)
 from .corruptions import CORRUPTIONS, corrupt
 from .document import Cell, Column, Document, Figure, Table, with_error
-from .options import OptionError
 from .tasks import Experiment
 
 __all__ = ["CURVES", "judge_entry", "run"]
@@ -26,10 +36,8 @@ _CLEAN = "clean"
 
 
 def run(running: Experiment, study: Study, judging: Judging, kinds: Sequence[str]) -> Document:
-    """Trains the networks of a study, or takes those of another run, and judges them under each corruption."""
-    for kind in kinds:
-        if kind not in CORRUPTIONS:
-            raise OptionError("corruptions", f"must be some of {', '.join(CORRUPTIONS)}, got {kind!r}")
+    """Trains the networks of a study, or takes those of another run, and judges them under corruptions."""
+    check_names("corruptions", kinds, CORRUPTIONS)
     train(running, study, judging)
     parts: dict[str, dict[str, Any]] = {_CLEAN: {"kind": None}, **{kind: {"kind": kind} for kind in kinds}}
     found = judge_entries(running, study, judging, judge_entry, parts)
@@ -43,14 +51,15 @@ def run(running: Experiment, study: Study, judging: Judging, kinds: Sequence[str
     figures, missing = draw(lambda plots: _figures(plots, labels, curves))
     return Document(
         "shift",
-        f"{len(labels)} classifiers of {study.dataset} under {', '.join(CORRUPTIONS[kind].label for kind in kinds)}",
+        f"{len(labels)} classifiers of {study.dataset} under corruptions",
         running.settings,
         tables,
         figures,
         {"curves": curves},
         [
             *notes(study, judging),
-            "A method that knows what it does not know gets less sure as it gets less right: its ECE stays low.",
+            "A method that knows what it does not know gets less sure as it gets less right: its ECE stays "
+            "low.",
             *missing,
         ],
         running.seconds,
@@ -132,8 +141,8 @@ def _figures(plots: ModuleType, labels: Mapping[str, str], curves: Mapping[str, 
     figures = [
         Figure(
             "shift.png", "All methods",
-            "Accuracy, NLL, ECE and entropy of every method against the strength of each corruption; bands are standard "
-            "errors over the seeds.",
+            "Accuracy, NLL, ECE and entropy of every method against the strength of each corruption; bands "
+            "are standard errors over the seeds.",
             plots.shifts(labels, curves),
         )
     ]  # fmt: skip

@@ -186,8 +186,8 @@ class TrainConfig:
         if self.adversarial and self.train_samples > 1:
             raise OptionError(
                 "adversarial",
-                f"must be 0 with {self.train_samples} draws in a training step, got {self.adversarial}: it takes "
-                "one",
+                f"must be 0 with {self.train_samples} draws in a training step, got {self.adversarial}: it "
+                "takes one",
             )
         if self.variance_dtype != "float32" and self.layer_type != "lrt":
             raise OptionError(
