@@ -52,7 +52,7 @@ class Training:
 
     hidden: tuple[int, ...] = (50,)
     noise: Noise = "own"
-    steps: int = 20_000
+    steps: int = 5_000
     batch_size: int = 128
     members: int = 5
     rates: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
