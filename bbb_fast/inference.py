@@ -37,7 +37,7 @@ def _leaves(x: Any) -> list[Any]:
     return [leaf for value in x for leaf in _leaves(value)] if isinstance(x, (tuple, list)) else [x]
 
 
-def _tensors_for(model: nn.Module, x: Any) -> Any:
+def _tensors_for(model: nn.Module, x: Any, caller: str, *, to_device: bool = True) -> Any:
     """``x`` with NumPy arrays as tensors on the model's device, floating numbers in its parameters' type."""
     if not any(isinstance(leaf, np.ndarray) for leaf in _leaves(x)):
         return x
@@ -49,25 +49,24 @@ def _tensors_for(model: nn.Module, x: Any) -> Any:
         try:
             t = torch.as_tensor(leaf)
         except TypeError as error:
-            raise TypeError(f"predict: x must hold numbers, got a NumPy array of {leaf.dtype}") from error
-        return t.to(of_model.device, of_model.dtype if t.is_floating_point() else t.dtype)
+            raise TypeError(f"{caller}: x must hold numbers, got a NumPy array of {leaf.dtype}") from error
+        dtype = of_model.dtype if t.is_floating_point() else t.dtype
+        return t.to(of_model.device if to_device else t.device, dtype)
 
     return _map(tensor, x)
 
 
-def _rows(x: Any) -> int:
-    """The number of rows that batches are made of."""
+def _rows(x: Any, caller: str) -> int:
+    """The number of rows that batches are made of; ``caller`` is who says that there is none."""
     rows = set()
     for leaf in _leaves(x):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             rows.add(leaf.shape[0])
         elif not (leaf is None or isinstance(leaf, (Tensor, bool, int, float))):
-            raise TypeError(
-                f"predict: with batch_size, x must hold tensors and numbers, got {type(leaf).__name__}"
-            )
+            raise TypeError(f"{caller}: x must hold tensors and numbers, got {type(leaf).__name__}")
     if len(rows) != 1:
         raise ValueError(
-            "predict: with batch_size, the tensors of x must have the same number of rows, got "
+            f"{caller}: the tensors of x must have the same number of rows, got "
             f"{sorted(rows) or 'no tensor'}"
         )
     return rows.pop()
@@ -174,9 +173,9 @@ def predict(
     initialised("predict", model)
     if seed is None:
         seed = int(torch.randint(0, _INT64_MAX, ()).item())
-    x = _tensors_for(model, x)
+    x = _tensors_for(model, x, "predict")
     parts, rows = [(0, x)], None
-    if size is not None and size < (total := _rows(x)):
+    if size is not None and size < (total := _rows(x, "predict")):
         parts, rows = [(start, _part(x, start, start + size)) for start in range(0, total, size)], total
     outputs = _Outputs(count, rows)
     with in_eval_mode(model) as running:
@@ -221,7 +220,7 @@ def multi_sample(
     initialised("multi_sample", model)
     if seed is None:
         seed = draw_seed()
-    x = _tensors_for(model, x)
+    x = _tensors_for(model, x, "multi_sample")
     run = model if call is None else partial(call, model)
     if not _side_by_side(model):
         outputs = []
@@ -229,7 +228,7 @@ def multi_sample(
             with fixed_noise(seed, k, model=model, draw="activations"):
                 outputs.append(_output(run(x)))
         return torch.stack(outputs)
-    rows = _rows(x)
+    rows = _rows(x, "multi_sample")
     repeated: list[Repeated] = []
 
     def of_each_draw(t: Any) -> Any:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import metrics
 from ._checks import initialised, integer
 from ._eval_mode import in_eval_mode
 from ._noise import _INT64_MAX, fixed_noise
 from .inference import _leaves, _map, _output, _part, _rows, _tensors_for
+from .metrics.decomposition import softplus_normalized
 
 __all__ = ["CategoricalPredictive", "GaussianPredictive", "Likelihood", "Predictive", "predictive"]
 
@@ -27,7 +27,7 @@ Likelihood: TypeAlias = Literal["categorical", "gaussian", "heteroscedastic"]
 # of other sizes, and results shall not depend on how the data come.
 _BLOCK = 128
 # Draws whose outputs are held at a time.
-_DRAWS = 16
+_DRAWS = 8
 # Rows of a tensor that go to the model's device at a time, without a batch_size.
 _BATCH = 4096
 
@@ -238,7 +238,7 @@ class _Classes:
         self._probs.add(probs)
         self._noise.add(probs * (1 - probs))
         self._entropy.add(torch.special.entr(probs).sum(-1))
-        shares = metrics._softplus_normalized(outputs)
+        shares = softplus_normalized(outputs)
         self._shares.add(shares)
         self._noise_of_shares.add(shares * (1 - shares))
         if self._targets is not None:
@@ -399,7 +399,7 @@ def predictive(
     initialised("predictive", model)
     if seed is None:
         seed = int(torch.randint(0, _INT64_MAX, ()).item())
-    batches, total = _batches(data, targets, size)
+    batches, total = _batches(model, data, targets, size)
     parts: list[dict[str, Tensor | None]] = []
     with in_eval_mode(model) as running, _bar(progress, total) as advance:
         pinned = fixed_noise(seed, model=running)
@@ -472,18 +472,18 @@ def _checked(found: dict[str, Tensor | None], targets: Tensor | None) -> dict[st
 _Batch: TypeAlias = "tuple[Any, Any]"
 
 
-def _batches(data: Any, targets: Any, size: int) -> tuple[Iterator[_Batch], int | None]:
+def _batches(model: nn.Module, data: Any, targets: Any, size: int) -> tuple[Iterator[_Batch], int | None]:
     """Pairs (input, target or None), and the number of all rows where it is known."""
     if isinstance(data, (Tensor, np.ndarray)) or hasattr(data, "keys"):
-        arrays = _map(lambda t: torch.as_tensor(t) if isinstance(t, np.ndarray) else t, data)
-        rows = _rows(arrays)
+        inputs = _tensors_for(model, data, "predictive", to_device=False)
+        rows = _rows(inputs, "predictive")
         if targets is not None:
             targets = torch.as_tensor(targets)
             if targets.dim() == 0 or len(targets) != rows:
                 raise ValueError(f"predictive: targets must have {rows} rows, got {list(targets.shape)}")
         starts = range(0, rows, size)
         return (
-            (_part(arrays, k, k + size), None if targets is None else targets[k : k + size]) for k in starts
+            (_part(inputs, k, k + size), None if targets is None else targets[k : k + size]) for k in starts
         ), rows
     if targets is not None:
         raise ValueError("predictive: with batches, targets come in them: give batches (input, target)")
@@ -526,9 +526,9 @@ def _blocks(batches: Iterator[_Batch], model: nn.Module) -> Iterator[tuple[Any, 
         return x, y, rows
 
     for x, y in batches:
-        x = _map(moved, _tensors_for(model, x))
+        x = _map(moved, _tensors_for(model, x, "predictive"))
         y = None if y is None else moved(torch.as_tensor(y))
-        rows = _rows(x)
+        rows = _rows(x, "predictive")
         if y is not None and (y.dim() == 0 or len(y) != rows):
             raise ValueError(f"predictive: a batch has {rows} rows and targets {list(y.shape)}")
         if held and not _alike((held[0][0], held[0][1]), (x, y)):

@@ -1,10 +1,10 @@
-"""Fills README.md's numbers from the files in benchmarks/results.
+"""Fills the numbers of README.md and docs/benchmarks.md from the files in benchmarks/results.
 
     python benchmarks/readme.py [MACHINE ...] [--check]
 
-Everything between the two markers is replaced by what the files of the machines (default: those that
-README.md names) say, the worse number where they differ. With --check, changes nothing and exits with 1 if
-README.md says anything else.
+Everything between the two markers is replaced by what the files of the machines (default: those that a
+document names) say, the worse number where they differ: all of it in docs/benchmarks.md, one table in
+README.md. With --check, changes nothing and exits with 1 if a document says anything else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness import RESULTS
 from report import markdown_table, plural
 from rivals import CONTENDERS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- numbers of {machines}, by benchmarks/readme.py -->"
 END = "<!-- end of the numbers -->"
 MARKED = re.compile(
@@ -172,7 +172,7 @@ def numbers(machines: Sequence[str]) -> str:
     for runs in zip(*(result["runs"] for result in layers), strict=True):
         parts += [f"**{plural(runs[0]['threads']).capitalize()}**:", _layers(runs)]
     parts += [
-        *(f"![Step over torch.nn](benchmarks/results/layers-{machine}.png)" for machine in machines),
+        *(f"![Step over torch.nn](../benchmarks/results/layers-{machine}.png)" for machine in machines),
         "Sampling and KL in one pass: the time of the formulas in eager mode and under `torch.compile` over "
         "ours:",
         _sampling(layers),
@@ -183,22 +183,41 @@ def numbers(machines: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def headline(machines: Sequence[str]) -> str:
+    """What stands between the markers of the README: the layers with all threads."""
+    layers = [load("layers", machine) for machine in machines]
+    runs = [result["runs"][-1] for result in layers]
+    return (
+        f"Float32, {plural(runs[0]['threads'])}, medians, all interleaved in one process, on {len(machines)} "
+        "kinds of CPU with AVX-512; the worse number where they differ (the larger of ours, the smaller of a "
+        "rival's):\n\n"
+        f"{_layers(runs)}\n"
+    )
+
+
+# By document, what fills it.
+DOCUMENTS = {ROOT / "README.md": headline, ROOT / "docs" / "benchmarks.md": numbers}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("machines", nargs="*", metavar="MACHINE", help="as in layers-MACHINE.json")
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the documents are up to date")
     args = parser.parse_args()
-    text = README.read_text()
-    found = MARKED.search(text)
-    if found is None:
-        raise SystemExit(f"README.md lacks the markers {BEGIN} and {END}")
-    machines = args.machines or found["machines"].split(" and ")
-    new = f"{BEGIN.format(machines=' and '.join(machines))}\n{numbers(machines)}{END}"
-    if args.check:
-        print("README.md is up to date" if found[0] == new else "README.md differs from the results")
-        return int(found[0] != new)
-    README.write_text(text[: found.start()] + new + text[found.end() :])
-    return 0
+    status = 0
+    for document, fill in DOCUMENTS.items():
+        text = document.read_text()
+        found = MARKED.search(text)
+        if found is None:
+            raise SystemExit(f"{document.name} lacks the markers {BEGIN} and {END}")
+        machines = args.machines or found["machines"].split(" and ")
+        new = f"{BEGIN.format(machines=' and '.join(machines))}\n{fill(machines)}{END}"
+        if args.check:
+            print(f"{document.name} {'is up to date' if found[0] == new else 'differs from the results'}")
+            status |= int(found[0] != new)
+        else:
+            document.write_text(text[: found.start()] + new + text[found.end() :])
+    return status
 
 
 if __name__ == "__main__":

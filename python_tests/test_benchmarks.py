@@ -534,11 +534,12 @@ def test_rates_come_from_known_work() -> None:
     assert rows["eager_lrt"]["gb_per_s_beside_products"] is None
 
 
-def test_readme_has_the_numbers_of_the_results() -> None:
+@pytest.mark.parametrize("document", readme.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_have_the_numbers_of_the_results(document: Path) -> None:
     """Nobody typed them: the files in benchmarks/results say the same."""
-    found = readme.MARKED.search(readme.README.read_text())
+    found = readme.MARKED.search(document.read_text())
     assert found is not None
-    assert found["text"] == readme.numbers(found["machines"].split(" and "))
+    assert found["text"] == readme.DOCUMENTS[document](found["machines"].split(" and "))
 
 
 def test_readme_shows_the_worse_of_two_machines() -> None:

@@ -539,9 +539,16 @@ WITH_LABELS = [
     metrics.nll,
     metrics.brier,
     metrics.ece,
+    metrics.adaptive_ece,
+    metrics.classwise_ece,
+    metrics.mce,
     metrics.reliability,
     metrics.classification_report,
+    metrics.risk_coverage,
+    metrics.aurc,
+    metrics.excess_aurc,
 ]
+BINNED = [metrics.ece, metrics.adaptive_ece, metrics.classwise_ece, metrics.mce, metrics.reliability]
 WITH_DRAWS = [
     metrics.predictive_entropy,
     metrics.expected_entropy,
@@ -639,9 +646,9 @@ def test_bad_scores(function: Callable[..., object]):
         function(good, None)
 
 
-@pytest.mark.parametrize("bins", [0, -3, 2.5, "15", None])
+@pytest.mark.parametrize("bins", [0, -3, 2.5, "15", None, True])
 def test_bad_bins(bins: object):
-    for function in (metrics.ece, metrics.reliability):
+    for function in BINNED:
         with pytest.raises(ValueError, match=r"bins must be an integer of at least 1, got"):
             function(PROBS, LABELS, bins)  # type: ignore[operator]
 

@@ -1,4 +1,4 @@
-"""The three networks and their point-estimate twins: architecture, state_dicts, KL, errors."""
+"""The networks and their point-estimate twins: architecture, state_dicts, KL, errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,28 @@ from torch import Tensor, nn
 from bbb_fast import kl_loss, models
 from bbb_fast.layers import BBB, BBB_LRT
 from bbb_fast.layers.base import BayesianLayer
-from bbb_fast.models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeConvThreeFC
+from bbb_fast.models import (
+    AlexNet,
+    BBB3Conv3FC,
+    BBBAlexNet,
+    BBBCaffeLeNet,
+    BBBLeNet,
+    BBBSmallCNN,
+    CaffeLeNet,
+    LeNet,
+    SmallCNN,
+    ThreeConvThreeFC,
+)  # fmt: skip
 from bbb_fast.models.build import ACTIVATIONS
 from bbb_fast.models.pooling import MaxPool2d
 
-PAIRS = [(BBBLeNet, LeNet), (BBBAlexNet, AlexNet), (BBB3Conv3FC, ThreeConvThreeFC)]
+PAIRS = [
+    (BBBLeNet, LeNet),
+    (BBBAlexNet, AlexNet),
+    (BBB3Conv3FC, ThreeConvThreeFC),
+    (BBBCaffeLeNet, CaffeLeNet),
+    (BBBSmallCNN, SmallCNN),
+]
 BAYESIAN = [bayesian for bayesian, _ in PAIRS]
 POINT = [point for _, point in PAIRS]
 LAYER_TYPES = {"bbb": BBB, "lrt": BBB_LRT}
@@ -51,6 +68,19 @@ WEIGHTS: dict[str, dict[str, tuple[int, ...]]] = {
         "fc2": (1000, 1000),
         "fc3": (7, 1000),
     },
+    "CaffeLeNet": {
+        "conv1": (20, 3, 5, 5),
+        "conv2": (50, 20, 5, 5),
+        "fc1": (500, 1250),
+        "fc2": (7, 500),
+    },
+    "SmallCNN": {
+        "conv1": (32, 3, 3, 3),
+        "conv2": (64, 32, 3, 3),
+        "conv3": (64, 64, 3, 3),
+        "fc1": (128, 1024),
+        "fc2": (7, 128),
+    },
 }
 
 
@@ -77,6 +107,13 @@ def written_out(kind: str, p: dict[str, Tensor], x: Tensor, act: Callable[[Tenso
         x = pool(conv("conv2", x, padding=2), 2)
         x = conv("conv4", conv("conv3", x, padding=1), padding=1)
         return linear("classifier", pool(conv("conv5", x, padding=1), 2).flatten(1))
+    if kind == "CaffeLeNet":
+        x = pool(conv("conv2", pool(conv("conv1", x), 2)), 2).flatten(1)
+        return linear("fc2", act(linear("fc1", x)))
+    if kind == "SmallCNN":
+        for name in ("conv1", "conv2", "conv3"):
+            x = pool(conv(name, x, padding=1), 2)
+        return linear("fc2", act(linear("fc1", x.flatten(1))))
     x = pool(conv("conv1", x, padding=2), 3, 2)
     x = pool(conv("conv2", x, padding=2), 3, 2)
     x = pool(conv("conv3", x, padding=1), 3, 2).flatten(1)

@@ -14,7 +14,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 # How many Python blocks each document has that are run.
-EXAMPLES = {"faq.md": 3, "export.md": 3}
+EXAMPLES = {"faq.md": 3, "export.md": 3, "uncertainty.md": 9}
 
 
 def run_examples(document: Path, mark: str = "", **names: object) -> dict[str, object]:
@@ -27,12 +27,12 @@ def run_examples(document: Path, mark: str = "", **names: object) -> dict[str, o
 
 def test_example(backend: str) -> None:
     names = run_examples(README, x=torch.randn(8, 784), y=torch.randint(10, (8,)), x_test=torch.randn(5, 784))
-    names["loss"].backward()
     assert names["loss"] < 10  # a loss of one example
     assert torch.equal(names["point"][0].weight, names["model"][0].weight)
     assert all(p.grad is not None for p in names["net"].parameters())
     assert names["probs"].shape == (5, 10)
     torch.testing.assert_close(names["probs"].sum(-1), torch.ones(5))
+    assert names["answer"].probs.shape == (5, 10) and (names["answer"].mutual_information > 0).all()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda path: path.name)

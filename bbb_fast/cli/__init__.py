@@ -16,7 +16,7 @@ from typing import Any
 
 from .._version import __version__
 from ..experiments.options import OptionError
-from . import active, info, report, train, tune, uncertainty
+from . import active, compare, info, report, train, tune, uncertainty
 from .launch import Launch
 from .memory import keep_freed_memory
 
@@ -25,6 +25,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "train": train,
     "uncertainty": uncertainty,
+    "compare": compare,
     "active": active,
     "report": report,
     "tune": tune,

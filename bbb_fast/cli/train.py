@@ -63,7 +63,8 @@ def add_parser(subparsers: Any) -> None:
         "--layer-type",
         choices=MODEL_LAYER_TYPES,
         default=default.layer_type,
-        help="estimator of the Bayesian layers; none: the point-estimate twin",
+        help="estimator of the Bayesian layers; or, of the point-estimate twin, last (Bayesian last layer), "
+        "dropout (Monte Carlo dropout), concrete (dropout of learned rates), none (as it is)",
     )
     model.add_argument("--activation", choices=ACTIVATIONS, default=default.activation, help="between layers")
     model.add_argument(
@@ -72,6 +73,12 @@ def add_parser(subparsers: Any) -> None:
         default=default.variance_dtype,
         help="of the variance products under --layer-type lrt; bfloat16 is faster where the machine "
         "multiplies it faster",
+    )
+    model.add_argument(
+        "--dropout",
+        type=float,
+        default=default.dropout,
+        help="rate under --layer-type dropout, first rate under concrete",
     )
     model.add_argument("--prior-mu", type=float, default=default.prior_mu, help="mean of the prior")
     model.add_argument(
@@ -116,7 +123,13 @@ def add_parser(subparsers: Any) -> None:
         "--weight-decay",
         type=float,
         default=default.weight_decay,
-        help="for --layer-type none only",
+        help="for --layer-type none and dropout only",
+    )
+    how.add_argument(
+        "--adversarial",
+        type=float,
+        default=default.adversarial,
+        help="train on images moved against the model too, each pixel by this part of the range",
     )
     how.add_argument("--seed", type=int, default=default.seed, help="the same seed gives the same run")
     how.add_argument("--device", default=default.device, help="cpu, cuda or cuda:<index>")

@@ -28,14 +28,28 @@ import torch
 from torch import Tensor, nn
 
 from .._files import atomic_write
-from ..models import AlexNet, BBB3Conv3FC, BBBAlexNet, BBBLeNet, LeNet, ThreeConvThreeFC
+from ..conversion import convert
+from ..layers import ConcreteDropout
+from ..methods import mc_dropout
+from ..models import (
+    AlexNet,
+    BBB3Conv3FC,
+    BBBAlexNet,
+    BBBCaffeLeNet,
+    BBBLeNet,
+    BBBSmallCNN,
+    CaffeLeNet,
+    LeNet,
+    SmallCNN,
+    ThreeConvThreeFC,
+)  # fmt: skip
 from ..models.build import LAYER_TYPES, choose
 from ..priors import DEFAULT_PRIORS
 from ..routes import VarianceDtype
 
 __all__ = [
-    "MODELS", "MODEL_LAYER_TYPES", "VARIANCE_DTYPES", "CheckpointError", "LoadedModel",
-    "build_model", "load", "load_model", "pack", "restore_model",
+    "DEFAULT_DROPOUT", "MODELS", "MODEL_LAYER_TYPES", "VARIANCE_DTYPES", "WITHOUT_KL", "CheckpointError",
+    "LoadedModel",    "build_model", "load", "load_model", "pack", "restore_model",
     "same_run", "save",
 ]  # fmt: skip
 
@@ -65,9 +79,16 @@ MODELS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "lenet": (BBBLeNet, LeNet),
     "alexnet": (BBBAlexNet, AlexNet),
     "3conv3fc": (BBB3Conv3FC, ThreeConvThreeFC),
+    "caffe-lenet": (BBBCaffeLeNet, CaffeLeNet),
+    "smallcnn": (BBBSmallCNN, SmallCNN),
 }
-# What a model may be made of: the estimators of the Bayesian layers, or "none", the twin.
-MODEL_LAYER_TYPES: tuple[str, ...] = (*LAYER_TYPES, "none")
+# What a model may be made of: the estimators of the Bayesian layers; or the twin, with its last layer
+# Bayesian (by local reparameterization), under dropout of a given or a learned rate, or as it is.
+MODEL_LAYER_TYPES: tuple[str, ...] = (*LAYER_TYPES, "last", "dropout", "concrete", "none")
+# Those that are trained by the likelihood alone.
+WITHOUT_KL = ("dropout", "none")
+# The rate of dropout, or what a learned one starts from.
+DEFAULT_DROPOUT = 0.1
 # The type of the variance product of LRT layers; float32 is the type of their input.
 VARIANCE_DTYPES: dict[str, VarianceDtype] = {
     "float32": None,
@@ -229,8 +250,8 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
 
     Args: ``config`` with ``model`` (a key of :data:`MODELS`), ``layer_type`` (one of
     :data:`MODEL_LAYER_TYPES`), ``activation``, ``inputs`` (channels), ``outputs`` (classes) and any of
-    the four keys of ``priors`` and of ``variance_dtype`` (a key of :data:`VARIANCE_DTYPES`); other keys are
-    ignored. Raises ValueError for a missing or wrong value.
+    the four keys of ``priors``, of ``variance_dtype`` (a key of :data:`VARIANCE_DTYPES`) and of ``dropout``
+    (a rate); other keys are ignored. Raises ValueError for a missing or wrong value.
     """
     missing = [k for k in ("model", "layer_type", "activation", "inputs", "outputs") if k not in config]
     if missing:
@@ -242,13 +263,30 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key} must be an int >= 1, got {value!r}")
     sizes = (config["outputs"], config["inputs"])
-    if layer_type == "none":
-        return twin(*sizes, activation_type=config["activation"])
     priors = {key: config[key] for key in DEFAULT_PRIORS if key in config}
-    model = bayesian(*sizes, priors, layer_type, config["activation"])
-    variance_dtype = config.get("variance_dtype", "float32")
-    model.set_flag("variance_dtype", choose("variance_dtype", variance_dtype, VARIANCE_DTYPES))
+    if layer_type in LAYER_TYPES:
+        model = bayesian(*sizes, priors, layer_type, config["activation"])
+        variance_dtype = config.get("variance_dtype", "float32")
+        model.set_flag("variance_dtype", choose("variance_dtype", variance_dtype, VARIANCE_DTYPES))
+        return model
+    model = twin(*sizes, activation_type=config["activation"])
+    rate = config.get("dropout", DEFAULT_DROPOUT)
+    if layer_type == "last":
+        *_, last = _weight_layers(model)
+        return convert(model, "lrt", priors=priors, include=last)
+    if layer_type == "dropout":
+        return mc_dropout(model, rate)
+    if layer_type == "concrete":
+        # N(0, prior_sigma^2) over each weight, as of Bayesian layers.
+        length_scale = 1 / config.get("prior_sigma", DEFAULT_PRIORS["prior_sigma"])
+        for name in _weight_layers(model):
+            setattr(model, name, ConcreteDropout(getattr(model, name), rate, length_scale=length_scale))
     return model
+
+
+def _weight_layers(model: nn.Module) -> list[str]:
+    """The names of a twin's layers that have weights, in order."""
+    return [name for name, layer in model.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)]
 
 
 def load_model(path: str | os.PathLike[str]) -> LoadedModel:

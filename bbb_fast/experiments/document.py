@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .._backend import build_info
 
-__all__ = ["FORMAT", "Column", "Document", "Figure", "Table", "mean_and_error", "read"]
+__all__ = ["FORMAT", "Column", "Document", "Figure", "Table", "mean_and_error", "read", "with_error"]
 
 FORMAT = "bbb_fast-experiment"
 _VERSION = 1
@@ -162,3 +162,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
         return mean, None
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
+
+
+def with_error(values: Sequence[float], form: str) -> Cell:
+    """The mean as a cell; of several values in words, with its standard error, both formatted as ``form``."""
+    mean, error = mean_and_error(values)
+    return mean if error is None else f"{mean:{form}} ± {error:{form}}"

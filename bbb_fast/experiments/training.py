@@ -33,7 +33,9 @@ from torch import Tensor, nn
 from .. import routes
 from .._backend import backend, build_info
 from ..inference import multi_sample, predict
+from ..layers import ModuleWrapper
 from ..losses import SCHEDULES, kl_loss, kl_weight
+from ..methods.ensemble import fgsm
 from ..metrics import classification_report
 from ..models.build import ACTIVATIONS, choose
 from ..priors import DEFAULT_PRIORS, resolve_priors
@@ -43,6 +45,7 @@ from .data import ImageSet, batches, channel_stats, normalize
 from .folder import OwnedFolder
 from .options import MAX_COUNT, MAX_SEED, MAX_THREADS, OptionError, check_int
 from .processes import Processes
+from .uncertainty import is_bayesian
 
 __all__ = ["LR_SCHEDULES", "TrainConfig", "TrainingError", "fit", "parse_device", "predict_probs"]
 
@@ -54,6 +57,8 @@ FILES = LAST, BEST, METRICS, CURVES = "last.pt", "best.pt", "metrics.json", "cur
 _EVAL_BATCH = 1000
 # Looking at a loss makes the CPU wait for a GPU, so it is not done at every step.
 _CHECK_EVERY = 50
+# Options that runs of earlier releases did not have: those were what they are by default.
+_ADDED = ("variance_dtype", "dropout", "adversarial")
 # Resuming with another value of these does not change the training; epochs has rules of its own.
 _FREE_ON_RESUME = ("epochs", "test_samples")
 _PLATEAU = {"mode": "min", "factor": 0.5, "patience": 5}
@@ -73,7 +78,9 @@ class TrainConfig:
         activation: "softplus" or "relu".
         variance_dtype: "float32", or "bfloat16" for the variance products of layer_type "lrt": faster where
             the machine multiplies bfloat16 faster (docs/mnist.md has its effect on the results).
-        prior_mu ... posterior_rho_initial: the ``priors`` of the Bayesian layers.
+        dropout: the rate under layer_type "dropout", and what the learned rates of "concrete" start from.
+        prior_mu ... posterior_rho_initial: the ``priors`` of the Bayesian layers; prior_sigma also of
+            "concrete".
         epochs, batch_size: at least 1; the last batch of an epoch may be short. Several processes share a
             batch, so that their number changes neither the steps nor the images of each.
         train_samples, valid_samples, test_samples: draws a minibatch, whose memory grows with them
@@ -81,9 +88,11 @@ class TrainConfig:
         valid_size: images held out for validation; None: a tenth. train_size: images to train on; None:
             all the others. Both are for :func:`bbb_fast.data.split_validation`, not for :func:`fit`.
         beta: the KL weight: a number >= 0 (1: the exact ELBO) or one of ``losses.SCHEDULES``.
-        lr, weight_decay: of Adam; weight_decay is for layer_type "none" only.
+        lr, weight_decay: of Adam; weight_decay is for models without a KL (layer_type "none" and "dropout").
         lr_schedule: "constant", "cosine" (to 0, at every step) or "plateau" (halved when the validation
             NLL has not improved for 6 epochs).
+        adversarial: of adversarial training, the size of the step against each pixel in units of the range
+            of pixels (Lakshminarayanan et al. 2017, arXiv:1612.01474, algorithm 1, take 0.01); 0: none.
         seed: of initialisation, noise, order and draws; 0 ... 2^63 - 1.
         device: "cpu", "cuda" or "cuda:<index>". For several processes "cpu" or "cuda", which is then the GPU
             of each process's number on its machine.
@@ -95,6 +104,7 @@ class TrainConfig:
     layer_type: str = "lrt"
     activation: str = "softplus"
     variance_dtype: str = "float32"
+    dropout: float = checkpoint.DEFAULT_DROPOUT
     prior_mu: float = DEFAULT_PRIORS["prior_mu"]
     prior_sigma: float = DEFAULT_PRIORS["prior_sigma"]
     posterior_mu_initial: tuple[float, float] = DEFAULT_PRIORS["posterior_mu_initial"]
@@ -110,9 +120,15 @@ class TrainConfig:
     lr: float = 2e-3
     lr_schedule: str = "constant"
     weight_decay: float = 0.0
+    adversarial: float = 0.0
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether the loss has a KL."""
+        return self.layer_type not in checkpoint.WITHOUT_KL
 
     @property
     def priors(self) -> dict[str, Any]:
@@ -148,13 +164,22 @@ class TrainConfig:
             raise OptionError("beta", f"must be a finite number >= 0 or one of {names}, got {self.beta!r}")
         if not _is_number(self.lr) or self.lr == 0:
             raise OptionError("lr", f"must be a finite number > 0, got {self.lr!r}")
-        if not _is_number(self.weight_decay):
-            raise OptionError("weight_decay", f"must be a finite number >= 0, got {self.weight_decay!r}")
-        if self.weight_decay and self.layer_type != "none":
+        for name in ("weight_decay", "adversarial"):
+            if not _is_number(getattr(self, name)):
+                raise OptionError(name, f"must be a finite number >= 0, got {getattr(self, name)!r}")
+        if not _is_number(self.dropout) or not 0 < self.dropout < 1:
+            raise OptionError("dropout", f"must be a number above 0 and below 1, got {self.dropout!r}")
+        if self.weight_decay and self.has_kl:
             raise OptionError(
                 "weight_decay",
                 f"must be 0 with layers of type {self.layer_type}, got {self.weight_decay}: the KL takes its "
                 "place in a Bayesian model",
+            )
+        if self.adversarial and self.train_samples > 1:
+            raise OptionError(
+                "adversarial",
+                f"must be 0 with {self.train_samples} draws in a training step, got {self.adversarial}: it takes "
+                "one",
             )
         if self.variance_dtype != "float32" and self.layer_type != "lrt":
             raise OptionError(
@@ -475,8 +500,7 @@ def _check_resume(
 ) -> None:
     was = previous["config"]
     for key, value in config.to_dict().items():
-        # Runs from before there was this option were float32.
-        old = was.get(key, "float32" if key == "variance_dtype" else None)
+        old = was.get(key, getattr(TrainConfig, key) if key in _ADDED else None)
         if key in _FREE_ON_RESUME:
             continue
         # Several processes share the machine's threads.
@@ -501,7 +525,7 @@ def _check_resume(
         raise ValueError(f"{change} and has completed {done}")
     if config.lr_schedule == "cosine":
         raise ValueError(f"{change}, and its cosine schedule of the learning rate spans all epochs")
-    if config.beta == "Soenderby" and config.layer_type != "none":
+    if config.beta == "Soenderby" and config.has_kl:
         raise ValueError(f"{change}, and its KL warm-up (beta Soenderby) spans a quarter of all epochs")
 
 
@@ -560,7 +584,6 @@ class _Run:
         self.config = config
         self.processes = Processes()
         self.device = _own_device(config)
-        self.bayesian = config.layer_type != "none"
         self.classes = list(train.classes)
         self.mean, self.std = channel_stats(train.images)
         self.data = _describe_data(train, valid)
@@ -574,6 +597,8 @@ class _Run:
         # The draws of the weights that judge the model: pinned, so judging costs the streams nothing.
         self.valid_seed, self.test_seed = config.seed, ~config.seed
         self.model = checkpoint.build_model(self.model_config()).to(self.device)
+        # Whether it answers at random; its loss may have a KL or none (config.has_kl).
+        self.random = is_bayesian(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -689,7 +714,7 @@ class _Run:
         part = self.processes.part(len(images))
         probs = torch.zeros(len(images), len(self.classes), dtype=torch.float64, device=self.device)
         if len(images[part]):
-            samples = samples if self.bayesian else 1
+            samples = samples if self.random else 1
             probs[part] = predict_probs(model, images[part], self.mean, self.std, samples, seed)
         self.processes.add(probs)
         return probs.cpu()
@@ -712,7 +737,7 @@ class _Run:
         stats = torch.zeros(self.steps, 4, dtype=torch.float64, device=self.device)
         sizes = torch.zeros(self.steps, 1, dtype=torch.float64)
         weights = [
-            kl_weight(step, self.steps, config.beta, self.epoch, config.epochs) if self.bayesian else 0.0
+            kl_weight(step, self.steps, config.beta, self.epoch, config.epochs) if config.has_kl else 0.0
             for step in range(self.steps)
         ]
         checked = 0
@@ -732,12 +757,12 @@ class _Run:
                     if bar is not None:
                         loss, _, kl, accuracy = _averages(stats[:checked], sizes[:checked])
                         text = f"loss {loss:.4f} acc {accuracy:.3f}"
-                        bar.set_postfix_str(f"{text} KL {kl:.4g}" if self.bayesian else text, False)
+                        bar.set_postfix_str(f"{text} KL {kl:.4g}" if config.has_kl else text, False)
                 if bar is not None:
                     bar.update(len(batch))
         loss, nll, kl, accuracy = _averages(stats, sizes)
         entry = {"loss": loss, "nll": nll, "accuracy": accuracy}
-        if self.bayesian:
+        if config.has_kl:
             entry.update({"kl": kl, "kl_weight": sum(weights) / len(weights)})
         return entry
 
@@ -747,21 +772,9 @@ class _Run:
         ``share`` is the part's number of rows over the mean number of all parts. Returns [4], whose averages
         over the processes are those of the minibatch: loss, NLL, KL, fraction classified correctly.
         """
-        samples = self.config.train_samples if self.bayesian else 1
         self.optimizer.zero_grad()
-        kl = x.new_zeros(())
-        if samples > 1:
-            # The layers alone, and one KL for all draws.
-            outputs = multi_sample(self.model, x, samples, call=lambda model, part: model._run(part)).flatten(
-                0, 1
-            )
-            kl, y = kl_loss(self.model), y.repeat(samples)
-        elif self.bayesian:
-            outputs, kl = self.model(x)
-        else:
-            outputs = self.model(x)
-        nll = F.cross_entropy(outputs, y) * share
-        loss = nll + weight / len(self.labels) * kl if self.bayesian else nll
+        nll, kl, outputs, y = self._forward(x, y, share)
+        loss = nll + weight / len(self.labels) * kl if self.config.has_kl else nll
         loss.backward()
         correct = (outputs.argmax(-1) == y).double().mean() * share
         self.processes.average([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -769,6 +782,26 @@ class _Run:
         if self.config.lr_schedule == "cosine":
             self.scheduler.step()
         return torch.stack([v.detach().double() for v in (loss, nll, kl, correct)])
+
+    def _forward(self, x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """NLL and KL, and the outputs with the labels that go with them."""
+        config = self.config
+        samples = config.train_samples if self.random else 1
+        if samples > 1:
+            # The layers alone, and one KL for all draws.
+            outputs = multi_sample(self.model, x, samples, call=_layers_alone).flatten(0, 1)
+            y = y.repeat(samples)
+            return F.cross_entropy(outputs, y) * share, kl_loss(self.model), outputs, y
+        result = self.model(x)
+        outputs = _outputs(result)
+        kl = result[1] if isinstance(self.model, ModuleWrapper) else kl_loss(self.model)
+        nll = F.cross_entropy(outputs, y) * share
+        if config.adversarial:
+            # The pixels' range, 1, is 1 / std after normalization.
+            step = config.adversarial / torch.tensor(self.std, device=x.device).view(-1, 1, 1)
+            against = fgsm(self.model, x, lambda result: F.cross_entropy(_outputs(result), y), step)
+            nll = (nll + F.cross_entropy(_layers_alone(self.model, against), y) * share) / 2
+        return nll, kl, outputs, y
 
     def _check_finite(self, stats: Tensor) -> None:
         """``stats`` as :meth:`_step` returns them, a row a step."""
@@ -783,7 +816,7 @@ class _Run:
                 part, value, causes = "KL", kl, tuple(DEFAULT_PRIORS)
             elif not math.isfinite(nll):
                 part, value = "NLL", nll
-                causes = ("posterior_mu_initial", "posterior_rho_initial") if self.bayesian else ()
+                causes = ("posterior_mu_initial", "posterior_rho_initial") if self.config.has_kl else ()
             else:
                 part, value, causes = "loss", loss, ("beta",)
             options = [f"--{key.replace('_', '-')} (it is {getattr(self.config, key)})" for key in causes]
@@ -797,6 +830,18 @@ class _Run:
         if self.epoch:
             advice += f", with --overwrite or in another folder: this one holds {self.epoch} epoch(s)"
         return advice
+
+
+def _layers_alone(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output, without the KL that wrappers form with it."""
+    output: Tensor = model._run(x) if isinstance(model, ModuleWrapper) else model(x)
+    return output
+
+
+def _outputs(result: Any) -> Tensor:
+    """The output in what a model returns: wrappers return the KL too."""
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 def _averages(stats: Tensor, sizes: Tensor) -> list[float]:
@@ -842,7 +887,7 @@ def _judge(run: _Run, folder: Path, test: ImageSet | None) -> dict[str, Any]:
         start = time.perf_counter()
         probs = run.probs(best.model.to(run.device), test.images, config.test_samples, run.test_seed)
         timing["test_seconds"] = time.perf_counter() - start
-        samples = config.test_samples if run.bayesian else 1
+        samples = config.test_samples if run.random else 1
         scores = {**classification_report(probs, test.labels), "samples": samples}
     return {
         "run": run.name,

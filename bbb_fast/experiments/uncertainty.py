@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import metrics
 from .._backend import build_info
 from .._noise import RandomModule
-from ..inference import predict
+from ..predictive import CategoricalPredictive, predictive
 from .checkpoint import LoadedModel
 from .data import DATASETS, ImageSet, load, normalize
 from .folder import OwnedFolder
@@ -121,9 +121,8 @@ def judge(
 ) -> Judged:
     """What ``samples`` independent draws of all weights say about each image.
 
-    Draw k is the same function for every image, here and in any other call with the same seed. Memory
-    grows with ``samples * batch_size``, not with the number of images. A model without Bayesian layers
-    always says the same and is asked once.
+    Draw k is the same function for every image, here and in any other call with the same seed
+    (:func:`bbb_fast.predictive`). A model in which nothing is random always says the same and is asked once.
 
     Args: ``mean``, ``std`` of the normalisation the model was trained with, C numbers each; the model
     must be on ``device``. Raises ValueError for numbers out of range, images of another number of
@@ -136,33 +135,23 @@ def judge(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     draws = samples if is_bayesian(model) else 1
-    parts: list[dict[str, Tensor]] = []
-    for part in images.images.split(batch_size):
-        x = normalize(part.to(device), mean, std)
-        parts.append(_describe(predict(model, x, samples=draws, seed=seed)))
-    return Judged(images, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-
-
-def _describe(outputs: Tensor) -> dict[str, Tensor]:
-    """The fields of Judged for one batch, from the outputs [T, N, C] of its draws."""
-    by_softmax = metrics.to_probs(outputs, "softmax")
-    probs = by_softmax.mean(0)
-    top, prediction = probs.max(-1)
-    softmax = metrics.decompose(by_softmax)
-    normalized = metrics.uncertainty(outputs, "normalized")
-    fields = {
-        "probs": probs,
-        "prediction": prediction,
-        "doubt": 1 - top,
-        "predictive_entropy": metrics.predictive_entropy(by_softmax),
-        "expected_entropy": metrics.expected_entropy(by_softmax),
-        "mutual_information": metrics.mutual_information(by_softmax),
-        "epistemic_softmax": softmax.epistemic,
-        "aleatoric_softmax": softmax.aleatoric,
-        "epistemic_normalized": normalized.epistemic,
-        "aleatoric_normalized": normalized.aleatoric,
-    }
-    return {name: value.cpu() for name, value in fields.items()}
+    parts = (normalize(part.to(device), mean, std) for part in images.images.split(batch_size))
+    said = predictive(model, parts, draws, seed=seed)
+    assert isinstance(said, CategoricalPredictive)
+    top, prediction = said.probs.max(-1)
+    return Judged(
+        images,
+        probs=said.probs,
+        prediction=prediction,
+        doubt=1 - top,
+        predictive_entropy=said.entropy,
+        expected_entropy=said.expected_entropy,
+        mutual_information=said.mutual_information,
+        epistemic_softmax=said.epistemic,
+        aleatoric_softmax=said.aleatoric,
+        epistemic_normalized=said.epistemic_normalized,
+        aleatoric_normalized=said.aleatoric_normalized,
+    )
 
 
 def compare(

@@ -170,8 +170,8 @@ class ConcreteDropout(_Mask):
 
     @property
     def p(self) -> Tensor:
-        """The rate as it is now: a scalar, differentiable."""
-        return torch.sigmoid(self.p_logit)
+        """The rate as it is now: a scalar without gradient."""
+        return torch.sigmoid(self.p_logit.detach())
 
     @property
     def _convolves(self) -> bool:

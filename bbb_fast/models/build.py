@@ -1,4 +1,4 @@
-"""What the six models share: one description of each architecture, built Bayesian or not."""
+"""What the models share: one description of each architecture, built Bayesian or not."""
 
 from __future__ import annotations
 
