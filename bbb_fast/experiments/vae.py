@@ -59,7 +59,7 @@ class VaeConfig:
         batch_size, lr: of Adam; its rate goes down to 0 along a cosine.
         samples: draws of the importance-weighted log likelihood.
         valid_size: images held out to choose the epoch; None: a tenth.
-        train_size, test_size: at most so many images; None: all.
+        train_size, test_size: so many images; None: all there are.
         seed: of everything random; 0 ... 2^63 - 1.
         device: "cpu", "cuda" or "cuda:<index>".
     """
@@ -192,9 +192,11 @@ def _black_and_white(images: Tensor, settings: Mapping[str, Any], coins: int | t
     return (torch.rand(grey.shape, generator=coins) < grey).float()
 
 
-def _fresh(settings: Mapping[str, Any], device: torch.device) -> VAE:
-    torch.manual_seed(settings["seed"])
-    return VAE(1, settings["latent"], settings["width"]).to(device)
+def _fresh(settings: Mapping[str, Any]) -> VAE:
+    """Before any training, on the CPU; the caller's random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])
+        return VAE(1, settings["latent"], settings["width"])
 
 
 def train(
@@ -207,7 +209,7 @@ def train(
     """A task: trains a model, and keeps it in ``model.pt`` after each epoch; returns the history."""
     images = _Images.load(settings, data_dir)
     device = parse_device(settings["device"])
-    vae = _fresh(settings, device)
+    vae = _fresh(settings).to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=settings["lr"])
     of_run = _of_run(settings, beta, images)
     state: dict[str, Any] = {"run": of_run, "epoch": 0, "best": {}, "history": []}
@@ -298,7 +300,7 @@ def _bound(vae: VAE, x: Tensor, seed: int) -> dict[str, float]:
 
 def _of_run(settings: Mapping[str, Any], beta: float, images: _Images) -> dict[str, Any]:
     """What a file and the run that goes on with it must share."""
-    # The options that training does not see.
+    # The options that training does not see; and it sees one beta.
     free = ("beta", "samples", "test_size")
     used = {key: value for key, value in settings.items() if key not in free}
     return {**used, "beta": beta, "images": images.checksum}
@@ -324,7 +326,7 @@ def _read(file: Path, of_run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model(file: Path, settings: Mapping[str, Any], beta: float, images: _Images) -> VAE:
     """The weights of the best epoch, on the CPU."""
-    vae = VAE(1, settings["latent"], settings["width"])
+    vae = _fresh(settings)
     restore_model(vae, _read(file, _of_run(settings, beta, images))["best"]["model"], file)
     return vae.eval()
 
