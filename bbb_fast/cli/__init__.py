@@ -16,15 +16,26 @@ from typing import Any
 
 from .._version import __version__
 from ..experiments.options import OptionError
-from . import compare, info, train, tune, uncertainty, vae
+from . import active, compare, info, ood, regress, report, shift, toy, train, tune, uncertainty, vae
 from .launch import Launch
 from .memory import keep_freed_memory
 
 __all__ = ["main"]
 
 _COMMANDS = {
-    "train": train, "uncertainty": uncertainty, "compare": compare, "vae": vae, "tune": tune, "info": info,
-}  # fmt: skip
+    "train": train,
+    "uncertainty": uncertainty,
+    "compare": compare,
+    "ood": ood,
+    "shift": shift,
+    "active": active,
+    "regress": regress,
+    "toy": toy,
+    "vae": vae,
+    "report": report,
+    "tune": tune,
+    "info": info,
+}
 # Those whose output is all they do.
 _PRINTING = ("info",)
 # Those that several processes can do together.

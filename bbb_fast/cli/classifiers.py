@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..experiments import classifiers, data
 from ..experiments.checkpoint import MODELS
-from ..experiments.classifiers import DEFAULTS, METHODS, NETWORKS, SHARED, Judging, Study
+from ..experiments.classifiers import DEFAULTS, LEFT_OUT, METHODS, NETWORKS, SHARED, Judging, Study
 from ..experiments.options import OptionError, check_int
 from ..experiments.training import LR_SCHEDULES, TrainConfig, parse_device
 from ..models.build import ACTIVATIONS
@@ -128,27 +129,62 @@ def _change(text: str) -> tuple[str, str, Any]:
         raise OptionError("set", f"must give {name} as {kind_of}, got {value!r}") from None
 
 
-def study_and_judging(
-    args: argparse.Namespace, outside: str | None = None, leave_out: tuple[int, ...] = ()
-) -> tuple[Study, Judging]:
-    """What is to be trained and how it is judged, checked; missing data are fetched if that is asked for."""
+def study_and_judging(args: argparse.Namespace) -> tuple[Study, Judging]:
+    """What is to be trained and how it is judged, checked, with the data at hand.
+
+    ``args.leave_out`` and ``args.outside`` may be missing or None.
+    """
     for name in ("samples", "limit"):
         if getattr(args, name) is not None:
             check_int(name, getattr(args, name))
     parse_device(args.device)
-    source = getattr(args, "source", None)
-    if source is None:
-        study, trained = _new(args, leave_out), None
-    else:
-        study, trained = _earlier(args, source)
-    data_dir, outside_dir = (
-        None if folder is None else str(folder)
-        for folder in (args.data_dir, getattr(args, "outside_dir", None))
+    source, outside = getattr(args, "source", None), getattr(args, "outside", None)
+    study, trained = (_new(args), None) if source is None else _earlier(args, source)
+    # All data are read here, so that what is missing shows before the work; the workers read them again.
+    _, test = (
+        data.load(study.dataset, split, args.data_dir, download=args.download) for split in ("train", "test")
     )
+    if outside == study.dataset:
+        raise OptionError(
+            "out_of_distribution", f"must be another set than {outside}, which is what is known"
+        )
+    outside_dir = getattr(args, "outside_dir", None)
+    if outside in data.DATASETS:
+        other = data.load(outside, "test", outside_dir or args.data_dir, download=args.download)
+        if other.images.shape[1] != test.images.shape[1]:
+            raise OptionError(
+                "out_of_distribution",
+                f"must have images of {test.images.shape[1]} channel(s), as {study.dataset}: {outside} has "
+                f"{other.images.shape[1]}",
+            )
+    if hasattr(args, "leave_out") and outside is None:
+        if source is None:
+            names = args.leave_out or [test.classes[-1]]
+            study = replace(study, leave_out=_labels(names, test.classes))
+        elif not study.leave_out:
+            raise OptionError(
+                "out_of_distribution",
+                f"must say which images are never seen: the networks in {source} know all classes of {study.dataset}",
+            )
+        outside = LEFT_OUT
+    classifiers.leave_out(test, study.leave_out)
     judging = Judging(
-        args.samples, args.limit, outside, data_dir, outside_dir, args.device, trained and str(trained)
+        samples=args.samples,
+        limit=args.limit,
+        outside=outside,
+        data_dir=None if args.data_dir is None else str(args.data_dir),
+        outside_dir=None if outside_dir is None else str(outside_dir),
+        device=args.device,
+        trained=None if trained is None else str(trained),
     )
     return study, judging
+
+
+def _labels(names: Sequence[str], classes: Sequence[str]) -> tuple[int, ...]:
+    for name in names:
+        if name not in classes:
+            raise OptionError("leave_out", f"must name some of {', '.join(classes)}, got {name!r}")
+    return tuple(sorted({classes.index(name) for name in names}))
 
 
 def settings(study: Study, judging: Judging) -> dict[str, Any]:
@@ -156,22 +192,22 @@ def settings(study: Study, judging: Judging) -> dict[str, Any]:
     return {"seed": study.seed, "study": study.to_dict(), "judging": judging.settings()}
 
 
-def _new(args: argparse.Namespace, leave_out: tuple[int, ...]) -> Study:
+def _new(args: argparse.Namespace) -> Study:
     given = {name: getattr(args, name) for name in _OF_STUDY if getattr(args, name) is not None}
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     options = {name: getattr(args, name) for name in _TYPES if getattr(args, name) is not None}
     overrides: dict[str, dict[str, Any]] = {}
     for kind, name, value in map(_change, args.changes):
         overrides.setdefault(kind, {})[name] = value
-    study = Study(seed=args.seed, leave_out=leave_out, options=options, overrides=overrides, **own)
+    study = Study(seed=args.seed, options=options, overrides=overrides, **own)
     study.validate()
     return study
 
 
 def _earlier(args: argparse.Namespace, source: Path) -> tuple[Study, Path]:
     """The study of a finished run, or a part of it."""
-    for name in (*_OF_STUDY, *_TYPES, "changes"):
-        if getattr(args, name) and name not in _OF_JUDGING:
+    for name in (*_OF_STUDY, *_TYPES, "changes", "leave_out"):
+        if getattr(args, name, None) and name not in _OF_JUDGING:
             option = "set" if name == "changes" else name
             raise OptionError(option, f"cannot be given with --from: {source} is trained already")
     given = {name: getattr(args, name) for name in _OF_JUDGING if getattr(args, name) is not None}

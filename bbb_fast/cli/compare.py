@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, judges, prints and writes; returns 0."""
-    study, judging = classifiers.study_and_judging(args, args.outside)
+    study, judging = classifiers.study_and_judging(args)
     return experiment.carry_out(
         args, classifiers.settings(study, judging), lambda running: compare.run(running, study, judging)
     )

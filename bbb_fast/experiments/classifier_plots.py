@@ -11,13 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .classifiers import Results
+from .corruptions import CORRUPTIONS
 from .document import mean_and_error
 from .judged import SCORES
+from .shift import CURVES
 
-__all__ = ["reliability", "scores"]
+__all__ = ["entropies", "reliability", "scores", "shifts", "shifts_of_one"]
 
 # Okabe and Ito's palette, which colour-blind people can tell apart.
 _BLUE, _RED, _GREEN, _SKY, _PINK, _ORANGE = "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7", "#e69f00"
+_COLORS = (_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY, "#000000")
+_STYLES, _MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P", "X", "*")
 _ACROSS = 5
 
 
@@ -99,10 +103,101 @@ def reliability(labels: Mapping[str, str], found: Results) -> bytes:
         ece, _ = mean_and_error([one["ece"] for one in of_seeds])
         axis.set_title(f"{labels[name]}: ECE {ece:.4f}", fontsize=10)
         axis.set(xlim=(0, 1), ylim=(0, 1.02))
-    for k, axis in enumerate(axes):
-        axis.set_visible(k < len(found))
-        # The lowest that is shown in each column.
-        axis.tick_params(labelbottom=k < len(found) <= k + _ACROSS)
+    _hide_unused(axes, len(found))
     figure.supxlabel("confidence (largest probability)", fontsize=10)
     figure.supylabel("fraction that is right", fontsize=10)
     return _png(figure)
+
+
+def entropies(labels: Mapping[str, str], found: Results, names: tuple[str, str]) -> bytes:
+    """A PNG of the entropies of known and never-seen images, all seeds together: a panel an entry."""
+    down = math.ceil(len(found) / _ACROSS)
+    figure = Figure(figsize=(2.8 * _ACROSS, 2.3 * down + 0.5), layout="constrained")
+    axes = figure.subplots(down, _ACROSS, sharex=True, sharey=True, squeeze=False).ravel()
+    for axis, (name, of_seeds) in zip(axes, found.items(), strict=False):
+        for side, title, color in zip(("known", "unknown"), names, (_BLUE, _RED), strict=True):
+            counts = np.sum([one[side]["entropy_histogram"] for one in of_seeds], axis=0)
+            edges = np.linspace(0, of_seeds[0][side]["highest_entropy"], len(counts) + 1)
+            shares = 100 * counts / counts.sum()
+            axis.stairs(shares, edges, color=color, fill=True, alpha=0.45, label=title)
+            axis.stairs(shares, edges, color=color, linewidth=1.2)
+        auroc, _ = mean_and_error([one["detection"]["predictive_entropy"]["auroc"] for one in of_seeds])
+        axis.set_title(f"{labels[name]}: AUROC {auroc:.3f}", fontsize=10)
+        # Most known images sit in the first bin; on a linear axis nothing else would be seen.
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+    _hide_unused(axes, len(found))
+    figure.supxlabel("entropy of the prediction (nats)", fontsize=10)
+    figure.supylabel("% of the set", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return _png(figure)
+
+
+def shifts(labels: Mapping[str, str], curves: Mapping[str, Results]) -> bytes:
+    """A PNG of all entries under all corruptions: a column a corruption, a row a score, a line an entry."""
+    figure = Figure(figsize=(2.9 * len(curves) + 1, 2.3 * len(CURVES) + 0.8), layout="constrained")
+    axes = figure.subplots(len(CURVES), len(curves), sharex="col", sharey="row", squeeze=False)
+    for column, (kind, of_kind) in zip(axes.T, curves.items(), strict=True):
+        corruption = CORRUPTIONS[kind]
+        for axis, key in zip(column, CURVES, strict=True):
+            for k, (name, of_seeds) in enumerate(of_kind.items()):
+                strengths = [point["strength"] for point in of_seeds[0]]
+                _curve(axis, strengths, of_seeds, key, k, labels[name])
+        column[0].set_title(corruption.label, fontsize=10)
+        column[-1].set_xlabel(corruption.unit, fontsize=9)
+    for row, name in zip(axes, CURVES.values(), strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def shifts_of_one(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> bytes:
+    """A PNG of one entry: a panel a score, a line a corruption, over the number of its strength."""
+    figure = Figure(figsize=(3.1 * len(CURVES), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(CURVES))
+    for axis, (key, name) in zip(axes, CURVES.items(), strict=True):
+        for k, (kind, of_seeds) in enumerate(curves.items()):
+            _curve(axis, range(len(of_seeds[0])), of_seeds, key, k, CORRUPTIONS[kind].label)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("strength, from none to the strongest", fontsize=9)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(curves), frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _curve(
+    axis: Axes,
+    strengths: Sequence[float],
+    of_seeds: Sequence[Sequence[Mapping[str, float]]],
+    key: str,
+    k: int,
+    label: str,
+) -> None:
+    """Line number ``k``, with a band of one standard error."""
+    values = [_mean_and_bar([points[i][key] for points in of_seeds]) for i in range(len(strengths))]
+    means, errors = (np.asarray(part) for part in zip(*values, strict=True))
+    # After one round through the colours another style, so that each line is told without its colour.
+    color, style = _COLORS[k % len(_COLORS)], _STYLES[k // len(_COLORS) % len(_STYLES)]
+    marker = _MARKERS[k % len(_MARKERS)]
+    axis.plot(
+        strengths,
+        means,
+        color=color,
+        linestyle=style,
+        marker=marker,
+        markersize=3.5,
+        linewidth=1.3,
+        label=label,
+    )
+    if errors.any():
+        axis.fill_between(strengths, means - errors, means + errors, color=color, alpha=0.15, linewidth=0)
+    axis.grid(alpha=0.3)
+    axis.tick_params(labelsize=8)
+
+
+def _hide_unused(axes: Sequence[Axes], used: int) -> None:
+    """Of a grid with rows of :data:`_ACROSS`; the lowest that is shown in each column has the numbers."""
+    for k, axis in enumerate(axes):
+        axis.set_visible(k < used)
+        axis.tick_params(labelbottom=k < used <= k + _ACROSS, labelsize=8)

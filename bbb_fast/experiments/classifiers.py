@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from ..methods.ensemble import Ensemble
 from ..methods.temperature import TemperatureScaling
 from . import checkpoint, data
 from .data import ImageSet
+from .document import Figure
 from .judged import Judged
 from .options import MAX_SEED, OptionError, check_int
 from .tasks import RESULT, SETTINGS, TASKS, Experiment, Task
@@ -31,7 +33,7 @@ from .uncertainty import DERIVED, is_bayesian, judge, pick, unseen
 
 __all__ = [
     "DEFAULTS", "LEFT_OUT", "METHODS", "NETWORKS", "SHARED", "Entry", "Judging", "Network", "Opened", "Results",
-    "Sets", "Study", "ask", "judge_entries", "leave_out", "load_sets", "notes", "open_entry", "open_task",
+    "Sets", "Study", "ask", "draw", "judge_entries", "leave_out", "load_sets", "notes", "open_entry", "open_task",
     "read_study", "train", "train_network",
 ]  # fmt: skip
 
@@ -405,6 +407,15 @@ def train(running: Experiment, study: Study, judging: Judging) -> dict[str, dict
             n.task: json.loads((folder / n.task / RESULT).read_text())["result"] for n in study.networks()
         }
     return running.run(study.tasks(judging.data_dir, judging.device), "training")
+
+
+def draw(figures: Callable[[ModuleType], list[Figure]]) -> tuple[list[Figure], list[str]]:
+    """``figures(classifier_plots)``; without matplotlib none, and a note that says so."""
+    try:
+        from . import classifier_plots
+    except ImportError as error:
+        return [], [f"No figures: matplotlib is missing ({error}); pip install bbb_fast[experiments]."]
+    return figures(classifier_plots), []
 
 
 def notes(study: Study, judging: Judging) -> list[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from .. import metrics
-from .classifiers import Judging, Results, Study, ask, judge_entries, notes, open_task, train
+from .classifiers import Judging, Results, Study, ask, draw, judge_entries, notes, open_task, train
 from .document import Cell, Column, Document, Figure, Table, with_error
 from .judged import SCORES
 from .tasks import Experiment
@@ -42,7 +43,7 @@ def run(running: Experiment, study: Study, judging: Judging) -> Document:
             networks = [trained[n.task] for n in entry.networks(seed)]
             one |= {key: sum(n[key] for n in networks) for key in ("train_seconds", "parameters")}
     labels = {entry.name: entry.label for entry in study.entries()}
-    figures, missing = _figures(labels, found)
+    figures, missing = draw(lambda plots: _figures(plots, labels, found))
     config = study.config(study.networks()[0])
     seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
     return Document(
@@ -111,22 +112,17 @@ def _table(labels: Mapping[str, str], found: Results, judging: Judging) -> Table
     return Table("Methods under one budget", columns, rows, f"AUROC: against {judging.outside}.")
 
 
-def _figures(labels: Mapping[str, str], found: Results) -> tuple[list[Figure], list[str]]:
-    """The figures, and a note where there are none."""
-    try:
-        from . import classifier_plots
-    except ImportError as error:
-        return [], [f"No figures: matplotlib is missing ({error}); pip install bbb_fast[experiments]."]
+def _figures(plots: ModuleType, labels: Mapping[str, str], found: Results) -> list[Figure]:
     return [
         Figure(
             "scores.png", "Scores",
             "Accuracy, NLL, ECE and AUROC of every method; bars are standard errors over the seeds.",
-            classifier_plots.scores(labels, found),
+            plots.scores(labels, found),
         ),
         Figure(
             "reliability.png", "Reliability",
             "How often predictions of each confidence are right: on the diagonal a method is as sure as it is "
             "right. A dot's size is the share of the images in its bin.",
-            classifier_plots.reliability(labels, found),
+            plots.reliability(labels, found),
         ),
-    ], []  # fmt: skip
+    ]  # fmt: skip
