@@ -30,7 +30,7 @@ NO_EXT := $(filter-out 0 false no off,$(BBB_FAST_NO_EXT))
 INSTALLED := $(VENV)/.$(if $(NO_EXT),reference,native)
 OTHER := $(VENV)/.$(if $(NO_EXT),native,reference)
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
-OP_TESTS := $(addprefix python_tests/test_,noise.py sample_weights.py kl_divergence.py bbb.py lrt.py flipout.py \
+OP_TESTS := $(addprefix python_tests/test_,noise.py dropout.py sample_weights.py kl_divergence.py bbb.py lrt.py flipout.py \
   conv_transpose.py multi_sample.py priors.py layer_table.py layers.py memory.py losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
 
 .PHONY: demo test test-slow fuzz test-cpp test-blocks portability cuda-check gpu-report lint format stubs bench setup clean

@@ -7,6 +7,7 @@ holds the two against each other.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,13 @@ def integer(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def number(owner: str, name: str, value: Any) -> float:
+    """``value`` as a float; TypeError for what is no real number, a bool included."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def is_lazy(module: nn.Module, recurse: bool = True) -> bool:
@@ -149,9 +157,22 @@ def priors(
         prior(op, 0.0 if isinstance(m, Tensor) else m, 1.0 if isinstance(s, Tensor) else s)
 
 
-def optional_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
-    if dtype is not None and dtype not in FLOAT_DTYPES:
+def given_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype}")
+
+
+def optional_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        given_dtype(op, name, dtype)
+
+
+def noise(op: str, size: Sequence[int], rng_: Tensor, dtype: torch.dtype) -> None:
+    """Of the ops that return noise."""
+    given_dtype(op, "dtype", dtype)
+    rng(op, rng_, rng_.device)
+    if any(length < 0 for length in size):
+        raise ValueError(f"{op}: size must be >= 0, got {list(size)}")
 
 
 def probability(op: str, name: str, value: float) -> None:

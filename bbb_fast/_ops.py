@@ -18,8 +18,21 @@ from .reference import accumulate_dtype, channels_last, conv_memory_format, vari
 OptionalTensor = Tensor | None
 
 
-def _normal(size: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
-    return rng.new_empty(size, dtype=dtype)
+def _noise(op: str) -> Callable[..., Any]:
+    def fake(size: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
+        _checks.given_dtype(op, "dtype", dtype)
+        return rng.new_empty(size, dtype=dtype)
+
+    return fake
+
+
+def _dropout(input: Tensor, rng: Tensor, p: float, channels: bool = False, one_mask: bool = False) -> Tensor:
+    _checks.dropout("dropout", input, rng, p, channels)
+    return torch.empty_like(input)
+
+
+def _drop_elements(input: Tensor, rng: Tensor, p: float) -> Tensor:
+    return torch.empty_like(input)
 
 
 def _of_each_draw(t: Tensor, rng: Tensor | None, dtype: torch.dtype | None) -> Tensor:
@@ -224,7 +237,10 @@ def _backward(product: str) -> Callable[..., Any]:
 
 
 FAKES: dict[str, Callable[..., Any]] = {
-    "normal": _normal,
+    "normal": _noise("normal"),
+    "uniform": _noise("uniform"),
+    "dropout": _dropout,
+    "drop_elements": _drop_elements,
     "sample_weights": _sample_weights,
     "kl_divergence": _kl_divergence,
     "kl_tensor_prior": _kl_tensor_prior,

@@ -73,10 +73,7 @@ def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch
     size = tuple(size) if isinstance(size, Iterable) else (size,)
     if use_native(rng.device):
         return _native.normal(size, rng, dtype)
-    _checks.optional_dtype("normal", "dtype", dtype)
-    _checks.rng("normal", rng, rng.device)
-    if any(length < 0 for length in size):
-        raise ValueError(f"normal: size must be >= 0, got {list(size)}")
+    _checks.noise("normal", size, rng, dtype)
     return reference.normal(size, rng, dtype=dtype)
 
 
@@ -88,10 +85,9 @@ def uniform(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torc
     are exact in the type, never 0 or 1, and the same bits on every device. Not differentiable.
     """
     size = tuple(size) if isinstance(size, Iterable) else (size,)
-    _checks.optional_dtype("uniform", "dtype", dtype)
-    _checks.rng("uniform", rng, rng.device)
-    if any(length < 0 for length in size):
-        raise ValueError(f"uniform: size must be >= 0, got {list(size)}")
+    if use_native(rng.device):
+        return _native.uniform(size, rng, dtype)
+    _checks.noise("uniform", size, rng, dtype)
     return reference.uniform(size, rng, dtype=dtype)
 
 
@@ -117,6 +113,8 @@ def dropout(
     outside [0, 1] and, with ``channels``, for fewer than two dimensions.
     """
     refuse_sharded("dropout", input=input)
+    if use_native(input.device):
+        return _native.dropout(input, rng, p, channels, one_mask)
     _checks.dropout("dropout", input, rng, p, channels)
     return reference.dropout(input, rng, p, channels=channels, one_mask=one_mask)
 

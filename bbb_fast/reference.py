@@ -130,7 +130,7 @@ def dropout(
     drawn = tuple(input.shape[:2] if channels else input.shape)
     if one_mask and len(drawn) > 1:
         drawn = (1, *drawn[1:])
-    acc = accumulate_dtype(input)
+    p, acc = float(p), accumulate_dtype(input)
     kept = _numbered(drawn, rng, _word_blocks) >= round(p * 2.0**32)
     factor = kept.to(acc) * (1 / (1 - p) if p < 1 else 0.0)
     if channels:

@@ -99,6 +99,33 @@ inline void check_rng(
   check_device(op, "rng", rng, device);
 }
 
+// Of the ops that return noise.
+inline void check_noise(const char* op, at::IntArrayRef size, const at::Tensor& rng, at::ScalarType dtype) {
+  check_dtype_option(op, "dtype", dtype);
+  check_rng(op, rng, rng.device());
+  for (int64_t length : size) TORCH_CHECK_VALUE(length >= 0, op, ": size must be >= 0, got ", size);
+}
+
+inline void check_dropout(
+    const char* op, const at::Tensor& input, const at::Tensor& rng, double p, bool channels = false) {
+  check_floating(op, "input", input);
+  check_rng(op, rng, input.device());
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, op, ": p must be in [0, 1], got ", p);
+  TORCH_CHECK_VALUE(
+      !channels || input.dim() >= 2, op, ": with channels, input must have dimensions [N, C, ...], got ",
+      input.sizes());
+}
+
+inline void check_drop_elements(const char* op, const at::Tensor& input, const at::Tensor& rng, double p) {
+  check_dropout(op, input, rng, p);
+  TORCH_CHECK_VALUE(input.is_contiguous(), op, ": input must be contiguous, got strides ", input.strides());
+}
+
+// How many binary digits of uniform noise, one less than the type has; of float32's in float64 too.
+inline int uniform_bits(at::ScalarType dtype) {
+  return dtype == at::kHalf ? 10 : dtype == at::kBFloat16 ? 7 : 23;
+}
+
 // How many draws an rng [2] or [S, 2] names, or none.
 inline int64_t draw_count(const std::optional<at::Tensor>& rng) {
   return rng && rng->defined() && rng->dim() == 2 ? rng->size(0) : 1;

@@ -74,6 +74,14 @@ void not_differentiable(
 TORCH_LIBRARY(bbb_fast, m) {
   m.def("normal(SymInt[] size, Tensor rng, ScalarType dtype) -> Tensor");
 
+  m.def("uniform(SymInt[] size, Tensor rng, ScalarType dtype) -> Tensor");
+
+  // Element i of a mask has word i of the noise: of all elements in row-major order, with channels of
+  // [rows, channels], and with one_mask of a single row, for all. drop_elements is the pass that dropout is
+  // made of.
+  m.def("dropout(Tensor input, Tensor rng, float p, bool channels=False, bool one_mask=False) -> Tensor");
+  m.def("drop_elements(Tensor input, Tensor rng, float p) -> Tensor");
+
   m.def(
       "sample_weights(Tensor[] mu, Tensor[] rho, Tensor rng, float prior_mu, float prior_sigma, "
       "bool with_kl, ScalarType? dtype, bool centered=False) -> (Tensor[], Tensor)");
@@ -144,8 +152,8 @@ TORCH_LIBRARY_IMPL(bbb_fast, Autograd, m) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&not_differentiable>());
   };
   for (const char* name :
-       {"normal", "kl_tensor_prior_backward", "posterior_backward", "variance", "square",
-        "lrt_sample_backward", "flip_signs"}) {
+       {"normal", "uniform", "drop_elements", "kl_tensor_prior_backward", "posterior_backward", "variance",
+        "square", "lrt_sample_backward", "flip_signs"}) {
     refuse(name);
   }
   for (const auto& estimator : kEstimators) {

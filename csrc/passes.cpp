@@ -77,6 +77,11 @@ at::Tensor posterior_backward_out(
   return again ? std::move(formed) : at::Tensor();
 }
 
+at::Tensor drop_elements(const at::Tensor& input, const at::Tensor& rng, double p) {
+  static const auto op = find_op<at::Tensor(const at::Tensor&, const at::Tensor&, double)>("drop_elements");
+  return op.call(input, rng, p);
+}
+
 at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {
   static const auto op = find_op<at::Tensor(const at::Tensor&, at::ScalarType)>("square");
   return op.call(input, dtype);

@@ -77,6 +77,8 @@ at::Tensor posterior_backward_out(
     at::TensorList grad_rho,
     std::optional<at::ScalarType> again);
 
+at::Tensor drop_elements(const at::Tensor& input, const at::Tensor& rng, double p);
+
 at::Tensor square(const at::Tensor& input, at::ScalarType dtype);
 void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at::Tensor& grad);
 void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng);

@@ -110,6 +110,7 @@ BBB_INLINE uint32_t mix(uint32_t high, uint32_t c, uint32_t key) {
 
 #include "gaussian.h"
 #include "philox.h"
+#include "words.h"
 
 // The four words of a stream's block.
 BBB_INLINE void philox_block(const PhiloxKey& key, uint64_t block, uint64_t stream, uint32_t w[4]) {

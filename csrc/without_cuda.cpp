@@ -15,7 +15,7 @@ TORCH_LIBRARY_IMPL(bbb_fast, CUDA, m) {
   for (const char* name :
        {"normal", "sample_weights", "kl_divergence", "kl_tensor_prior", "kl_tensor_prior_backward",
         "posterior_backward_out", "variance", "square", "square_backward_", "lrt_sample_",
-        "lrt_sample_backward", "flip_signs", "add_flipped_"}) {
+        "lrt_sample_backward", "flip_signs", "add_flipped_", "uniform", "drop_elements"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda>());
   }
 }

@@ -172,6 +172,8 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
 
     return {
         "normal": Kernel({}, lambda: [ops.normal([count], r, dtype)]),
+        "uniform": Kernel({}, lambda: [ops.uniform([count], r, dtype)]),
+        "drop_elements": Kernel({"input": narrow[0]}, lambda input: [ops.drop_elements(input, r, 0.3)]),
         "sample_weights": Kernel(x, sample_weights),
         "posterior_backward": Kernel(y, posterior_backward),
         "kl_divergence": Kernel(x, kl_divergence),
@@ -204,6 +206,8 @@ def kernels(count: int, dtype: torch.dtype, other: torch.dtype) -> dict[str, Ker
 # The names of kernels() and their operands, for parametrize.
 KERNELS = {
     "normal": (),
+    "uniform": (),
+    "drop_elements": ("input",),
     "sample_weights": ("mu", "rho"),
     "posterior_backward": ("grad", "mu", "rho"),
     "kl_divergence": ("mu", "rho"),

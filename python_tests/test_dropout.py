@@ -15,7 +15,16 @@ from helpers import DEVICE, DTYPES, rng
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bbb_fast import ELBO, fixed_noise, kl_loss, multi_sample, posterior_means, predict
+from bbb_fast import (
+    ELBO,
+    fixed_noise,
+    kl_loss,
+    multi_sample,
+    posterior_means,
+    predict,
+    reference,
+    summary,
+)
 from bbb_fast.functional import dropout, uniform
 from bbb_fast.layers import BBB, ConcreteDropout, MCDropout, MCDropout1d, MCDropout2d, MCDropout3d
 from bbb_fast.reference import philox4x32
@@ -182,6 +191,55 @@ def test_uniform(backend: str, dtype: torch.dtype) -> None:
 def test_bad_arguments(backend: str, call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+# ---------------------------------------------------------------- the native ops
+
+ops = torch.ops.bbb_fast
+WAYS = [{}, {"channels": True}, {"one_mask": True}, {"channels": True, "one_mask": True}]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 63, 64, 65, 127, 129, 4095, 4097, 12_301])
+def test_the_kernels_bits(isa: str, count: int, dtype: torch.dtype) -> None:
+    """Those of the reference, on every instruction set, wherever a tile or a chunk ends."""
+    x = torch.randn(count).to(dtype)
+    for r in (rng(), rng(-1, -1), rng(1 << 62, (1 << 63) - 1)):
+        assert torch.equal(uniform(count, r, dtype=dtype), reference.uniform(count, r, dtype=dtype))
+        for p in (0.0, 2.0**-40, 0.1, 0.5, 0.9, 1 - 2.0**-40, 1.0):
+            assert torch.equal(dropout(x, r, p), reference.dropout(x, r, p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 1] + [(7, 65, 3, 11)])
+def test_the_bits_of_shared_words(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for way in WAYS:
+        for x in in_formats(torch.randn(shape).to(dtype)):
+            y = dropout(x, rng(), 0.3, **way)
+            expected = reference.dropout(x, rng(), 0.3, **way)
+            assert torch.equal(y, expected) and y.dtype == dtype
+            if math.prod(shape) > 1:
+                assert y.stride() == expected.stride()
+
+
+def test_opcheck(native: None) -> None:
+    for x, way in zip(in_formats(torch.randn(2, 3, 4, 5)), WAYS, strict=True):
+        torch.library.opcheck(ops.dropout, (x.requires_grad_(), rng(), 0.3), way)
+    torch.library.opcheck(ops.drop_elements, (torch.randn(3, 5), rng(), 0.3))
+    torch.library.opcheck(ops.uniform, ([3, 5], rng(), torch.float32))
+    with pytest.raises(ValueError, match="drop_elements: input must be contiguous, got strides"):
+        ops.drop_elements(torch.randn(3, 5).t(), rng(), 0.3)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way) or "elements")
+def test_no_mask_is_kept(native: None, way: dict[str, bool]) -> None:
+    """For backward: the rng alone."""
+    kept: list[Tensor] = []
+    x = torch.randn(4, 5, 6, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = dropout(x, rng(), **way)
+    assert [t.tolist() for t in kept] == [rng().tolist()]
+    y.sum().backward()
 
 
 # ---------------------------------------------------------------- the layers
@@ -446,7 +504,7 @@ def test_the_kl_of_concrete_dropout() -> None:
         layer = ConcreteDropout(nn.Linear(1, 1, bias=False), p, length_scale=length_scale).double()
         with torch.no_grad():
             layer.layer.weight.fill_(w)
-        return float(layer.kl_loss())
+        return layer.kl_loss().item()
 
     cases = [(0.7, 0.2), (0.7, 0.6), (-1.5, 0.2), (0.3, 0.9)]
     constant = exact(*cases[0]) - ours(*cases[0])
@@ -469,6 +527,22 @@ def test_kl_loss_counts_it() -> None:
         layer.p_logit.fill_(-200.0)
     kl_loss(layer).backward()
     assert math.isfinite(float(kl_loss(layer))) and math.isfinite(float(layer.p_logit.grad))
+
+
+def test_summary() -> None:
+    layer = ConcreteDropout(nn.Linear(3, 4), 0.2, length_scale=2.0)
+    found = summary(nn.Sequential(layer, MCDropout(), nn.Linear(4, 1)))
+    first, last = found.rows
+    assert (first.name, first.kind, first.parameters, first.shape) == (
+        "0",
+        "ConcreteDropout",
+        17,
+        "[4, 3], [4]",
+    )
+    assert (first.estimator, first.prior, first.sigma) == ("dropout", "N(0, 0.5^2)", None)
+    assert found.kl == first.kl == pytest.approx(layer.kl_loss().item()) and last.estimator is None
+    assert (found.bayesian_parameters, found.other_parameters) == (17, 5)
+    assert "ConcreteDropout" in str(found)
 
 
 def test_the_rate_is_learned(backend: str) -> None:

@@ -21,7 +21,8 @@ CONVS = [f"{estimator}_conv{spatial}d" for estimator in ESTIMATORS for spatial i
 TRANSPOSED = [f"{estimator}_conv_transpose{spatial}d" for estimator in ESTIMATORS for spatial in (1, 2, 3)]
 LAYERS = LINEARS + CONVS + TRANSPOSED
 SAMPLERS = ["sample_weights", "sample_weight"]
-OPS = ["normal", *SAMPLERS, "kl_divergence", *LAYERS]
+NOISE = ["normal", "uniform"]
+OPS = [*NOISE, "dropout", *SAMPLERS, "kl_divergence", *LAYERS]
 
 
 def zeros(*shape: int, dtype: torch.dtype = f32, device: torch.device | str = DEVICE) -> torch.Tensor:
@@ -62,6 +63,8 @@ def valid(op: str) -> dict[str, Any]:
         }
     return {
         "normal": lambda: {"size": (3, 2), "rng": rng()},
+        "uniform": lambda: {"size": (3, 2), "rng": rng()},
+        "dropout": lambda: {"input": zeros(3, 2), "rng": rng(), "p": 0.5},
         "sample_weights": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)], "rng": rng()},
         "sample_weight": lambda: {"mu": zeros(3, 2), "rho": zeros(3, 2), "rng": rng()},
         "kl_divergence": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)]},
@@ -93,13 +96,18 @@ for _op in OPS:
         case(_op, ValueError, "rng must have shape [2]", rng=rng(count=3))
         case(_op, ValueError, "rng must have shape [2]", rng=rng(count=0))
         case(_op, ValueError, "rng must have shape [2]", rng=rng().reshape(2, 1))
-        several = (1, 2) if _op == "normal" else (1, 1, 1, 2)
+        several = (1, 2) if _op in (*NOISE, "dropout") else (1, 1, 1, 2)
         case(_op, ValueError, "rng must have shape [2]", rng=rng().reshape(several))
         case(_op, ValueError, "rng must have shape [2]", rng=rng()[0])
-case("normal", ValueError, "size must be >= 0", size=(3, -1))
-case("normal", ValueError, "size must be >= 0", size=-1)
-case("normal", TypeError, "dtype must be float32", dtype=i64)
-case("normal", TypeError, "dtype must be float32", dtype=torch.complex64)
+for _op in NOISE:
+    case(_op, ValueError, "size must be >= 0", size=(3, -1))
+    case(_op, ValueError, "size must be >= 0", size=-1)
+    case(_op, TypeError, "dtype must be float32", dtype=i64)
+    case(_op, TypeError, "dtype must be float32", dtype=torch.complex64)
+for _value in (-0.1, 1.5, -math.inf, math.nan):
+    case("dropout", ValueError, "p must be in [0, 1]", p=_value)
+case("dropout", TypeError, "input must be float32", input=zeros(3, 2, dtype=i64))
+case("dropout", ValueError, "input must have dimensions [N, C, ...]", input=zeros(3), channels=True)
 
 for _op in SAMPLERS + LAYERS:
     for _value in (math.inf, -math.inf, math.nan):
@@ -298,7 +306,7 @@ ELSEWHERE = [
         for name in valid(op)
         if name != "input"
     ],
-    *[(op, {"rng": rng(device="meta")}, "rng") for op in SAMPLERS],
+    *[(op, {"rng": rng(device="meta")}, "rng") for op in [*SAMPLERS, "dropout"]],
     ("sample_weight", {"rho": zeros(3, 2, device="meta")}, "rho"),
     ("sample_weights", {"rho": [zeros(3, 2, device="meta")]}, "rho"),
     ("kl_divergence", {"rho": [zeros(3, 2, device="meta")]}, "rho"),

@@ -19,7 +19,18 @@ from torch import Tensor, nn
 
 import bbb_fast
 from bbb_fast import fixed_noise, kl_loss, multi_sample, posterior_means
-from bbb_fast.layers import BBB, BBB_LRT, Flipout, WeightSpace
+from bbb_fast.layers import (
+    BBB,
+    BBB_LRT,
+    ConcreteDropout,
+    Flipout,
+    MCDropout,
+    MCDropout1d,
+    MCDropout2d,
+    MCDropout3d,
+    WeightSpace,
+    dropout,
+)
 
 PAGE = Path(__file__).parent.parent / "docs" / "layers.md"
 BEGIN, END = "<!-- table: written by python_tests/test_layer_table.py -->\n", "<!-- end of the table -->\n"
@@ -67,6 +78,13 @@ CASES |= {
     ("WeightSpace", "bbb"): Case(
         lambda: WeightSpace(nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3))), rows(5)
     ),
+    ("MCDropout", "dropout"): Case(MCDropout, rows(3, 6, 5), True),
+    ("MCDropout1d", "dropout"): Case(MCDropout1d, rows(9, 7)),
+    ("MCDropout2d", "dropout"): Case(MCDropout2d, rows(9, 6, 5), True),
+    ("MCDropout3d", "dropout"): Case(MCDropout3d, rows(9, 4, 5, 3), True),
+    ("ConcreteDropout", "dropout"): Case(
+        lambda: ConcreteDropout(nn.Conv2d(3, 4, 2), 0.3), rows(3, 6, 5), True
+    ),
 }
 RECURRENT = ("BBBRNN", "BBBLSTM", "BBBGRU")
 
@@ -88,7 +106,9 @@ def pinned(layer: nn.Module, inputs: tuple[Any, ...], function: Callable[..., An
 
 
 def gradients(layer: nn.Module, y: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(y.float().square().sum(), list(layer.parameters())))
+    """Of the parameters, if there are any."""
+    parameters = list(layer.parameters())
+    return list(torch.autograd.grad(y.float().square().sum(), parameters)) if parameters else []
 
 
 # ---------------------------------------------------------------- the columns
@@ -189,7 +209,8 @@ def is_the_reference(case: Case) -> None:
             with fixed_noise(5, 1, model=layer, draw="activations"):
                 y = first(layer(*inputs))
             kl = kl_loss(layer)
-            results.append([y, kl, *gradients(layer, y), *torch.autograd.grad(kl, list(layer.parameters()))])
+            # The factor: where the KL is 0, so would be the gradient of its square.
+            results.append([y, kl, *gradients(layer, y), *gradients(layer, kl + 1)])
         finally:
             bbb_fast.set_backend("auto")
     for a, b in zip(*results, strict=True):
@@ -267,6 +288,7 @@ def test_every_public_layer_is_in_the_table() -> None:
         # Lazy ones become these.
         names = {name.replace("Lazy", "") for name in family.__all__}
         assert {(name, estimator) for name in names} <= set(CASES)
+    assert {(name, "dropout") for name in dropout.__all__} <= set(CASES)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bbb_fast import convert, fixed_noise, kl_loss, mc_dropout, multi_sample, posterior_means, predict
+from bbb_fast import (
+    convert,
+    fixed_noise,
+    kl_loss,
+    mc_dropout,
+    multi_sample,
+    posterior_means,
+    predict,
+    to_deterministic,
+)
 from bbb_fast._noise import RandomModule
-from bbb_fast.layers import MCDropout, MCDropout1d, MCDropout2d, MCDropout3d
+from bbb_fast.layers import ConcreteDropout, MCDropout, MCDropout1d, MCDropout2d, MCDropout3d
 from bbb_fast.methods import model_precision
 
 
@@ -135,9 +144,10 @@ def test_draws_average_to_more_than_one_function() -> None:
     model = nn.Sequential(nn.Linear(3, 20), nn.Linear(20, 1)).double()
     made, x = mc_dropout(model, 0.3), torch.randn(1, 3, dtype=torch.float64)
     y = predict(made, x, 4_000, seed=0).flatten()
-    hidden = model[0](x).flatten().detach()
-    variance = float((hidden * model[1].weight.flatten()).square().sum()) * 0.3 / 0.7
-    assert float(y.mean()) == pytest.approx(float(model(x)), abs=5 * math.sqrt(variance / 4_000))
+    with torch.no_grad():
+        expected = float(model(x))
+        variance = float((model[0](x) * model[1].weight).square().sum()) * 0.3 / 0.7
+    assert float(y.mean()) == pytest.approx(expected, abs=5 * math.sqrt(variance / 4_000))
     assert float(y.var()) == pytest.approx(variance, rel=0.15)
 
 
@@ -202,6 +212,12 @@ def test_what_cannot_be_reached(model: nn.Module, named: str) -> None:
             mc_dropout(model, p)
 
 
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout after all but last")
+def test_a_rate_that_does_nothing() -> None:
+    made = mc_dropout(nn.Sequential(nn.Dropout(), nn.LSTM(3, 4, 1, dropout=0.2)))
+    assert isinstance(made[0], MCDropout)
+
+
 def test_transformers() -> None:
     """torch's fused forward of eval mode, which has no dropout, does not run."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True).eval()
@@ -220,10 +236,28 @@ def test_transformers() -> None:
     assert set(masks(mc_dropout(without, 0.2))) == {"linear2.input_dropout"}
 
 
+@every_model
+def test_to_deterministic(name: str) -> None:
+    """torch.nn's dropout again, off in eval mode."""
+    model, made = MODELS[name]()
+    back = to_deterministic(made)
+    assert not any(isinstance(m, RandomModule) for m in back.modules())
+    assert [m.p for m in back.modules() if isinstance(m, nn.modules.dropout._DropoutNd)] == [
+        m.p for m in masks(made).values()
+    ]
+    x = images()
+    assert torch.equal(back.eval()(x), model.eval()(x))
+    assert not torch.equal(back.train()(x), back(x))
+    with pytest.raises(TypeError, match=r"to_deterministic: MCDropout(2d)? draws which of its inputs"):
+        to_deterministic(made, seed=1)
+    layer = nn.Linear(3, 2)
+    assert torch.equal(to_deterministic(ConcreteDropout(layer)).weight, layer.weight)
+
+
 def test_beside_bayesian_layers() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     made = convert(mc_dropout(model), "lrt", include="2")
-    assert isinstance(made[1], MCDropout) and float(kl_loss(made)) > 0
+    assert isinstance(made[1], MCDropout) and kl_loss(made).item() > 0
     x = torch.randn(5, 3)
     y = predict(made, x, 4, seed=1)
     torch.testing.assert_close(predict(made, x, 4, seed=1, batch_size=1), y)
@@ -241,6 +275,7 @@ def test_beside_bayesian_layers() -> None:
         (plain(), None, ValueError, "own dropout modules are none: say p"),
         (nn.Sequential(nn.Dropout(0.0)), None, ValueError, r"modules drop nothing \(p = 0\): say p"),
         (nn.Linear(2, 3), 0.5, ValueError, "convolutions 1: none behind the first"),
+        (plain(), "0.5", TypeError, "p must be a number, got str"),
         (plain(), 1.5, ValueError, r"p must be in \[0, 1\], got 1.5"),
     ],
 )

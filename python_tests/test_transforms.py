@@ -102,6 +102,15 @@ def _cases() -> dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]]
 
     cases: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]] = {
         "normal": (lambda r, x: (ops.normal([5], r, torch.float32), x), lambda: [torch.randn(B, 2)]),
+        "uniform": (lambda r, x: (ops.uniform([5], r, torch.float32), x), lambda: [torch.randn(B, 2)]),
+        "dropout": (
+            lambda r, x: [ops.dropout(x, r, 0.4, *how) for how in ((), (True,), (False, True))],
+            lambda: [torch.randn(B, 4, 5, 3)],
+        ),
+        "drop_elements": (
+            lambda r, x: ops.drop_elements(x.contiguous(), r, 0.4),
+            lambda: [torch.randn(B, 4, 5)],
+        ),
         "sample_weights": (
             lambda r, m, s: ops.sample_weights([m, m[0]], [s, s[0]], r, *PRIOR, True, None),
             _pairs,

@@ -598,13 +598,16 @@ def test_pixels() -> None:
     pytest.importorskip("sklearn")
     cut = experiments._Images.load({**SMALL.settings(), "pixels": "threshold"}, None)
     coins, other = (experiments._Images.load({**SMALL.settings(), "seed": seed}, None) for seed in (0, 1))
-    assert torch.equal(cut.test, (cut.grey_test > 0.5).float())
+    assert torch.equal(cut.test, (cut.grey_test > 127).float())
     assert torch.equal(coins.grey_test, cut.grey_test)
     assert torch.equal(coins.grey_test, other.grey_test) and not torch.equal(coins.test, other.test)
+    # Another number of held-out images changes nothing about those of the test.
+    fewer = experiments._Images.load({**SMALL.settings(), "valid_size": 20}, None)
+    assert torch.equal(fewer.test, coins.test)
     # A coin shows ink as often as the pixel is grey, and never where it is white or always where it is black.
     assert torch.equal(coins.test[coins.grey_test == 0].unique(), torch.tensor([0.0]))
-    assert torch.equal(coins.test[coins.grey_test == 1].unique(), torch.tensor([1.0]))
-    middle = (coins.grey_test > 0.25) & (coins.grey_test < 0.75)
-    expected = coins.grey_test[middle].mean()
+    assert torch.equal(coins.test[coins.grey_test == 255].unique(), torch.tensor([1.0]))
+    middle = (coins.grey_test > 64) & (coins.grey_test < 192)
+    expected = coins.grey_test[middle].float().mean() / 255
     torch.testing.assert_close(coins.test[middle].mean(), expected, rtol=0, atol=0.03)
     assert len(cut.train) == 96 and len(cut.valid) == 50 and len(cut.test) == 40

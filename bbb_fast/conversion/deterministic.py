@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._noise import fixed_noise
-from ..layers import WeightSpace
+from .._noise import RandomModule, fixed_noise
+from ..layers import ConcreteDropout, WeightSpace
 from ..layers.base import BayesianModule
 from . import rules
 
@@ -19,7 +19,9 @@ def to_deterministic(model: nn.Module, *, seed: int | None = None, sample: int =
 
     Its weights are the posterior means, or with ``seed`` those of draw ``sample`` of
     ``fixed_noise(seed, sample, model=model)``. Ties, mode, hooks, and which parameters are trained are kept.
-    Raises TypeError for what is no module, and for a Bayesian layer that torch.nn has no twin of.
+    Monte Carlo dropout becomes torch.nn's dropout, which is off in eval mode, and concrete dropout its layer.
+    Raises TypeError for what is no module, for a layer that torch.nn has no twin of and, with ``seed``, for
+    dropout, whose draws are of inputs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_deterministic: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -61,7 +63,25 @@ class _Replacement:
             for name, child in list(module._modules.items()):
                 if child is not None:
                     module._modules[name] = self.of(child)
+            if isinstance(module, RandomModule):
+                self.made[module] = self._without_masks(module)
         return self.made[module]
+
+    def _without_masks(self, module: RandomModule) -> nn.Module:
+        if self._draw is not None:
+            raise TypeError(
+                f"to_deterministic: {type(module).__name__} draws which of its inputs it drops, and has no "
+                "weights that a draw could leave in its place; leave seed out"
+            )
+        if isinstance(module, ConcreteDropout):
+            rules.move_hooks(module, module.layer)
+            return module.layer
+        kind = next((k for k, twin in rules.DROPOUT.items() if twin is type(module)), None)
+        if kind is None:
+            raise TypeError(f"to_deterministic: there is no torch.nn layer for {type(module).__name__}")
+        twin = kind(module.p).train(module.training)
+        rules.move_hooks(module, twin)
+        return twin
 
     @torch.no_grad()
     def _take_draw(self, module: BayesianModule) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._checks import is_lazy
-from ..layers import BBB, BBB_LRT, Flipout, shapes
+from ..layers import BBB, BBB_LRT, Flipout, MCDropout, MCDropout1d, MCDropout2d, MCDropout3d, shapes
 from ..layers.base import BayesianLayer, BayesianModule
 from ..layers.weight_space import Around
 
@@ -37,6 +37,13 @@ TABLES: dict[type[nn.Module], type[BayesianLayer]] = {
 WHOLE: dict[type[nn.Module], type[Around]] = {
     kind: getattr(BBB, f"BBB{kind.__name__}")
     for kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
+}
+# Dropout that draws in eval mode too.
+DROPOUT: dict[type[nn.Module], type[MCDropout]] = {
+    nn.Dropout: MCDropout,
+    nn.Dropout1d: MCDropout1d,
+    nn.Dropout2d: MCDropout2d,
+    nn.Dropout3d: MCDropout3d,
 }
 LAYERS = {**PRODUCTS, **TABLES, **WHOLE}
 # Their forward reads the weights of a layer within them, which therefore has to stay what it is.

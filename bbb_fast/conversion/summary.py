@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import is_lazy
+from ..layers import ConcreteDropout
 from ..layers.base import BayesianModule, Term, kl_of_terms
 from ..reference import softplus
 
 
 @dataclass(frozen=True)
 class Row:
-    """A module with parameters of its own. Of one that is not Bayesian the last five are None."""
+    """A module with parameters of its own. Of one that is not Bayesian the last five are None, of concrete
+    dropout the last two."""
 
     name: str
     kind: str
@@ -87,6 +89,10 @@ def summary(model: nn.Module) -> Summary:
             inside.update(module.modules())
             row = _bayesian_row(name, module, counted)
             weights += row.parameters
+        elif isinstance(module, ConcreteDropout):
+            inside.update(module.modules())
+            row = _row_of_dropout(name, module, counted)
+            weights += row.parameters
         else:
             own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
             counted.update((id(p), p) for p in own)
@@ -123,6 +129,21 @@ def _bayesian_row(name: str, module: BayesianModule, counted: dict[int, Tensor])
         (float(kl_of_terms(of_fresh)) if of_fresh else 0.0) if known else None,
         float(sum(s.sum() for s in sigmas)) / max(count, 1) if known else None,
         float(sum(ratios)) / max(count, 1) if known else None,
+    )
+
+
+def _row_of_dropout(name: str, module: ConcreteDropout, counted: dict[int, Tensor]) -> Row:
+    own = [p for p in module.parameters() if id(p) not in counted]
+    counted.update((id(p), p) for p in own)
+    weight = module.layer.weight
+    return Row(
+        name,
+        type(module).__name__,
+        sum(p.numel() for p in own),
+        ", ".join(str(list(p.shape)) for p in module.layer.parameters()),
+        "dropout",
+        f"N(0, {1 / module.length_scale:.4g}^2)",
+        float(module.kl_loss()) if weight.device.type != "meta" else None,
     )
 
 

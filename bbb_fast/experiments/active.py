@@ -32,7 +32,7 @@ from ..models import BBBLeNet, LeNet
 from ..models.build import LAYER_TYPES
 from ..predictive import CategoricalPredictive, predictive
 from .data import ImageSet, batches, channel_stats, load, normalize, split_validation
-from .document import Column, Document, Figure, Table, mean_and_error
+from .document import Column, Document, Figure, Table, mean_and_error, with_error
 from .options import OptionError, check_int
 from .tasks import Experiment, Task
 
@@ -330,42 +330,46 @@ def document(
     judged: int,
     seconds: float,
 ) -> Document:
-    """The curves of every acquisition, a result of :func:`learn` for each seed."""
+    """The curves of every acquisition: a result of :func:`learn` for each seed."""
     sizes = [int(size) for size in next(iter(curves.values()))[0]["labels"]]
-    means = {name: _means(of_seeds) for name, of_seeds in curves.items()}
-    title = f"Active learning on {settings['dataset']}: {settings['method']}, {len(sizes)} rounds"
+    # By acquisition, of each round: the seeds' accuracies in percent.
+    rounds = {
+        name: [
+            [100 * value for value in values]
+            for values in zip(*(one["accuracy"] for one in seeds), strict=True)
+        ]
+        for name, seeds in curves.items()
+    }
     on = f"the {judged} {settings['judge']} images, mean of {settings['seeds']} seeds"
     notes = [
         f"Each round trains on with {settings['steps']} steps on all labels so far, and looks at "
         f"{settings['pool']} of the pool's {pool} images, drawn anew, for the next ones to label.",
         "The first labels of a seed are the same for every acquisition, as many of each class.",
+        "A network is judged by its means: without dropout, or by the means of its weights.",
     ]
     figures = []
     try:
-        png = figure(sizes, means, settings, on)
+        from .active_plots import curves as draw
     except ImportError as error:
         notes.append(f"No figure: matplotlib is missing ({error}); pip install bbb_fast[experiments].")
     else:
+        title = f"{settings['dataset']}, LeNet, {settings['method']}: mean of {settings['seeds']} seeds"
+        png = draw(sizes, rounds, title, f"accuracy, {settings['judge']} images (%)")
         text = (
             f"Accuracy on {on}, against the number of labels, from {sizes[0]} to {sizes[-1]}, one line for "
-            f"each of {', '.join(curves)}; the bands are a standard error of the mean to either side."
+            f"each of {', '.join(curves)}; the bands are a standard error to either side."
         )
         figures.append(Figure(FIGURE, "Accuracy against labels", text, png))
     return Document(
         command="active",
-        title=title,
+        title=f"Active learning on {settings['dataset']} with {settings['method']}",
         settings=settings,
-        tables=[_needed(sizes, means, settings["accuracies"], on), _reached(sizes, means, on)],
+        tables=[_needed(sizes, rounds, settings["accuracies"], on), _reached(sizes, rounds, on)],
         figures=figures,
-        results={"labels": sizes, "curves": {name: list(of_seeds) for name, of_seeds in curves.items()}},
+        results={"labels": sizes, "curves": {name: list(seeds) for name, seeds in curves.items()}},
         notes=notes,
         seconds=seconds,
     )
-
-
-def _means(of_seeds: Sequence[Mapping[str, Sequence[float]]]) -> list[tuple[float, float | None]]:
-    """The mean accuracy of the seeds and its standard error, for each round."""
-    return [mean_and_error(values) for values in zip(*(one["accuracy"] for one in of_seeds), strict=True)]
 
 
 def labels_needed(sizes: Sequence[int], accuracies: Sequence[float], wanted: float) -> int | None:
@@ -374,74 +378,20 @@ def labels_needed(sizes: Sequence[int], accuracies: Sequence[float], wanted: flo
 
 
 def _needed(
-    sizes: Sequence[int],
-    means: Mapping[str, Sequence[tuple[float, float | None]]],
-    wanted: Sequence[float],
-    on: str,
+    sizes: Sequence[int], rounds: Mapping[str, Sequence[Sequence[float]]], wanted: Sequence[float], on: str
 ) -> Table:
     columns = [Column("acquisition"), *(Column(f"{100 * value:g} %", "d", "low") for value in wanted)]
-    rows = [
-        [name, *(labels_needed(sizes, [mean for mean, _ in curve], value) for value in wanted)]
-        for name, curve in means.items()
-    ]
-    return Table(
-        "Labels needed for an accuracy", columns, rows, f"Of {on}; - where {sizes[-1]} are not enough."
-    )
+    rows = []
+    for name, curve in rounds.items():
+        means = [mean_and_error(values)[0] for values in curve]
+        rows.append([name, *(labels_needed(sizes, means, 100 * value) for value in wanted)])
+    note = f"Of {on}; - where {sizes[-1]} are not enough."
+    return Table("Labels needed for an accuracy", columns, rows, note)
 
 
-def _reached(
-    sizes: Sequence[int],
-    means: Mapping[str, Sequence[tuple[float, float | None]]],
-    on: str,
-) -> Table:
+def _reached(sizes: Sequence[int], rounds: Mapping[str, Sequence[Sequence[float]]], on: str) -> Table:
     # The first round, the last, and three between them.
-    rounds = sorted({round(k * (len(sizes) - 1) / 4) for k in range(5)})
-    columns = [
-        Column("acquisition"),
-        *(Column(f"accuracy with {sizes[k]} (%)", "", "high") for k in rounds),
-    ]
-    rows = [[name, *(_percent(*curve[k]) for k in rounds)] for name, curve in means.items()]
-    return Table("Accuracy with so many labels", columns, rows, f"Of {on}, and its standard error.")
-
-
-def _percent(mean: float, error: float | None) -> str:
-    return f"{100 * mean:.2f}" if error is None else f"{100 * mean:.2f} ± {100 * error:.2f}"
-
-
-# Okabe and Ito's palette, which colour-blind people can tell apart; dashes do it without colour.
-_STYLES = {
-    "mutual-information": ("#0072b2", "-"),
-    "entropy": ("#d55e00", "--"),
-    "variation-ratio": ("#009e73", "-."),
-    RANDOM: ("#000000", ":"),
-}
-
-
-def figure(
-    sizes: Sequence[int],
-    means: Mapping[str, Sequence[tuple[float, float | None]]],
-    settings: Mapping[str, Any],
-    on: str,
-) -> bytes:
-    """A PNG of the curves. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(7, 4.3), layout="constrained", dpi=120)
-    axis = canvas.subplots()
-    for name, curve in means.items():
-        color, style = _STYLES[name]
-        middle = [100 * mean for mean, _ in curve]
-        axis.plot(sizes, middle, style, color=color, linewidth=1.8, label=name.replace("-", " "))
-        low, high = ([100 * (mean + side * (error or 0.0)) for mean, error in curve] for side in (-1, 1))
-        axis.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
-    axis.set_xlabel("labels")
-    axis.set_ylabel(f"accuracy, {settings['judge']} images (%)")
-    axis.set_title(
-        f"{settings['dataset']}, LeNet, {settings['method']}: mean and error of {settings['seeds']} seeds"
-    )
-    axis.set_xlim(sizes[0], max(sizes[-1], sizes[0] + 1))
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
-    png = io.BytesIO()
-    canvas.savefig(png, format="png")
-    return png.getvalue()
+    shown = sorted({round(k * (len(sizes) - 1) / 4) for k in range(5)})
+    columns = [Column("acquisition"), *(Column(f"{sizes[k]} labels", ".2f", "high") for k in shown)]
+    rows = [[name, *(with_error(curve[k], ".2f") for k in shown)] for name, curve in rounds.items()]
+    return Table("Accuracy in percent", columns, rows, f"On {on}, and its standard error.")

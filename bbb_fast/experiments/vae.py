@@ -41,8 +41,9 @@ _FORMAT, _VERSION = "bbb_fast-vae", 1
 _EVAL_BATCH = 500
 # Burda et al. 2016, section 5.2: a number of the code is active if its mean varies more from image to image.
 _ACTIVE = 0.01
-# 2^64 over the golden ratio: the seeds of epochs lie far apart.
+# 2^64 over the golden ratio: the seeds of the generators lie far apart. They are numbered, epochs from 1 on.
 _STEP = 0x9E3779B97F4A7C15
+_VALID, _TEST, _TRAIN = 0, -1, -2
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class VaeConfig:
         batch_size, lr: of Adam; its rate goes down to 0 along a cosine.
         samples: draws of the importance-weighted log likelihood.
         valid_size: images held out to choose the epoch; None: a tenth.
-        train_size, test_size: at most so many images; None: all.
+        train_size, test_size: so many images; None: all there are.
         seed: of everything random; 0 ... 2^63 - 1.
         device: "cpu", "cuda" or "cuda:<index>".
     """
@@ -142,7 +143,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Images:
-    """The sets of a run, the training images and the test images in grey, the others in black and white."""
+    """The sets of a run: uint8, or 0 and 1 for ``valid`` and ``test``, which are black and white for good."""
 
     train: Tensor
     valid: Tensor
@@ -165,29 +166,37 @@ class _Images:
         checksum = 0
         for part in (train, valid, test):
             checksum = zlib.crc32(part.images.numpy().tobytes(), checksum)
-        coins = torch.Generator().manual_seed(settings["seed"])
-        pixels, grey_test = settings["pixels"], test.images.float() / 255
         return cls(
-            train.images.float() / 255,
-            _black_and_white(valid.images.float() / 255, pixels, coins),
-            _black_and_white(grey_test, pixels, coins),
-            grey_test,
+            train.images,
+            _black_and_white(valid.images, settings, _VALID),
+            _black_and_white(test.images, settings, _TEST),
+            test.images,
             test.labels,
             test.classes,
             checksum,
         )
 
 
-def _black_and_white(grey: Tensor, pixels: str, coins: torch.Generator) -> Tensor:
-    """0 and 1 for grey values in [0, 1]."""
-    if pixels == "threshold":
+def _generator(settings: Mapping[str, Any], number: int) -> torch.Generator:
+    """Of the coins of a set of images, or of those and the order of an epoch."""
+    return torch.Generator().manual_seed((settings["seed"] + number * _STEP) % (1 << 63))
+
+
+def _black_and_white(images: Tensor, settings: Mapping[str, Any], coins: int | torch.Generator) -> Tensor:
+    """float32 0 and 1 for grey values, uint8; ``coins``, a generator or its number."""
+    grey = images.float() / 255
+    if settings["pixels"] == "threshold":
         return (grey > 0.5).float()
+    if isinstance(coins, int):
+        coins = _generator(settings, coins)
     return (torch.rand(grey.shape, generator=coins) < grey).float()
 
 
-def _fresh(settings: Mapping[str, Any], device: torch.device) -> VAE:
-    torch.manual_seed(settings["seed"])
-    return VAE(1, settings["latent"], settings["width"]).to(device)
+def _fresh(settings: Mapping[str, Any]) -> VAE:
+    """Before any training, on the CPU; the caller's random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])
+        return VAE(1, settings["latent"], settings["width"])
 
 
 def train(
@@ -200,7 +209,7 @@ def train(
     """A task: trains a model, and keeps it in ``model.pt`` after each epoch; returns the history."""
     images = _Images.load(settings, data_dir)
     device = parse_device(settings["device"])
-    vae = _fresh(settings, device)
+    vae = _fresh(settings).to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=settings["lr"])
     of_run = _of_run(settings, beta, images)
     state: dict[str, Any] = {"run": of_run, "epoch": 0, "best": {}, "history": []}
@@ -247,7 +256,7 @@ def _epoch(
 ) -> dict[str, float]:
     """Trains one epoch and validates; the bounds have the KL once, whatever it was trained with."""
     device = next(vae.parameters()).device
-    own = torch.Generator().manual_seed((settings["seed"] + (epoch + 1) * _STEP) % (1 << 63))
+    own = _generator(settings, epoch + 1)
     size, total = settings["batch_size"], len(images.train)
     steps = math.ceil(total / size)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -255,7 +264,7 @@ def _epoch(
         step = epoch * steps + batch
         for group in optimizer.param_groups:
             group["lr"] = settings["lr"] * (1 + math.cos(math.pi * step / (settings["epochs"] * steps))) / 2
-        x = _black_and_white(images.train[index], settings["pixels"], own).to(device)
+        x = _black_and_white(images.train[index], settings, own).to(device)
         with fixed_noise(settings["seed"], step, model=vae, draw="activations"):
             bound = vae.elbo(x, beta)
         optimizer.zero_grad()
@@ -291,7 +300,7 @@ def _bound(vae: VAE, x: Tensor, seed: int) -> dict[str, float]:
 
 def _of_run(settings: Mapping[str, Any], beta: float, images: _Images) -> dict[str, Any]:
     """What a file and the run that goes on with it must share."""
-    # The options that training does not see.
+    # The options that training does not see; and it sees one beta.
     free = ("beta", "samples", "test_size")
     used = {key: value for key, value in settings.items() if key not in free}
     return {**used, "beta": beta, "images": images.checksum}
@@ -317,7 +326,7 @@ def _read(file: Path, of_run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model(file: Path, settings: Mapping[str, Any], beta: float, images: _Images) -> VAE:
     """The weights of the best epoch, on the CPU."""
-    vae = VAE(1, settings["latent"], settings["width"])
+    vae = _fresh(settings)
     restore_model(vae, _read(file, _of_run(settings, beta, images))["best"]["model"], file)
     return vae.eval()
 
@@ -332,9 +341,8 @@ def judge(
     images = _Images.load(settings, data_dir)
     device = parse_device(settings["device"])
     vae = _model(folder.parent / trained / STATE, settings, beta, images).to(device)
-    coins = torch.Generator().manual_seed(settings["seed"])
     sets = {
-        "train": _black_and_white(images.train, settings["pixels"], coins),
+        "train": _black_and_white(images.train, settings, _TRAIN),
         "valid": images.valid,
         "test": images.test,
     }

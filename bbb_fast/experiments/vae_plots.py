@@ -34,7 +34,7 @@ _SCALE, _GAP, _LEFT, _TITLE, _BOTTOM, _DPI = 2, 2, 110, 44, 76, 150
 @torch.no_grad()
 def pictures(
     vae: VAE,
-    grey: Tensor,
+    images: Tensor,
     x: Tensor,
     labels: Tensor,
     classes: Sequence[str],
@@ -43,9 +43,10 @@ def pictures(
 ) -> bytes:
     """A PNG: reconstructions, samples of the prior, codes between images, walks along single numbers.
 
-    Args: ``grey`` test images [N, 1, 32, 32] and ``x``, what the model sees of them, with ``labels`` [N];
-    ``activity`` of each number of the code; ``seed`` of the samples.
+    Args: ``images`` of the test set, uint8 [N, 1, 32, 32], and ``x``, what the model sees of them, with
+    ``labels`` [N]; ``activity`` of each number of the code; ``seed`` of the samples.
     """
+    grey = images.float() / 255
     of_class = [torch.nonzero(labels == c).flatten()[:2].tolist() for c in range(len(classes))]
     first, second = ([found[k] for found in of_class if len(found) > k][:_COLUMNS] for k in (0, 1))
     codes = vae.encode(x)[0]

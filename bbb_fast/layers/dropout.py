@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +30,6 @@ class _Mask(RandomModule):
         return draw.pinned.rng(self, input.device), draw.pinned.draw == "weights"
 
 
-def _number(owner: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    return float(value)
-
-
 class MCDropout(_Mask):
     """``torch.nn.Dropout`` that drops in eval mode too: Monte Carlo dropout.
 
@@ -58,7 +50,7 @@ class MCDropout(_Mask):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        self.p = _number(type(self).__name__, "p", p)
+        self.p = _checks.number(type(self).__name__, "p", p)
         _checks.probability(type(self).__name__, "p", self.p)
 
     def forward(self, input: Tensor, sample: bool = True) -> Tensor:
@@ -158,11 +150,11 @@ class ConcreteDropout(_Mask):
             )
         if _checks.is_lazy(layer):
             raise ValueError(f"{name}: the layer is lazy; run it once first, so that its weight has a shape")
-        p = _number(name, "p", p)
+        p = _checks.number(name, "p", p)
         if not 0 < p < 1:
             raise ValueError(f"{name}: p must be in (0, 1), got {p:g}")
         for label, value in (("length_scale", length_scale), ("temperature", temperature)):
-            if not 0 < _number(name, label, value) < math.inf:
+            if not 0 < _checks.number(name, label, value) < math.inf:
                 raise ValueError(f"{name}: {label} must be finite and > 0, got {value:g}")
         self.layer = layer
         self.length_scale, self.temperature = float(length_scale), float(temperature)

@@ -13,12 +13,6 @@ from ..layers import MCDropout, MCDropout1d, MCDropout2d, MCDropout3d
 
 __all__ = ["mc_dropout", "model_precision"]
 
-_TWINS: dict[type[nn.Module], type[MCDropout]] = {
-    nn.Dropout: MCDropout,
-    nn.Dropout1d: MCDropout1d,
-    nn.Dropout2d: MCDropout2d,
-    nn.Dropout3d: MCDropout3d,
-}
 # By the number of dimensions that the layer's weight has behind [out, in].
 _BEFORE: dict[int, type[MCDropout]] = {0: MCDropout, 1: MCDropout1d, 2: MCDropout2d, 3: MCDropout3d}
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -56,10 +50,11 @@ def mc_dropout(model: nn.Module, p: float | None = None) -> nn.Module:
         if rules.is_wrapper(module):
             raise TypeError(f"mc_dropout: give the model inside {type(module).__name__} and wrap the result")
     if p is not None:
+        p = _checks.number("mc_dropout", "p", p)
         _checks.probability("mc_dropout", "p", p)
     _refuse_unreachable(model)
     copied = rules.copy_of(model)
-    own = [m for m in copied.modules() if type(m) in _TWINS or isinstance(m, MCDropout)]
+    own = [m for m in copied.modules() if type(m) in rules.DROPOUT or isinstance(m, MCDropout)]
     if p is None and not any(m.p > 0 for m in own):
         has = "drop nothing (p = 0)" if own else "are none"
         raise ValueError(f"mc_dropout: the model's own dropout modules {has}: say p, for it to get some")
@@ -75,9 +70,10 @@ def _refuse_unreachable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kind, label = type(module).__name__, name or "(model)"
         rate = getattr(module, "dropout", None)
-        if isinstance(module, nn.modules.dropout._DropoutNd) and type(module) not in _TWINS:
+        if isinstance(module, nn.modules.dropout._DropoutNd) and type(module) not in rules.DROPOUT:
             found.append(f"{label} ({kind})")
-        elif isinstance(rate, float) and rate > 0:
+        # Between the layers of a recurrent one, if there are several.
+        elif isinstance(rate, float) and rate > 0 and getattr(module, "num_layers", 2) != 1:
             found.append(f"{label} ({kind}, dropout={rate:g})")
     if found:
         raise ValueError(
@@ -91,14 +87,14 @@ def _turned_on(model: nn.Module, p: float | None) -> nn.Module:
     replaced: dict[int, nn.Module] = {}
 
     def twin(module: Any) -> MCDropout:
-        kind = _TWINS.get(type(module), type(module))
+        kind = rules.DROPOUT.get(type(module), type(module))
         made = kind(module.p if p is None else p).train(module.training)
         rules.move_hooks(module, made)
         replaced.setdefault(id(module), made)
         return made
 
     def is_dropout(module: nn.Module | None) -> bool:
-        return type(module) in _TWINS or isinstance(module, MCDropout)
+        return type(module) in rules.DROPOUT or isinstance(module, MCDropout)
 
     if is_dropout(model):
         return twin(model)

@@ -23,9 +23,7 @@ struct NormalArgs {
 namespace bbb_fast {
 
 at::Tensor normal_cpu(at::IntArrayRef size, const at::Tensor& rng, at::ScalarType dtype) {
-  check_dtype_option("normal", "dtype", dtype);
-  check_rng("normal", rng, rng.device());
-  for (int64_t length : size) TORCH_CHECK_VALUE(length >= 0, "normal: size must be >= 0, got ", size);
+  check_noise("normal", size, rng, dtype);
   at::Tensor out = at::empty(size, rng.options().dtype(dtype));
   const at::Tensor numbers = rng.contiguous();
   const int64_t* seed_stream = numbers.const_data_ptr<int64_t>();

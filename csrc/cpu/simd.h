@@ -171,6 +171,7 @@ BBB_INLINE void store(float* p, const vquad& x) {
 
 #include "../gaussian.h"
 #include "../philox.h"
+#include "../words.h"
 
 // Shuffles within each group of four lanes, the four lanes of a and of b numbered 0-3 and 4-7.
 #define BBB_GROUP(g, i) ((i) < 4 ? 4 * (g) + (i) : kWidth + 4 * (g) + (i) - 4)
@@ -203,6 +204,36 @@ struct Noise {
   explicit Noise(uint64_t seed, uint64_t stream_) : key(philox_key(seed)), stream(stream_) {}
 
   BBB_INLINE void tile(uint64_t block, vquad z[kQuads]) const {
+    Pair<vuint> w[4];
+    blocks(block, w);
+    Pair<Pair<vfloat>> n0, n1;
+    box_muller(Pair<Pair<vuint>>{w[0], w[2]}, Pair<Pair<vuint>>{w[1], w[3]}, n0, n1);
+    z[0] = ordered(n0.a.a, n1.a.a, n0.b.a, n1.b.a);
+    z[1] = ordered(n0.a.b, n1.a.b, n0.b.b, n1.b.b);
+  }
+
+  BBB_INLINE void tile(uint64_t block, float* out) const {
+    vquad z[kQuads];
+    tile(block, z);
+    for (int q = 0; q < kQuads; ++q) store(out + q * kQuad, z[q]);
+  }
+
+  // The words that a tile's elements have.
+  BBB_INLINE void words(uint64_t block, vuint out[kTile / kWidth]) const {
+    Pair<vuint> w[4];
+    blocks(block, w);
+    const auto bits = [](vuint x) BBB_ALWAYS_INLINE { return as_float(as_signed(x)); };
+    const auto put = [&](vuint* to, const vquad& x) BBB_ALWAYS_INLINE {
+      const vfloat parts[] = {x.a.a, x.a.b, x.b.a, x.b.b};
+      for (int k = 0; k < 4; ++k) to[k] = as_unsigned(as_int(parts[k]));
+    };
+    put(out, ordered(bits(w[0].a), bits(w[1].a), bits(w[2].a), bits(w[3].a)));
+    put(out + 4, ordered(bits(w[0].b), bits(w[1].b), bits(w[2].b), bits(w[3].b)));
+  }
+
+ private:
+  // The outputs of a tile's blocks, for both of its quads.
+  BBB_INLINE void blocks(uint64_t block, Pair<vuint> w[4]) const {
     // 32-bit lane 4 g + i of a quad works on its block (kWidth / 4) i + g: then a 4 x 4 transpose within each
     // group of lanes puts the outputs in order.
     vword even, odd;
@@ -222,22 +253,9 @@ struct Noise {
       }
     }
     philox4x32(c[0], c[1], c[2], c[3], key);
-    const auto words = [&](int j) BBB_ALWAYS_INLINE {
-      return Pair<vuint>{joined(c[j].v[0], c[j].v[1]), joined(c[j].v[2], c[j].v[3])};
-    };
-    Pair<Pair<vfloat>> n0, n1;
-    box_muller(Pair<Pair<vuint>>{words(0), words(2)}, Pair<Pair<vuint>>{words(1), words(3)}, n0, n1);
-    z[0] = ordered(n0.a.a, n1.a.a, n0.b.a, n1.b.a);
-    z[1] = ordered(n0.a.b, n1.a.b, n0.b.b, n1.b.b);
+    for (int j = 0; j < 4; ++j) w[j] = {joined(c[j].v[0], c[j].v[1]), joined(c[j].v[2], c[j].v[3])};
   }
 
-  BBB_INLINE void tile(uint64_t block, float* out) const {
-    vquad z[kQuads];
-    tile(block, z);
-    for (int q = 0; q < kQuads; ++q) store(out + q * kQuad, z[q]);
-  }
-
- private:
   // Outputs 0 to 3 of a quad's blocks in the order of elements.
   static BBB_INLINE vquad ordered(vfloat n0, vfloat n1, vfloat n2, vfloat n3) {
     const vfloat a = BBB_SHUFFLE(n0, n1, 0, 4, 1, 5);

@@ -15,7 +15,7 @@ using scalar::lrt_noise;
 using scalar::lrt_noise_derivative;
 
 struct LrtSample {
-  static constexpr bool kNoise = true;
+  static constexpr Draw kDraw = Draw::normal;
   template <class A>
   BBB_DEVICE static A call(A m, A v, A z) {
     return m + lrt_noise(v, z);
@@ -23,7 +23,7 @@ struct LrtSample {
 };
 
 struct LrtSampleBackward {
-  static constexpr bool kNoise = true;
+  static constexpr Draw kDraw = Draw::normal;
   template <class A>
   BBB_DEVICE static A call(A grad, A v, A z) {
     return grad * lrt_noise_derivative(v, z);
@@ -40,7 +40,7 @@ void lrt_sample_(at::Tensor& m, const at::Tensor& v, const at::Tensor& rng) {
   dispatch_activation_pair(pair, [&](auto first, auto second) {
     using M = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    map<LrtSample, M>(numbers, mean, mean.const_data_ptr<M>(), var.const_data_ptr<V>());
+    map<M>(LrtSample{}, numbers, mean, mean.const_data_ptr<M>(), var.const_data_ptr<V>());
   });
   if (!mean.is_same(m)) m.copy_(mean);
 }
@@ -56,7 +56,7 @@ at::Tensor lrt_sample_backward(const at::Tensor& grad, const at::Tensor& v, cons
   dispatch_activation_pair(pair, [&](auto first, auto second) {
     using M = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    map<LrtSampleBackward, V>(numbers, grad_v, g.const_data_ptr<M>(), var.const_data_ptr<V>());
+    map<V>(LrtSampleBackward{}, numbers, grad_v, g.const_data_ptr<M>(), var.const_data_ptr<V>());
   });
   return grad_v.to(v.scalar_type());
 }

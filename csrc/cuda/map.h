@@ -15,13 +15,16 @@ struct MapEntry {
   bool aligned;
 };
 
-// A Function has a constant kNoise, and a template call(element of each input..., noise if kNoise).
-template <class Function, class A, class Operands, size_t... k>
-BBB_DEVICE A call(const Operands& o, A z, int j, std::index_sequence<k...>) {
-  if constexpr (Function::kNoise) {
-    return Function::call(static_cast<A>(std::get<k>(o).wide(j))..., z);
+// What a function is given of the noise for each element: a normal number, or the generator's word.
+enum class Draw { nothing, normal, word };
+
+// A Function has a constant kDraw, and a member call(element of each input..., what it draws).
+template <class A, class Function, class Operands, class Drawn, size_t... k>
+BBB_DEVICE A call(const Function& f, const Operands& o, Drawn z, int j, std::index_sequence<k...>) {
+  if constexpr (Function::kDraw == Draw::nothing) {
+    return f.call(static_cast<A>(std::get<k>(o).wide(j))...);
   } else {
-    return Function::call(static_cast<A>(std::get<k>(o).wide(j))...);
+    return f.call(static_cast<A>(std::get<k>(o).wide(j))..., z);
   }
 }
 
@@ -31,13 +34,14 @@ BBB_DEVICE void read_each(Operands& o, int left, std::index_sequence<k...>, cons
 }
 
 template <class Function, class Out, class... In>
-__global__ void __launch_bounds__(kThreads)
-    map_kernel(const __grid_constant__ Table<MapEntry<Out>, 1> table, const int64_t* rng, const In*... in) {
+__global__ void __launch_bounds__(kThreads) map_kernel(
+    const __grid_constant__ Table<MapEntry<Out>, 1> table, Function f, const int64_t* rng, const In*... in) {
   using A = Wide<Out>;
+  using Drawn = std::conditional_t<Function::kDraw == Draw::word, uint32_t, A>;
   constexpr int N = kVector<Out, In...>;
   using Operands = std::tuple<Pack<In, N>...>;
   Noise noise;
-  if constexpr (Function::kNoise) noise = Noise(rng, 0);
+  if constexpr (Function::kDraw != Draw::nothing) noise = Noise(rng, 0);
   for_each_chunk(table, [&](const auto& e, int64_t, int64_t begin, int count) {
     for_each_vector<N, Operands>(
         e.aligned, count,
@@ -45,26 +49,27 @@ __global__ void __launch_bounds__(kThreads)
           read_each<whole.value>(o, left, std::index_sequence_for<In...>{}, in + begin + at...);
         },
         [&](auto whole, unsigned at, int left, const Operands& o) {
-          A z[N];
-          if constexpr (Function::kNoise) noise.fill(begin, at, z);
+          Drawn z[N];
+          if constexpr (Function::kDraw != Draw::nothing) noise.fill(begin, at, z);
+          A result[N];
 #pragma unroll
           for (int j = 0; j < N; ++j) {
-            z[j] = call<Function, A>(o, z[j], j, std::index_sequence_for<In...>{});
+            result[j] = call<A>(f, o, z[j], j, std::index_sequence_for<In...>{});
           }
-          write<whole.value>(e.out + begin + at, left, z);
+          write<whole.value>(e.out + begin + at, left, result);
         });
   });
 }
 
-// out[i] = Function::call(in[i]..., noise[i]). rng is undefined where there is no noise; out may be an input.
-template <class Function, class Out, class... In>
-void map(const at::Tensor& rng, const at::Tensor& out, const In*... in) {
+// out[i] = f.call(in[i]..., noise[i]). rng is undefined where there is no noise; out may be an input.
+template <class Out, class Function, class... In>
+void map(const Function& f, const at::Tensor& rng, const at::Tensor& out, const In*... in) {
   constexpr int N = kVector<Out, In...>;
   Out* to = out.mutable_data_ptr<Out>();
   Table<MapEntry<Out>, 1> table;
   table.add({to, out.numel(), is_aligned<N>(to) && (is_aligned<N>(in) && ...)});
-  const int64_t* numbers = Function::kNoise ? rng.const_data_ptr<int64_t>() : nullptr;
-  launch<&map_kernel<Function, Out, In...>>(table.chunks(), table, numbers, in...);
+  const int64_t* numbers = Function::kDraw == Draw::nothing ? nullptr : rng.const_data_ptr<int64_t>();
+  launch<&map_kernel<Function, Out, In...>>(table.chunks(), table, f, numbers, in...);
 }
 
 }  // namespace bbb_fast::cuda

@@ -10,7 +10,7 @@ namespace bbb_fast::cuda {
 namespace {
 
 struct Normal {
-  static constexpr bool kNoise = true;
+  static constexpr Draw kDraw = Draw::normal;
   template <class A>
   BBB_DEVICE static A call(A z) {
     return z;
@@ -18,13 +18,11 @@ struct Normal {
 };
 
 at::Tensor normal(at::IntArrayRef size, const at::Tensor& rng, at::ScalarType dtype) {
-  check_dtype_option("normal", "dtype", dtype);
-  check_rng("normal", rng, rng.device());
-  for (int64_t length : size) TORCH_CHECK_VALUE(length >= 0, "normal: size must be >= 0, got ", size);
+  check_noise("normal", size, rng, dtype);
   const DeviceGuard guard(rng.device());
   at::Tensor out = at::empty(size, rng.options().dtype(dtype));
   const at::Tensor numbers = rng.contiguous();
-  dispatch(dtype, [&](auto type) { map<Normal, typename decltype(type)::type>(numbers, out); });
+  dispatch(dtype, [&](auto type) { map<typename decltype(type)::type>(Normal{}, numbers, out); });
   return out;
 }
 

@@ -11,7 +11,7 @@ namespace bbb_fast::cuda {
 namespace {
 
 struct Square {
-  static constexpr bool kNoise = false;
+  static constexpr Draw kDraw = Draw::nothing;
   template <class A>
   BBB_DEVICE static A call(A x) {
     return x * x;
@@ -19,7 +19,7 @@ struct Square {
 };
 
 struct SquareBackward {
-  static constexpr bool kNoise = false;
+  static constexpr Draw kDraw = Draw::nothing;
   template <class A>
   BBB_DEVICE static A call(A grad_x, A x, A grad) {
     return grad_x + x * grad * A{2};
@@ -36,7 +36,7 @@ at::Tensor square(const at::Tensor& input, at::ScalarType dtype) {
   dispatch_activation_pair(pair, [&](auto first, auto second) {
     using X = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    map<Square, V>({}, out, x.const_data_ptr<X>());
+    map<V>(Square{}, {}, out, x.const_data_ptr<X>());
   });
   return out.to(dtype);
 }
@@ -52,7 +52,7 @@ void square_backward_(at::Tensor& grad_input, const at::Tensor& input, const at:
   dispatch_activation_pair(pair, [&](auto first, auto second) {
     using X = typename decltype(first)::type;
     using V = typename decltype(second)::type;
-    map<SquareBackward, X>({}, sum, sum.const_data_ptr<X>(), x.const_data_ptr<X>(), g.const_data_ptr<V>());
+    map<X>(SquareBackward{}, {}, sum, sum.const_data_ptr<X>(), x.const_data_ptr<X>(), g.const_data_ptr<V>());
   });
   if (!sum.is_same(grad_input)) grad_input.copy_(sum);
 }

@@ -108,14 +108,20 @@ struct Noise {
       : key(scalar::philox_key(static_cast<uint64_t>(rng[0]))),
         stream(static_cast<uint64_t>(rng[1]) + tensor) {}
 
-  // Elements at ... at + N - 1 of the chunk that begins with element begin; at is a multiple of 4.
+  // Elements at ... at + N - 1 of the chunk that begins with element begin; at is a multiple of 4. Normal
+  // numbers, or the generator's words.
   template <int N, class T>
   BBB_DEVICE void fill(int64_t begin, unsigned at, T (&z)[N]) const {
 #pragma unroll
     for (int j = 0; j < N; j += 4) {
-      float block[4];
       // begin is a multiple of kChunk, so nothing carries.
-      scalar::noise_block(key, static_cast<uint64_t>(begin) / 4 | (at + j) / 4, stream, block);
+      const uint64_t number = static_cast<uint64_t>(begin) / 4 | (at + j) / 4;
+      std::conditional_t<std::is_same_v<T, uint32_t>, uint32_t, float> block[4];
+      if constexpr (std::is_same_v<T, uint32_t>) {
+        scalar::philox_block(key, number, stream, block);
+      } else {
+        scalar::noise_block(key, number, stream, block);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) z[j + i] = block[i];
     }

@@ -54,6 +54,25 @@ void noise_is_the_scalar_noise() {
   }
 }
 
+void words_are_the_scalar_words() {
+  const uint64_t seed = 0x123456789abcdef, stream = ~uint64_t{2};
+  const auto key = s::philox_key(seed);
+  for (uint64_t start : {uint64_t{0}, uint64_t{1} << 34}) {
+    b::vuint words[b::kTile / b::kWidth];
+    b::Noise(seed, stream).words(start / 4, words);
+    for (int i = 0; i < b::kTile; ++i) {
+      uint32_t w[4];
+      s::philox_block(key, (start + i) / 4, stream, w);
+      const b::vuint vector = words[i / b::kWidth];
+      const int lane = i % b::kWidth;
+      EXPECT(vector[lane] == w[i % 4]);
+      EXPECT(b::uniform_of(vector, 23)[lane] == s::uniform_of(w[i % 4], 23));
+      const b::vfloat factor = b::dropout_factor(vector, 0x90000000u, b::vfloat{} + 1.5f);
+      EXPECT(factor[lane] == s::dropout_factor(w[i % 4], 0x90000000u, 1.5f));
+    }
+  }
+}
+
 void softplus_and_its_derivatives() {
   const b::Prior prior = b::make_prior({0.2, 0.1});
   for (float rho = -80.0f; rho < 80.0f; rho += 0.0371f) {
@@ -142,6 +161,7 @@ void golden_values(char** numbers) {
 
 int main(int argc, char** argv) {
   noise_is_the_scalar_noise();
+  words_are_the_scalar_words();
   softplus_and_its_derivatives();
   kl_of_a_tile();
   lrt_noise_and_its_derivative();

@@ -8,6 +8,7 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/span.h"
+#include "../dropout.h"
 #include "../scalar.h"
 #include "expect.h"
 
@@ -100,6 +101,20 @@ void box_muller_extremes() {
   }
 }
 
+void uniform_and_dropout() {
+  for (int bits : {7, 10, 23}) {
+    const float least = std::ldexp(1.0f, -bits - 1);
+    EXPECT(s::uniform_of(0u, bits) == least);
+    EXPECT(s::uniform_of(0xffffffffu, bits) == 1.0f - least);
+    EXPECT(s::uniform_of(0x80000000u, bits) == 0.5f + least);
+  }
+  EXPECT(s::dropout_factor(4u, 5u, 2.0f) == 0.0f && s::dropout_factor(5u, 5u, 2.0f) == 2.0f);
+  const bbb_fast::Dropout nothing(0.0), half(0.5), nearly_all(1.0 - 0x1p-40), all(1.0);
+  EXPECT(nothing.least == 0 && nothing.scale == 1.0);
+  EXPECT(half.least == 0x80000000u && half.scale == 2.0);
+  EXPECT(nearly_all.scale == 0.0 && all.scale == 0.0);
+}
+
 at::Tensor normal(int64_t count, int64_t seed, int64_t stream) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bbb_fast::normal", "")
@@ -147,6 +162,7 @@ int main() {
   elementary_functions();
   softplus_and_kl();
   box_muller_extremes();
+  uniform_and_dropout();
   vector_noise_equals_scalar_noise();
   unknown_instruction_set_is_refused();
   return report();

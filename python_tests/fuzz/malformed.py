@@ -74,6 +74,11 @@ def _public(c: Choices, name: str) -> Arguments:
     mu, rho = _tensor(c, "mu", 3, 5), _tensor(c, "rho", 3, 5) - 2
     if name == "normal":
         return {"size": (3, 5), "rng": _rng(), "dtype": F32}
+    if name == "uniform":
+        return {"size": (3, 5), "rng": _rng(), "dtype": F32}
+    if name == "dropout":
+        ways = {"channels": c.chance("channels", 0.5), "one_mask": c.chance("one_mask", 0.5)}
+        return {"input": mu, "rng": _rng(), "p": 0.3, **ways}
     if name == "sample_weight":
         return {"mu": mu, "rho": rho, "rng": _rng(), **_prior(), "with_kl": True, "dtype": None}
     if name == "sample_weights":
@@ -101,6 +106,9 @@ def _raw(c: Choices, name: str) -> Arguments:
     gradient = {"grad_w": [x], "grad_kl": torch.tensor(0.5), "mu": [y], "rho": [z]}
     by_hand: dict[str, Arguments] = {
         "normal": {"size": [3, 5], "rng": rng, "dtype": F32},
+        "uniform": {"size": [3, 5], "rng": rng, "dtype": F32},
+        "dropout": {"input": x, "rng": rng, "p": 0.3, "channels": True, "one_mask": False},
+        "drop_elements": {"input": x, "rng": rng, "p": 0.3},
         "sample_weights": {"mu": [x], "rho": [y], "rng": rng, **_prior(), "with_kl": True, "dtype": None},
         "kl_divergence": {"mu": [x], "rho": [y], **lists},
         "kl_tensor_prior": {"mu": x, "rho": y, "prior_mu": z, "prior_sigma": z.abs() + 0.1},
@@ -358,6 +366,8 @@ def _changed(arguments: Arguments, c: Choices) -> Arguments:
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 PUBLIC = (
     "normal",
+    "uniform",
+    "dropout",
     "sample_weight",
     "sample_weights",
     "kl_divergence",

@@ -77,14 +77,37 @@ class Problem:
 # ------------------------------------------------------------------------------------ the ops by themselves
 
 
-def normal(c: Choices) -> Problem:
-    size = c.pick("size", *((n,) for n in COUNTS), (3, 5), (2, 0, 3), (), 7)
-    rng, dtype = rng_of(c), c.pick("dtype", F32, F64, BF16, F16)
+def noise(name: str) -> Callable[[Choices], Problem]:
+    """normal and uniform."""
+    op = getattr(functional, name)
 
-    def run(_: Tensors, exact: bool) -> Tensors:
-        return {"output": functional.normal(size, rng, dtype=F64 if exact else dtype)}
+    def problem(c: Choices) -> Problem:
+        size = c.pick("size", *((n,) for n in COUNTS), (3, 5), (2, 0, 3), (), 7)
+        rng, dtype = rng_of(c), c.pick("dtype", F32, F64, BF16, F16)
 
-    return Problem({}, run, (F32, dtype), kernels_alone=True, records=False)
+        def run(_: Tensors, exact: bool) -> Tensors:
+            return {"output": op(size, rng, dtype=F64 if exact else dtype)}
+
+        return Problem({}, run, (F32, dtype), kernels_alone=True, records=False)
+
+    return problem
+
+
+def dropout(c: Choices) -> Problem:
+    shapes = ((3, 5), (1, 7), (2, 0, 3), (3, 2, 5), (2, 5, 3, 4), (2, 3, 4, 3, 2), (0, 4))
+    channels = c.chance("channels", 0.3)
+    shape = c.pick("shape", *shapes, *(() if channels else ((), *((n,) for n in COUNTS))))
+    dtype = c.pick("dtype", F32, F64, BF16, F16, often=0.4)
+    operands = {"input": input_of(c, shape, dtype, extremes(c, dtype), False)}
+    gradients(c, operands)
+    nonfinite(c, operands)
+    rng, one_mask = rng_of(c), c.chance("one_mask", 0.3)
+    p = c.pick("p", 0.5, 0.0, 0.1, 0.9, 1.0, 1 - 2.0**-40, 2.0**-40, often=0.5)
+
+    def run(t: Tensors, exact: bool) -> Tensors:
+        return {"output": functional.dropout(t["input"], rng, p, channels=channels, one_mask=one_mask)}
+
+    return Problem(operands, run, (dtype,), kernels_alone=not channels and not one_mask)
 
 
 def _posteriors(c: Choices, most: int) -> tuple[dict[str, Operand], torch.dtype]:
@@ -419,7 +442,9 @@ _FAMILIES = ("BBB", "BBB_LRT", "Flipout")
 _PRODUCTS = ("conv", "conv_transpose")
 _KINDS = ("BBBLinear", "BBBConv1d", "BBBConv2d", "BBBConv3d")
 OPS: dict[str, Callable[[Choices], Problem]] = {
-    "normal": normal,
+    "normal": noise("normal"),
+    "uniform": noise("uniform"),
+    "dropout": dropout,
     "sample_weight": sample_weight,
     "sample_weights": sample_weights,
     "kl_divergence": kl_divergence,
