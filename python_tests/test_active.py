@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu_only("the command runs on the CPU")
 SETTINGS: dict[str, Any] = {
     "dataset": "digits", "data_dir": None, "valid_size": 100, "judge": "validation", "start": 20, "step": 10,
     "labels": 45, "pool": 60, "draws": 3, "method": "mc-dropout", "first_steps": 3, "steps": 2,
-    "batch_size": 16, "lr": 0.005, "kl_weight": 0.03, "dropout": 0.4, "members": 2,
+    "from_scratch": False, "batch_size": 16, "lr": 0.005, "kl_weight": 0.03, "dropout": 0.4, "members": 2,
 }  # fmt: skip
 # Of the command; all that is not here has its default.
 SMALL = [
@@ -147,11 +147,13 @@ class TestLearn:
         labelled = rounds(tmp_path)["labelled"]
         assert len(set(labelled)) == len(labelled) == 45
 
-    @pytest.mark.parametrize("acquisition", active.ACQUISITIONS)
+    @pytest.mark.parametrize(
+        ("acquisition", "from_scratch"), [*((name, False) for name in active.ACQUISITIONS), ("entropy", True)]
+    )
     def test_interrupted_is_as_if_unbroken(
-        self, tmp_path: Path, acquisition: str, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, acquisition: str, from_scratch: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = learn(tmp_path / "whole", acquisition)
+        whole = learn(tmp_path / "whole", acquisition, from_scratch=from_scratch)
         left, train = 2, active.train
 
         def interrupt(*args: Any) -> None:
@@ -163,12 +165,12 @@ class TestLearn:
 
         monkeypatch.setattr(active, "train", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            learn(tmp_path / "broken", acquisition)
+            learn(tmp_path / "broken", acquisition, from_scratch=from_scratch)
         assert len(rounds(tmp_path / "broken")["accuracy"]) == 2
         monkeypatch.setattr(active, "train", train)
         torch.manual_seed(99)  # whatever has happened meanwhile
         torch.rand(7)
-        assert learn(tmp_path / "broken", acquisition) == whole
+        assert learn(tmp_path / "broken", acquisition, from_scratch=from_scratch) == whole
         kept = [rounds(tmp_path / name) for name in ("broken", "whole")]
         torch.testing.assert_close(*kept, rtol=0, atol=0)
 
@@ -183,6 +185,23 @@ class TestLearn:
         # The first round is the same too: it trains on the same labels.
         first = {rounds(tmp_path / f"{name}0")["accuracy"][0] for name, seed in tasks if seed == 0}
         assert len(first) == 1
+
+    def test_a_round_goes_on_or_starts_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        starts, train = [], active.train
+
+        def seen(model: nn.Module, *args: Any) -> None:
+            starts.append(([p.clone() for p in model.parameters()], args[2]))
+            train(model, *args)
+            starts.append(([p.clone() for p in model.parameters()], args[2]))
+
+        monkeypatch.setattr(active, "train", seen)
+        for name, from_scratch in (("on", False), ("anew", True)):
+            starts.clear()
+            learn(tmp_path / name, "random", labels=30, from_scratch=from_scratch)
+            (_, end), (again, _) = (starts[0][0], starts[1][0]), (starts[2][0], starts[3][0])
+            same = [torch.equal(a, b) for a, b in zip(end, again, strict=True)]
+            assert not any(same) if from_scratch else all(same)
+            assert [steps for _, steps in starts[::2]] == ([3, 3] if from_scratch else [3, 2])
 
     def test_more_steps_learn(self, tmp_path: Path) -> None:
         result = learn(tmp_path, "random", start=200, labels=200, first_steps=100, batch_size=64)
@@ -215,7 +234,7 @@ class TestLearn:
             learn(tmp_path, "random", labels=20)
 
 
-OF_ALL = {"dataset": "digits", "method": "lrt", "judge": "test", "pool": 9, "steps": 5}
+OF_ALL = {"dataset": "digits", "method": "lrt", "judge": "test", "pool": 9, "steps": 5, "from_scratch": False}
 
 
 class TestDocument:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bbb_fast import (
     ELBO,
+    convert,
     fixed_noise,
     kl_loss,
     multi_sample,
@@ -26,7 +27,7 @@ from bbb_fast import (
     summary,
 )
 from bbb_fast.functional import dropout, uniform
-from bbb_fast.layers import BBB, ConcreteDropout, MCDropout, MCDropout1d, MCDropout2d, MCDropout3d
+from bbb_fast.layers import BBB, BBB_LRT, ConcreteDropout, MCDropout, MCDropout1d, MCDropout2d, MCDropout3d
 from bbb_fast.reference import philox4x32
 
 
@@ -211,7 +212,7 @@ def test_the_kernels_bits(isa: str, count: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 1] + [(7, 65, 3, 11)])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 1] + [(7, 65, 3, 11), (70, 30, 9, 11)])
 def test_the_bits_of_shared_words(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for way in WAYS:
         for x in in_formats(torch.randn(shape).to(dtype)):
@@ -526,7 +527,16 @@ def test_kl_loss_counts_it() -> None:
     with torch.no_grad():
         layer.p_logit.fill_(-200.0)
     kl_loss(layer).backward()
-    assert math.isfinite(float(kl_loss(layer))) and math.isfinite(float(layer.p_logit.grad))
+    assert math.isfinite(kl_loss(layer).item()) and math.isfinite(layer.p_logit.grad.item())
+
+
+@pytest.mark.parametrize("others", ["keep", "weights"])
+def test_convert_leaves_it(others: str) -> None:
+    model = nn.Sequential(ConcreteDropout(nn.Linear(3, 4)), MCDropout(), nn.Linear(4, 2))
+    made = convert(model, "lrt", others=others)
+    assert type(made[0]) is ConcreteDropout and type(made[0].layer) is nn.Linear
+    assert isinstance(made[2], BBB_LRT.BBBLinear) and made(torch.randn(5, 3)).shape == (5, 2)
+    torch.testing.assert_close(kl_loss(made), model[0].kl_loss() + made[2].kl_loss())
 
 
 def test_summary() -> None:

@@ -83,6 +83,10 @@ def add_parser(subparsers: Any) -> None:
     model.add_argument(
         "--steps", type=int, default=40, metavar="N", help="in every later one, going on (default 40)"
     )
+    model.add_argument(
+        "--from-scratch", action="store_true",
+        help="train a new network in every round, with --first-steps",
+    )  # fmt: skip
     model.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a step (default 64)")
     model.add_argument(
         "--lr", type=float, default=2e-3, help="of Adam, falling to 0 in every round (default 0.002)"
@@ -101,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
         name: sized[name] if name in sized and getattr(args, name) is None else getattr(args, name)
         for name in (
             "dataset", "valid_size", "judge", "acquisitions", "seeds", "start", "step", "labels", "pool",
-            "draws", "accuracies", "method", "first_steps", "steps", "batch_size", "lr", "kl_weight",
-            "dropout", "members", "seed",
+            "draws", "accuracies", "method", "first_steps", "steps", "from_scratch", "batch_size", "lr",
+            "kl_weight", "dropout", "members", "seed",
         )
     }  # fmt: skip
     active.check(settings)

@@ -5,8 +5,8 @@ are labelled next, again and again. Houlsby et al. 2011 (arXiv:1112.5745) score 
 label and weights (BALD); Gal, Islam and Ghahramani, "Deep Bayesian active learning with image data", ICML
 2017 (arXiv:1703.02910) do so on images, from 20 labels, 10 more a round.
 
-A round goes on with the weights of the one before it. Its random numbers are its own, those weights and the
-labels are kept in a file, and so a task that is interrupted ends as if it had not been.
+A round goes on with the weights of the one before it, or starts anew. Its random numbers are its own, those
+weights and the labels are kept in a file, and so a task that is interrupted ends as if it had not been.
 """
 
 from __future__ import annotations
@@ -156,13 +156,15 @@ def learn(
     )  # fmt: skip
     for k in range(len(accuracy), len(sizes)):
         own = pool.subset(labelled)
-        steps = settings["steps" if k else "first_steps"]
         torch.manual_seed(_seed(seed, k))
+        if k and settings["from_scratch"]:
+            model = build(classes, channels, settings)
+        steps = settings["first_steps" if k == 0 or settings["from_scratch"] else "steps"]
         train(model, normalize(own.images, mean, std), own.labels, steps, settings)
         accuracy.append(accuracy_of_means(model, normalize(judged.images, mean, std), judged.labels))
         if k + 1 < len(sizes):
 
-            def score(index: Tensor, k: int = k) -> Tensor:
+            def score(index: Tensor, model: nn.Module = model, k: int = k) -> Tensor:
                 said = ask(model, normalize(pool.images[index], mean, std), settings, _seed(seed, k, "ask"))
                 return SCORES[acquisition](said)
 
@@ -342,8 +344,8 @@ def document(
     }
     on = f"the {judged} {settings['judge']} images, mean of {settings['seeds']} seeds"
     notes = [
-        f"Each round trains on with {settings['steps']} steps on all labels so far, and looks at "
-        f"{settings['pool']} of the pool's {pool} images, drawn anew, for the next ones to label.",
+        f"Each round {_how(settings)} on all labels so far, and looks at {settings['pool']} of the pool's "
+        f"{pool} images, drawn anew, for the next ones to label.",
         "The first labels of a seed are the same for every acquisition, as many of each class.",
         "A network is judged by its means: without dropout, or by the means of its weights.",
     ]
@@ -370,6 +372,12 @@ def document(
         notes=notes,
         seconds=seconds,
     )
+
+
+def _how(settings: Mapping[str, Any]) -> str:
+    if settings["from_scratch"]:
+        return f"trains a new network with {settings['first_steps']} steps"
+    return f"trains on with {settings['steps']} steps"
 
 
 def labels_needed(sizes: Sequence[int], accuracies: Sequence[float], wanted: float) -> int | None:
