@@ -275,6 +275,17 @@ class TestCompare:
         ]
         assert sum(gaps) / sum(diagram["count"]) == pytest.approx(one["ece"], abs=1e-9)
 
+    def test_networks_of_an_earlier_run(self, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+        """Everything is as there, the times of the training too."""
+        options = ["--from", str(finished[0]), "--methods", "ensemble", "--limit", "24", "--samples", "3"]
+        document = ran("compare", tmp_path / "a", *options, "--ensemble-sizes", "3")
+        for mine, theirs in zip(
+            document["results"]["entries"]["ensemble-3"], finished[1]["results"]["entries"]["ensemble-3"],
+            strict=True,
+        ):  # fmt: skip
+            assert without_times(mine) == without_times(theirs)
+            assert mine["train_seconds"] == theirs["train_seconds"]
+
     def test_time_is_that_of_all_networks(self, finished: tuple[Path, dict[str, Any]]) -> None:
         results = finished[1]["results"]
         for seed, one in zip((5, 6), results["entries"]["ensemble-3"], strict=True):
