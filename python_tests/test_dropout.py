@@ -394,6 +394,19 @@ def test_compiled(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_inductor_takes_another_rate(backend: str) -> None:
+    """In the graph that a first change of the rate makes of it."""
+    torch._dynamo.reset()
+    layer, x = MCDropout(), torch.ones(300)
+    compiled = torch.compile(layer, fullgraph=True)
+    for p in (0.5, 0.25, 0.75, 0.3, 0.0, 1.0):
+        layer.p = p
+        with fixed_noise(5, 1, model=layer):
+            torch.testing.assert_close(compiled(x), layer(x))
+    torch._dynamo.reset()
+
+
 @every_layer
 def test_vmap(backend: str, name: str) -> None:
     layer, x = made(name)
