@@ -224,7 +224,8 @@ def test_the_bits_of_shared_words(isa: str, shape: tuple[int, ...], dtype: torch
 
 
 def test_opcheck(native: None) -> None:
-    for x, way in zip(in_formats(torch.randn(2, 3, 4, 5)), WAYS, strict=True):
+    # Not dense, and in channels_last.
+    for x, way in zip(in_formats(torch.randn(2, 3, 4, 5))[2:], WAYS, strict=False):
         torch.library.opcheck(ops.dropout, (x.requires_grad_(), rng(), 0.3), way)
     torch.library.opcheck(ops.drop_elements, (torch.randn(3, 5), rng(), 0.3))
     torch.library.opcheck(ops.uniform, ([3, 5], rng(), torch.float32))
