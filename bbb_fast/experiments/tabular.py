@@ -99,9 +99,9 @@ def load_table(path: str | os.PathLike[str], target: str, drop: Sequence[str] = 
     for k in [wanted, *rest]:
         for line, cells in values:
             _check_cell(path, names[k], line, cells[k])
-    numbers = torch.tensor(
-        [[float(cells[k]) for k in (*rest, wanted)] for _, cells in values], dtype=torch.float64
-    )
+    order = [*rest, wanted]
+    numbers = torch.tensor([[float(cells[k]) for k in order] for _, cells in values], dtype=torch.float64)
+    numbers = numbers.reshape(-1, len(order))
     return Tabular(numbers[:, :-1], numbers[:, -1], tuple(names[k] for k in rest), names[wanted], path.stem)
 
 
