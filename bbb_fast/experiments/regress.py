@@ -38,9 +38,9 @@ def sources(
 ) -> dict[str, dict[str, Any]]:
     """Where each set comes from, by name, as plain values for :func:`load`.
 
-    ``data`` and ``target``: a table; ``data_dir`` and ``sets``: a folder and which of its sets, all if none is
-    named; neither: the bundled set. Raises OptionError where they contradict each other, DataError for a
-    folder without sets.
+    ``data`` and ``target``: a table; ``data_dir`` and ``sets``: a folder and which of its sets, all if none
+    is named; neither: the bundled set. Raises OptionError where they contradict each other, DataError for
+    a folder without sets.
     """
     if data is not None and data_dir is not None:
         raise OptionError("data", "and --data-dir exclude each other: give one of them")
