@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from bbb_fast import predict, predictive
+from bbb_fast.experiments import regression
 from bbb_fast.experiments.options import OptionError
 from bbb_fast.experiments.regression import METHODS, NOISES, Standardized, Training, fit, judge
 from bbb_fast.layers import MCDropout
+from bbb_fast.methods import gaussian_nll
 
 pytestmark = pytest.mark.cpu_only("experiments on small tables run there")
 
@@ -154,10 +156,23 @@ def test_mc_dropout_takes_the_rate_and_the_noise_that_held_out_rows_like_best() 
     assert float(said.variance.mean().sqrt()) == pytest.approx(NOISE, rel=0.3)
 
 
-def test_networks_of_an_ensemble_stop_before_they_learn_the_noise_by_heart() -> None:
+def test_networks_of_an_ensemble_stop_where_held_out_rows_like_them_best() -> None:
+    """Of pure noise they learn next to nothing, where they would know it by heart."""
     x, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
-    made = fit("ensemble", x, y, Training(hidden=(50,), steps=2_000, members=2), 0)
-    assert judge(made, x, y, 2, 0)[1]["rmse"] > 0.5
+    training = Training(hidden=(50,), steps=400, members=2)
+    assert judge(fit("ensemble", x, y, training, 0), x, y, 2, 0)[1]["rmse"] > 0.5
+    rest, held_out = regression._Problem(x.float(), y.float(), training, constant=False).held_out()
+    torch.manual_seed(1)
+    stopped = regression._stopped_network(rest, held_out)
+    torch.manual_seed(1)
+    network = rest.network()
+    losses = {
+        step: float(gaussian_nll(network(held_out.x), held_out.y))
+        for step in regression._steps(network, rest, regression._POINT_RATE, 400, decay=False)
+        if step in regression._LOOKS
+    }
+    assert losses[400] > min(losses.values())
+    assert float(gaussian_nll(stopped(held_out.x), held_out.y)) == min(losses.values())
 
 
 @pytest.mark.parametrize(
