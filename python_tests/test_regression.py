@@ -27,8 +27,8 @@ OFF_DATA = torch.cat([torch.linspace(-3, -2, 20), torch.linspace(2, 3, 20)]).dou
 NEW_REGION = torch.linspace(0.6, 1.0, 20, dtype=torch.float64)[:, None]
 
 # All but the one that has no epistemic part; and how few rows are few, for those whose epistemic part falls
-# with more of them. Posteriors over weights call the noise larger than it is where there are fewer; networks that
-# are trained on random parts of the rows agree where there are more.
+# with more of them. With fewer, posteriors over weights call the noise larger than it is; with more, networks
+# that are trained on random parts of the rows agree.
 BAYESIAN = ("bbb", "lrt", "flipout", "mc-dropout", "concrete-dropout", "ensemble")
 FEW = {"bbb": 200, "lrt": 200, "flipout": 200, "concrete-dropout": 50, "ensemble": 50}
 MANY = 1_000
@@ -167,12 +167,12 @@ def test_networks_of_an_ensemble_stop_where_held_out_rows_like_them_best() -> No
     torch.manual_seed(1)
     network = rest.network()
     losses = {
-        step: float(gaussian_nll(network(held_out.x), held_out.y))
+        step: gaussian_nll(network(held_out.x), held_out.y).item()
         for step in regression._steps(network, rest, regression._POINT_RATE, 400, decay=False)
         if step in regression._LOOKS
     }
     assert losses[400] > min(losses.values())
-    assert float(gaussian_nll(stopped(held_out.x), held_out.y)) == min(losses.values())
+    assert gaussian_nll(stopped(held_out.x), held_out.y).item() == min(losses.values())
 
 
 @pytest.mark.parametrize(
