@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bbb_fast.experiments.data import DataError
+from bbb_fast.experiments.options import MAX_SEED
 from bbb_fast.experiments.tabular import bundled, found_sets, load_set, load_table, random_splits
 
 pytestmark = pytest.mark.cpu_only("tables are in the CPU's memory")
@@ -171,6 +172,9 @@ class TestRandomSplits:
         few, many, other = (random_splits(50, n, seed) for n, seed in ((2, 0), (4, 0), (2, 1)))
         assert [s.test.tolist() for s in few] == [s.test.tolist() for s in many[:2]]
         assert len({tuple(s.test.tolist()) for s in (*many, *other)}) == 6
+
+    def test_the_largest_seed_has_splits_too(self) -> None:
+        assert len(random_splits(50, 2, MAX_SEED)) == 2
 
     def test_the_smallest_set_has_a_test_row(self) -> None:
         assert len(random_splits(4, 1, 0)[0].test) == 1

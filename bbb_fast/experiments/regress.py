@@ -15,7 +15,7 @@ from .document import Column, Document, Figure, Table, mean_and_error
 from .options import OptionError, check_int
 from .palette import COLORS
 from .regression import METHODS, Training, fit, judge
-from .tabular import Tabular, bundled, found_sets, load_set, load_table, random_splits
+from .tabular import Tabular, bundled, found_sets, load_set, load_table, random_splits, seed_of
 from .tasks import Experiment, Task
 
 __all__ = ["SCORES", "load", "regress", "sources"]
@@ -129,8 +129,7 @@ def _one_split(
     rows = (table.splits or random_splits(len(table.targets), split + 1, seed))[split]
     how = Training(**{**training, "hidden": tuple(training["hidden"]), "rates": tuple(training["rates"])})
     start = time.perf_counter()
-    # Splits and methods differ; runs of another seed are others altogether.
-    model = fit(method, table.inputs[rows.train], table.targets[rows.train], how, seed * 1_000_003 + split)
+    model = fit(method, table.inputs[rows.train], table.targets[rows.train], how, seed_of(seed, split))
     trained = time.perf_counter()
     said, scores = judge(model, table.inputs[rows.test], table.targets[rows.test], samples, seed)
     predicted = time.perf_counter()
