@@ -8,7 +8,6 @@ from typing import Any
 
 from ..experiments.regress import regress, settings, sources
 from ..experiments.regression import METHODS, NOISES, Training
-from ..experiments.tabular import found_sets
 from . import experiment, options
 
 __all__ = ["add_parser", "run"]
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; raises ValueError or OSError for what the user can put right."""
     training = Training(tuple(args.hidden), args.noise, args.steps, args.batch_size, args.members)
     data_dir = None if args.data_dir is None else str(args.data_dir)
-    sets = args.sets or ([] if args.data_dir is None else found_sets(args.data_dir))
-    where = sources(None if args.data is None else str(args.data), args.target, args.drop, data_dir, sets)
+    data = None if args.data is None else str(args.data)
+    where = sources(data, args.target, args.drop, data_dir, args.sets or [])
     told = settings(where, args.methods, args.splits, args.samples, args.seed, training)
     return experiment.carry_out(args, told, regress)

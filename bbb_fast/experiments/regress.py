@@ -15,7 +15,7 @@ from .document import Column, Document, Figure, Table, mean_and_error
 from .options import OptionError, check_int
 from .palette import COLORS
 from .regression import METHODS, Training, fit, judge
-from .tabular import Tabular, bundled, load_set, load_table, random_splits
+from .tabular import Tabular, bundled, found_sets, load_set, load_table, random_splits, seed_of
 from .tasks import Experiment, Task
 
 __all__ = ["SCORES", "load", "regress", "sources"]
@@ -38,8 +38,9 @@ def sources(
 ) -> dict[str, dict[str, Any]]:
     """Where each set comes from, by name, as plain values for :func:`load`.
 
-    ``data`` and ``target``: a table; ``data_dir`` and ``sets``: a folder of sets; neither: the bundled set.
-    Raises OptionError where they contradict each other.
+    ``data`` and ``target``: a table; ``data_dir`` and ``sets``: a folder and which of its sets, all if none
+    is named; neither: the bundled set. Raises OptionError where they contradict each other, DataError for
+    a folder without sets.
     """
     if data is not None and data_dir is not None:
         raise OptionError("data", "and --data-dir exclude each other: give one of them")
@@ -52,7 +53,9 @@ def sources(
             raise OptionError("target", "is needed with --data: the name or number of the target column")
         return {Path(data).stem: {"file": data, "target": target, "drop": list(drop)}}
     if data_dir is not None:
-        return {name: {"folder": data_dir, "set": name} for name in dict.fromkeys(sets)}
+        return {
+            name: {"folder": data_dir, "set": name} for name in dict.fromkeys(sets or found_sets(data_dir))
+        }
     return {"diabetes": {}}
 
 
@@ -126,8 +129,7 @@ def _one_split(
     rows = (table.splits or random_splits(len(table.targets), split + 1, seed))[split]
     how = Training(**{**training, "hidden": tuple(training["hidden"]), "rates": tuple(training["rates"])})
     start = time.perf_counter()
-    # Splits and methods differ; runs of another seed are others altogether.
-    model = fit(method, table.inputs[rows.train], table.targets[rows.train], how, seed * 1_000_003 + split)
+    model = fit(method, table.inputs[rows.train], table.targets[rows.train], how, seed_of(seed, split))
     trained = time.perf_counter()
     said, scores = judge(model, table.inputs[rows.test], table.targets[rows.test], samples, seed)
     predicted = time.perf_counter()

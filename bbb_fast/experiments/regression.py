@@ -23,7 +23,7 @@ from ..conversion import convert
 from ..inference import predict
 from ..layers import ConcreteDropout
 from ..losses import get_beta, kl_loss
-from ..methods import Ensemble, mc_dropout
+from ..methods import Ensemble, GaussianNoise, gaussian_nll, mc_dropout
 from ..predictive import GaussianPredictive, predictive
 from .options import OptionError, check_int
 
@@ -68,22 +68,6 @@ class Training:
             check_int(option, getattr(self, option))
         if not self.rates or not all(0 < rate < 1 for rate in self.rates):
             raise OptionError("rates", f"must be numbers between 0 and 1, got {list(self.rates)}")
-
-
-class _Noisy(nn.Module):
-    """A network with the log variance of the noise: a parameter of its own beside an output of one column."""
-
-    def __init__(self, network: nn.Module, constant: bool) -> None:
-        super().__init__()
-        self.network = network
-        self.log_variance = nn.Parameter(torch.zeros(())) if constant else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mean and log variance of a standardized target, ``[N, 2]``."""
-        output = self.network(x)
-        if self.log_variance is None:
-            return output
-        return torch.cat([output, self.log_variance.expand_as(output)], -1)
 
 
 class Standardized(nn.Module):
@@ -157,18 +141,15 @@ class _Problem:
     training: Training
     constant: bool
 
-    def layers(self, rate: float = 0.0) -> nn.Sequential:
-        """A network with dropout, if any, before every layer but the first: inputs are never dropped."""
+    def network(self, rate: float = 0.0) -> nn.Sequential:
+        """``[N, D]`` to mean and log variance, ``[N, 2]``; with dropout, if any, but not of x."""
         sizes = [self.x.shape[1], *self.training.hidden, 1 if self.constant else 2]
-        made: list[nn.Module] = []
+        layers: list[nn.Module] = []
         for k, (inputs, outputs) in enumerate(pairwise(sizes)):
-            made += [nn.ReLU()] if k else []
-            made += [nn.Dropout(rate)] if k and rate else []
-            made.append(nn.Linear(inputs, outputs))
-        return nn.Sequential(*made)
-
-    def noisy(self, network: nn.Module) -> _Noisy:
-        return _Noisy(network, self.constant)
+            layers += [nn.ReLU()] if k else []
+            layers += [nn.Dropout(rate)] if k and rate else []
+            layers.append(nn.Linear(inputs, outputs))
+        return nn.Sequential(*layers, *([nn.Flatten(0), GaussianNoise()] if self.constant else []))
 
     def part(self, rows: Tensor) -> _Problem:
         return _Problem(self.x[rows], self.y[rows], self.training, self.constant)
@@ -186,12 +167,6 @@ def _rows(count: int, size: int) -> Iterator[tuple[bool, slice]]:
     while True:
         for start in range(0, count - size + 1, size):
             yield start == 0, slice(start, start + size)
-
-
-def negative_log_likelihood(output: Tensor, y: Tensor) -> Tensor:
-    """Mean of -ln N(y; mean, exp(log variance)) but for its constant, of outputs ``[N, 2]``: a scalar."""
-    mean, log_variance = output.unbind(-1)
-    return 0.5 * ((y - mean).square() * torch.exp(-log_variance) + log_variance).mean()
 
 
 def _steps(
@@ -219,7 +194,7 @@ def _steps(
             shuffled_x, shuffled_y = x[order], y[order]
         if decay:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-        loss = negative_log_likelihood(model(shuffled_x[rows]), shuffled_y[rows])
+        loss = gaussian_nll(model(shuffled_x[rows]), shuffled_y[rows])
         if bayesian:
             # The prior comes in slowly: at full weight it switches off hidden units that have yet to learn.
             loss = loss + get_beta(0, 1, "Soenderby", step, steps) * kl_loss(model) / count
@@ -238,12 +213,6 @@ def _train(model: nn.Module, *args: Any, **options: Any) -> nn.Module:
     return model
 
 
-def _mixture_log_likelihood(mean: Tensor, log_variance: Tensor, y: Tensor) -> float:
-    """Mean over rows of ln 1/T sum_t N(y; draw t), but for its constant; ``mean`` is ``[T, N]``."""
-    each = -0.5 * ((y - mean).square() * torch.exp(-log_variance) + log_variance)
-    return float((each.logsumexp(0) - math.log(len(each))).mean())
-
-
 _PRIORS = {"prior_sigma": 1.0, "posterior_rho_initial": (-5.0, 0.1)}
 _VARIATIONAL_RATE = 1e-2
 
@@ -252,7 +221,7 @@ def _variational(estimator: str) -> Callable[[_Problem], nn.Module]:
     """Training of a Gaussian posterior over all weights by the evidence lower bound."""
 
     def train(problem: _Problem) -> nn.Module:
-        model = problem.noisy(convert(problem.layers(), estimator, priors=_PRIORS))
+        model = convert(problem.network(), estimator, priors=_PRIORS, exclude=GaussianNoise)
         return _train(model, problem, _VARIATIONAL_RATE, problem.training.steps, bayesian=True)
 
     return train
@@ -260,11 +229,10 @@ def _variational(estimator: str) -> Callable[[_Problem], nn.Module]:
 
 def _concrete_dropout(problem: _Problem) -> nn.Module:
     """Dropout whose rates are learned, by the bound of its paper."""
-    network = problem.layers()
-    for k, layer in enumerate(network):
+    model = problem.network()
+    for k, layer in enumerate(model):
         if k and isinstance(layer, nn.Linear):
-            network[k] = ConcreteDropout(layer)
-    model = problem.noisy(network)
+            model[k] = ConcreteDropout(layer)
     return _train(model, problem, _VARIATIONAL_RATE, problem.training.steps, bayesian=True)
 
 
@@ -278,7 +246,7 @@ _NOISE_STDS = tuple(10 ** (k / 20 - 2) for k in range(43))
 
 
 def _dropout_network(problem: _Problem, rate: float) -> nn.Module:
-    model = problem.noisy(problem.layers(rate))
+    model = problem.network(rate)
     decay = _LENGTHSCALE**2 * (1 - rate) / len(problem.x)
     _train(model, problem, _DROPOUT_RATE, problem.training.steps, weight_decay=decay)
     return mc_dropout(model)
@@ -290,30 +258,21 @@ def _mc_dropout(problem: _Problem) -> nn.Module:
     best = (-math.inf, 0.0, 0.0)
     for rate in problem.training.rates:
         outputs = predict(_dropout_network(rest, rate), held_out.x, _DRAWS_TO_CHOOSE, seed=0)
-        mean, own = outputs.unbind(-1)
-        noises = [torch.tensor(2 * math.log(std)) for std in _NOISE_STDS] if problem.constant else [own]
-        for noise in noises:
-            quality = _mixture_log_likelihood(mean, noise, held_out.y)
-            best = max(best, (quality, rate, float(noise.mean())))
-    _, rate, noise = best
+        for std in _NOISE_STDS if problem.constant else (0.0,):
+            if problem.constant:
+                outputs[..., 1] = 2 * math.log(std)
+            each = -gaussian_nll(outputs, held_out.y.expand(len(outputs), -1), reduction="none")
+            best = max(best, (float(each.logsumexp(0).mean()), rate, std))
+    _, rate, std = best
     model = _dropout_network(problem, rate)
     if problem.constant:
-        nn.init.constant_(model.log_variance, noise)
+        model[-1] = GaussianNoise(std)
     return model
 
 
 _POINT_RATE = 1e-2
 # When to look at held-out rows, and how many times the best number of steps to go without a better one.
-_LOOKS = (
-    50,
-    100,
-    150,
-    200,
-    300,
-    500,
-    700,
-    *(k * 100 for k in (10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500)),
-)
+_LOOKS = tuple(round(50 * 2 ** (k / 2)) for k in range(24))
 _PATIENCE = 4
 
 
@@ -324,13 +283,13 @@ def _point_networks(problem: _Problem, members: int) -> nn.Module:
 
 def _stopped_network(problem: _Problem, held_out: _Problem) -> nn.Module:
     """A network as it was at the step where the likelihood of the held-out rows was best."""
-    model = problem.noisy(problem.layers())
+    model = problem.network()
     best, best_loss, weights = 0, math.inf, copy.deepcopy(model.state_dict())
     for step in _steps(model, problem, _POINT_RATE, problem.training.steps, decay=False):
         if step not in _LOOKS and step != problem.training.steps:
             continue
         with torch.no_grad():
-            loss = float(negative_log_likelihood(model(held_out.x), held_out.y))
+            loss = float(gaussian_nll(model(held_out.x), held_out.y))
         if loss < best_loss:
             best, best_loss, weights = step, loss, copy.deepcopy(model.state_dict())
         elif step >= _PATIENCE * best:

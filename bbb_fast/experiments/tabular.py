@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .data import DataError
+from .options import MAX_SEED
 
-__all__ = ["Split", "Tabular", "bundled", "found_sets", "load_set", "load_table", "random_splits"]
+__all__ = ["Split", "Tabular", "bundled", "found_sets", "load_set", "load_table", "random_splits", "seed_of"]
 
 _MISSING = {"", "?", "na", "n/a", "nan", "null", "none", "-"}
 
@@ -99,9 +100,9 @@ def load_table(path: str | os.PathLike[str], target: str, drop: Sequence[str] = 
     for k in [wanted, *rest]:
         for line, cells in values:
             _check_cell(path, names[k], line, cells[k])
-    numbers = torch.tensor(
-        [[float(cells[k]) for k in (*rest, wanted)] for _, cells in values], dtype=torch.float64
-    )
+    order = [*rest, wanted]
+    numbers = torch.tensor([[float(cells[k]) for k in order] for _, cells in values], dtype=torch.float64)
+    numbers = numbers.reshape(-1, len(order))
     return Tabular(numbers[:, :-1], numbers[:, -1], tuple(names[k] for k in rest), names[wanted], path.stem)
 
 
@@ -205,6 +206,11 @@ def bundled() -> Tabular:
     )
 
 
+def seed_of(seed: int, split: int) -> int:
+    """A split's own seed, which no other split of a run with another small seed has."""
+    return (seed * 1_000_003 + split) % (MAX_SEED + 1)
+
+
 def random_splits(count: int, splits: int, seed: int, test_share: float = 0.1) -> tuple[Split, ...]:
     """Splits of ``count`` rows by the seed alone; split k is the same however many there are.
 
@@ -213,10 +219,7 @@ def random_splits(count: int, splits: int, seed: int, test_share: float = 0.1) -
     held_out = max(1, round(test_share * count))
     made = []
     for k in range(splits):
-        # One generator a split, from a seed that no sum of small numbers meets.
-        order = torch.randperm(
-            count, generator=torch.Generator().manual_seed((seed * 1_000_003 + k) % (1 << 63))
-        )
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, k)))
         made.append(Split(order[held_out:].sort().values, order[:held_out].sort().values))
     return tuple(made)
 

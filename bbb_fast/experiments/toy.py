@@ -20,7 +20,7 @@ from .palette import COLORS
 from .regression import METHODS, Training, fit
 from .tasks import Experiment, Task
 
-__all__ = ["REGIONS", "make_data", "noise_std", "settings", "toy", "true_mean"]
+__all__ = ["REGIONS", "grid", "make_data", "noise_std", "settings", "toy", "true_mean"]
 
 # Intervals of x. The data lie in two; the gap and the two ends are what is well between and beside them.
 _LEFT, _RIGHT, _EDGE = (-3.0, -1.0), (1.0, 3.0), 6.0
@@ -29,7 +29,11 @@ REGIONS: dict[str, tuple[tuple[float, float], ...]] = {
     "gap": ((-0.5, 0.5),),
     "outside": ((-_EDGE, -4.0), (4.0, _EDGE)),
 }
-_GRID = 241
+
+
+def grid() -> Tensor:
+    """Where the models are asked, float64 ``[241]``."""
+    return torch.linspace(-_EDGE, _EDGE, 241, dtype=torch.float64)
 
 
 def true_mean(x: Tensor) -> Tensor:
@@ -82,9 +86,8 @@ def _one_method(
     how = Training(**{**training, "hidden": tuple(training["hidden"]), "rates": tuple(training["rates"])})
     start = time.perf_counter()
     model = fit(method, x, y, how, seed)
-    grid = torch.linspace(-_EDGE, _EDGE, _GRID, dtype=torch.float64)
     seconds = time.perf_counter() - start
-    said = predictive(model, grid[:, None], samples, likelihood="heteroscedastic", seed=seed)
+    said = predictive(model, grid()[:, None], samples, likelihood="heteroscedastic", seed=seed)
     return {
         "mean": said.mean.tolist(),
         "epistemic_std": said.epistemic.sqrt().tolist(),
@@ -125,15 +128,14 @@ def toy(running: Experiment) -> Document:
     )
 
 
-def _within(intervals: Sequence[tuple[float, float]]) -> Tensor:
-    """Which points of the grid."""
-    grid = torch.linspace(-_EDGE, _EDGE, _GRID, dtype=torch.float64)
-    return torch.stack([(grid >= low) & (grid <= high) for low, high in intervals]).any(0)
+def _within(intervals: Sequence[tuple[float, float]], x: Tensor) -> Tensor:
+    """Which of ``x`` are in one of the intervals."""
+    return torch.stack([(x >= low) & (x <= high) for low, high in intervals]).any(0)
 
 
 def _table(results: Mapping[str, Mapping[str, Any]], noise: str) -> Table:
-    grid = torch.linspace(-_EDGE, _EDGE, _GRID, dtype=torch.float64)
-    truth, on_data = true_mean(grid), _within(REGIONS["on data"])
+    x = grid()
+    truth, on_data = true_mean(x), _within(REGIONS["on data"], x)
     kinds = ("epistemic", "aleatoric")
     rows: list[list[Any]] = []
     for method, said in results.items():
@@ -141,9 +143,9 @@ def _table(results: Mapping[str, Mapping[str, Any]], noise: str) -> Table:
         row = [method, float(error)]
         for kind in kinds:
             std = torch.tensor(said[f"{kind}_std"], dtype=torch.float64)
-            row += [float(std[_within(intervals)].mean()) for intervals in REGIONS.values()]
+            row += [float(std[_within(intervals, x)].mean()) for intervals in REGIONS.values()]
         rows.append([*row, said["seconds"]])
-    true = [float(noise_std(grid, noise)[_within(intervals)].mean()) for intervals in REGIONS.values()]
+    true = [float(noise_std(x, noise)[_within(intervals, x)].mean()) for intervals in REGIONS.values()]
     rows.append(["(true noise)", None, None, None, None, true[0], None, None, None])
     return Table(
         "Mean standard deviations on the data, in the gap, and outside",
@@ -163,8 +165,8 @@ def _figure(results: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], n
     """A panel a method."""
     from matplotlib.figure import Figure as Canvas
 
-    grid = torch.linspace(-_EDGE, _EDGE, _GRID, dtype=torch.float64)
-    truth = true_mean(grid)
+    x = grid()
+    truth = true_mean(x)
     columns = min(4, len(results))
     lines = math.ceil(len(results) / columns)
     canvas = Canvas(figsize=(3.9 * columns, 3.2 * lines + 0.5), layout="constrained", dpi=110)
@@ -181,18 +183,17 @@ def _figure(results: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], n
             (epistemic, COLORS[0], 0.55, "epistemic part"),
         ):
             panel.fill_between(
-                grid, mean - 2 * std, mean + 2 * std, color=color, alpha=alpha, linewidth=0, label=label
+                x, mean - 2 * std, mean + 2 * std, color=color, alpha=alpha, linewidth=0, label=label
             )
-        panel.plot(grid, truth, color="0.35", linestyle="--", linewidth=1, label="true function")
-        panel.plot(grid, mean, color=COLORS[1], linewidth=1.6, label="mean")
+        panel.plot(x, truth, color="0.35", linestyle="--", linewidth=1, label="true function")
+        panel.plot(x, mean, color=COLORS[1], linewidth=1.6, label="mean")
         panel.plot(data["x"], data["y"], ".", color="black", markersize=3, label="data")
-        panel.set(title=method, xlim=(-_EDGE, _EDGE), ylim=(-5, 5))
+        panel.set(title=method, xlim=(-_EDGE, _EDGE), ylim=(-5, 5), xlabel="x", ylabel="y")
+        panel.label_outer()
     for panel in panels:
         panel.set_axis_off()
     handles, labels = canvas.axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=len(handles), fontsize=9)
-    canvas.supxlabel("x", fontsize=10)
-    canvas.supylabel("y", fontsize=10)
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png")
     return buffer.getvalue()
