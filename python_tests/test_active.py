@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bbb_fast
 from bbb_fast import Ensemble, predictive
 from bbb_fast.cli import main
 from bbb_fast.experiments import active
@@ -232,6 +233,62 @@ class TestLearn:
         (tmp_path / active.ROUNDS).write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match=r"rounds.pt cannot be continued"):
             learn(tmp_path, "random", labels=20)
+
+
+class TestModel:
+    X, Y = torch.linspace(-1, 1, 12 * 32 * 32).reshape(12, 1, 32, 32), torch.arange(12) % 3
+
+    @pytest.mark.parametrize("method", active.METHODS)
+    def test_the_means_have_no_noise(self, method: str) -> None:
+        model = active.build(3, 1, SETTINGS | {"method": method})
+        labels = torch.arange(600) % 3
+        x = torch.rand(600, 1, 32, 32)
+        first = active.accuracy_of_means(model, x, labels)
+        assert first == active.accuracy_of_means(model, x, labels)
+        model.eval()
+        with bbb_fast.posterior_means():
+            output = model(x)
+        logits = output[0] if isinstance(output, tuple) else output
+        assert first == float((logits.argmax(-1) == labels).double().mean())
+
+    def test_draws_are_of_the_whole_network(self) -> None:
+        """What comes before the first dropout is computed once; that changes nothing."""
+        settings = SETTINGS | {"draws": 5}
+        model = active.build(3, 1, settings).eval()
+        said = active.ask(model, self.X, settings, 7)
+        whole = predictive(bbb_fast.mc_dropout(model), self.X, 5, seed=7)
+        torch.testing.assert_close(said.probs, whole.probs, rtol=1e-5, atol=1e-6)
+        assert said.mutual_information.max() > 1e-6
+
+    def test_an_ensemble_asks_each_member_once(self) -> None:
+        settings = SETTINGS | {"method": "ensemble", "members": 3}
+        model = active.build(3, 1, settings).eval()
+        with torch.no_grad():
+            probs = torch.stack([member(self.X).softmax(-1) for member in model.members]).mean(0)
+        said = active.ask(model, self.X, settings, 0)
+        torch.testing.assert_close(said.probs, probs.double(), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(("method", "matters"), [("lrt", True), ("mc-dropout", False)])
+    def test_the_kl_counts_for_bayesian_layers(self, method: str, matters: bool) -> None:
+        trained = []
+        for weight in (0.0, 10.0):
+            settings = SETTINGS | {"method": method, "kl_weight": weight}
+            torch.manual_seed(0)
+            model = active.build(3, 1, settings)
+            active.train(model, self.X, self.Y, 2, settings)
+            trained.append(torch.cat([p.flatten() for p in model.parameters()]))
+        assert torch.equal(*trained) != matters
+
+    def test_the_steps_are_as_many_as_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        steps = []
+        adam = torch.optim.Adam
+        monkeypatch.setattr(adam, "step", lambda self, *_: steps.append(self.param_groups[0]["lr"]))
+        settings = SETTINGS | {"batch_size": 5, "method": "ensemble", "members": 2}
+        active.train(active.build(3, 1, settings), self.X, self.Y, 7, settings)
+        assert len(steps) == 14
+        # Each member's learning rate falls from the one given.
+        assert steps[0] == steps[7] == 0.005
+        assert sorted(steps[:7], reverse=True) == steps[:7]
 
 
 OF_ALL = {"dataset": "digits", "method": "lrt", "judge": "test", "pool": 9, "steps": 5, "from_scratch": False}

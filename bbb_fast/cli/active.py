@@ -11,8 +11,8 @@ from . import experiment, options
 __all__ = ["add_parser", "run"]
 
 # On the embedded images everything is smaller: all of it takes a minute or two.
-_DEFAULTS = {"labels": 400, "seeds": 5, "pool": 2000}
-_DIGITS = {"labels": 200, "seeds": 3, "pool": 500}
+_DEFAULTS = {"labels": 400, "seeds": 5, "pool": 1000}
+_DIGITS = {"labels": 150, "seeds": 3, "pool": 500}
 
 
 def _default(name: str) -> str:
@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument(
         "--pool", type=int, metavar="N", help=f"images to choose from in a round {_default('pool')}"
     )
-    how.add_argument("--draws", type=int, default=20, metavar="T", help="draws of the model (default 20)")
+    how.add_argument("--draws", type=int, default=100, metavar="T", help="draws of the model (default 100)")
     how.add_argument(
         "--accuracies", type=float, nargs="+", default=[0.8, 0.85, 0.9, 0.92, 0.95], metavar="A",
         help="say how many labels these take (default 0.8 0.85 0.9 0.92 0.95)",
@@ -81,7 +81,7 @@ def add_parser(subparsers: Any) -> None:
         help="of the optimizer in the first round (default 200)",
     )  # fmt: skip
     model.add_argument(
-        "--steps", type=int, default=40, metavar="N", help="in every later one, going on (default 40)"
+        "--steps", type=int, default=80, metavar="N", help="in every later one, going on (default 80)"
     )
     model.add_argument(
         "--from-scratch", action="store_true",
