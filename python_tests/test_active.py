@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu_only("the command runs on the CPU")
 
 SETTINGS: dict[str, Any] = {
     "dataset": "digits", "data_dir": None, "valid_size": 100, "judge": "validation", "start": 20, "step": 10,
-    "labels": 45, "pool": 60, "draws": 3, "method": "mc-dropout", "first_steps": 3, "steps": 2,
+    "labels": 45, "pool": 60, "power": 2.0, "draws": 3, "method": "mc-dropout", "first_steps": 3, "steps": 2,
     "from_scratch": False, "batch_size": 16, "lr": 0.005, "kl_weight": 0.03, "dropout": 0.4, "members": 2,
 }  # fmt: skip
 # Of the command; all that is not here has its default.
@@ -109,6 +109,23 @@ class TestAcquire:
             counts[active.acquire(None, 5, [2], 1, 5, generator(seed))] += 1
         assert counts[2] == 0
         assert counts[[0, 1, 3, 4]].min() > 60
+
+    def test_a_power_draws_in_proportion(self) -> None:
+        scores = torch.tensor([0.0, 1.0, 2.0, 3.0])
+        counts = torch.zeros(4)
+        for seed in range(1000):
+            counts[active.acquire(lambda index: scores[index], 4, [], 1, 4, generator(seed), 2.0)] += 1
+        # In 1000 draws a share has a deviation of at most 0.016.
+        assert counts[0] == 0
+        torch.testing.assert_close(counts / 1000, torch.tensor([0.0, 1, 4, 9]) / 14, atol=0.06, rtol=0)
+
+    def test_a_power_draws_nothing_twice(self) -> None:
+        taken = active.acquire(lambda index: index.double(), 9, [2], 8, 9, generator(), 1.0)
+        assert sorted(taken) == [0, 1, 3, 4, 5, 6, 7, 8]
+
+    def test_a_large_power_takes_the_highest(self) -> None:
+        taken = active.acquire(lambda index: index + 1.0, 9, [], 3, 9, generator(), 1e4)
+        assert taken == [8, 7, 6]
 
     @pytest.mark.parametrize(("count", "each"), [(20, [2] * 10), (10, [1] * 10), (23, None)])
     def test_first_labels_are_balanced(self, count: int, each: list[int] | None) -> None:
@@ -362,6 +379,8 @@ class TestCommand:
             (["--lr", "0"], "--lr must be a finite number > 0, got 0.0"),
             (["--lr", "nan"], "--lr must be a finite number > 0, got nan"),
             (["--kl-weight", "-1"], "--kl-weight must be a finite number >= 0, got -1.0"),
+            (["--power", "0"], "--power must be a finite number > 0, or highest, got 0.0"),
+            (["--power", "nan"], "--power must be a finite number > 0, or highest, got nan"),
             (["--dropout", "1"], "--dropout must be in (0, 1), got 1.0"),
             (["--accuracies", "92"], "--accuracies must be in (0, 1), got 92.0"),
             (["--accuracies", "0.9", "0.9"], "--accuracies must differ, got 0.9, 0.9"),
@@ -384,9 +403,10 @@ class TestCommand:
         assert message in err
         assert not (tmp_path / "run" / "active.json").exists()
 
-    def test_unknown_acquisition(self) -> None:
+    @pytest.mark.parametrize("options", [["--acquisitions", "bald"], ["--power", "all"]])
+    def test_usage(self, options: list[str]) -> None:
         with pytest.raises(SystemExit):
-            main(["active", "--acquisitions", "bald"])
+            main(["active", *options])
 
     def test_the_library_raises_what_the_command_says(self) -> None:
         settings = {**SETTINGS, "seeds": 1, "acquisitions": ["random"], "accuracies": [0.9]}
