@@ -131,7 +131,10 @@ def dropout(
     if one_mask and len(drawn) > 1:
         drawn = (1, *drawn[1:])
     p, acc = float(p), accumulate_dtype(input)
-    kept = _numbered(drawn, rng, _word_blocks) >= round(p * 2.0**32)
+    words = _numbered(drawn, rng, _word_blocks)
+    # A tensor's round: of a number that varies from call to call, torch.compile keeps an earlier one's.
+    least = (words.new_zeros((), dtype=torch.float64) + p * 2.0**32).round()
+    kept = words.to(torch.float64) >= least
     factor = kept.to(acc) * (1 / (1 - p) if p < 1 else 0.0)
     if channels:
         factor = factor.reshape(*drawn, *(1 for _ in input.shape[2:]))

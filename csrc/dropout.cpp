@@ -1,7 +1,6 @@
 // dropout for every device: drop_elements (cpu/dropout.cpp, cuda/dropout.cu) of the input, or of a factor for
 // each row and channel, or for each element of a row; and its autograd. It is linear, so that the gradient is
 // dropout of the incoming one, by the same rng.
-#include "dropout.h"
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
@@ -39,12 +38,18 @@ at::Tensor dropout_kernel(
   std::vector<int64_t> sizes = input.sizes().vec();
   if (of_a_row) sizes[0] = 1;
   if (channels) std::fill(sizes.begin() + 2, sizes.end(), 1);
-  const auto dtype = input.scalar_type();
-  const bool wide = dtype == at::kFloat || dtype == at::kDouble;
-  // Of a narrow type the scale has more digits than a tensor holds, but not than a number does.
-  const at::Tensor kept = drop_elements(at::ones(sizes, input.options()), rng, p);
-  at::mul_out(out, input, wide ? kept : kept.ne(0).to(dtype));
-  return wide ? out : out.mul_(Dropout(p).scale);
+  const auto wide = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor factor = drop_elements(at::ones(sizes, input.options().dtype(wide)), rng, p);
+  if (!input.is_cpu() || input.scalar_type() == wide) return at::mul_out(out, input, factor);
+  // The library's CPU kernel for two types takes many times as long as conversions in the cache.
+  constexpr int64_t kAtOnce = 1 << 17;
+  const int64_t rows = input.size(0), step = std::max<int64_t>(1, kAtOnce * rows / (input.numel() + 1));
+  for (int64_t row = 0; row < rows; row += step) {
+    const int64_t count = std::min(step, rows - row);
+    const at::Tensor part = input.narrow(0, row, count).to(wide);
+    out.narrow(0, row, count).copy_(part.mul_(of_a_row ? factor : factor.narrow(0, row, count)));
+  }
+  return out;
 }
 
 struct DropoutNode : ag::Node {

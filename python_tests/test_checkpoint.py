@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from bbb_fast import predict
 from bbb_fast.experiments import checkpoint
 from bbb_fast.experiments.checkpoint import CheckpointError
+from bbb_fast.experiments.uncertainty import is_bayesian
+from bbb_fast.layers import ConcreteDropout, MCDropout
+from bbb_fast.layers.base import BayesianLayer
 
 pytestmark = pytest.mark.cpu_only("files, whatever the device")
 
@@ -216,6 +220,39 @@ class TestBuildModel:
         result = model(torch.zeros(2, 3, 32, 32))
         output = result[0] if isinstance(result, tuple) else result
         assert output.shape == (2, 7)
+
+    @pytest.mark.parametrize("name", checkpoint.MODELS)
+    @pytest.mark.parametrize("layer_type", checkpoint.MODEL_LAYER_TYPES)
+    def test_what_is_random(self, name: str, layer_type: str) -> None:
+        model = checkpoint.build_model(model_config(model=name, layer_type=layer_type, inputs=3, outputs=7))
+        assert is_bayesian(model) == (layer_type != "none")
+        x = torch.rand(1, 3, 32, 32)
+        one, other = predict(model, x, 2, seed=0)
+        assert torch.equal(one, other) == (layer_type == "none")
+
+    def test_the_last_layer_alone(self) -> None:
+        model = checkpoint.build_model(model_config(layer_type="last"))
+        names = [name for name, module in model.named_modules() if isinstance(module, BayesianLayer)]
+        assert names == ["fc3"]
+        assert model.fc3.prior_sigma == 0.2
+
+    def test_dropout_of_the_network_of_gal_and_ghahramani(self) -> None:
+        """Single elements, behind both convolutions and the first linear layer."""
+        config = model_config(model="caffe-lenet", layer_type="dropout", dropout=0.5)
+        model = checkpoint.build_model(config)
+        found = {name: module.p for name, module in model.named_modules() if isinstance(module, MCDropout)}
+        assert found == {"dropout1": 0.5, "dropout2": 0.5, "dropout3": 0.5}
+        assert type(model.dropout1) is MCDropout
+        behind = list(dict(model.named_children()))
+        assert [behind[behind.index(name) - 1] for name in found] == ["conv1", "conv2", "act3"]
+
+    def test_rates_that_are_learned(self) -> None:
+        model = checkpoint.build_model(model_config(layer_type="concrete", dropout=0.25))
+        layers = [module for module in model.modules() if isinstance(module, ConcreteDropout)]
+        assert len(layers) == 5
+        for layer in layers:
+            assert float(layer.p) == pytest.approx(0.25)
+            assert layer.length_scale == pytest.approx(1 / 0.2)
 
     def test_priors_and_activation_reach_the_layers(self) -> None:
         model = checkpoint.build_model(model_config(activation="relu"))

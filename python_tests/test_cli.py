@@ -143,6 +143,7 @@ class TestTrain:
             "valid_samples": 3, "test_samples": 4, "valid_size": 50, "train_size": 60,
             "beta": "Blundell", "lr": 0.5, "lr_schedule": "cosine", "weight_decay": 0.25, "seed": 11,
             "device": "cpu", "threads": 1, "dataset": "digits", "variance_dtype": "float32",
+            "dropout": 0.3, "adversarial": 0.0,
         }  # fmt: skip
         command = ["train", "--overwrite", "--quiet"]
         for key, value in options.items():

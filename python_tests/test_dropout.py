@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bbb_fast import (
     ELBO,
+    convert,
     fixed_noise,
     kl_loss,
     multi_sample,
@@ -26,7 +27,7 @@ from bbb_fast import (
     summary,
 )
 from bbb_fast.functional import dropout, uniform
-from bbb_fast.layers import BBB, ConcreteDropout, MCDropout, MCDropout1d, MCDropout2d, MCDropout3d
+from bbb_fast.layers import BBB, BBB_LRT, ConcreteDropout, MCDropout, MCDropout1d, MCDropout2d, MCDropout3d
 from bbb_fast.reference import philox4x32
 
 
@@ -211,7 +212,7 @@ def test_the_kernels_bits(isa: str, count: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 1] + [(7, 65, 3, 11)])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 1] + [(7, 65, 3, 11), (70, 30, 9, 11)])
 def test_the_bits_of_shared_words(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for way in WAYS:
         for x in in_formats(torch.randn(shape).to(dtype)):
@@ -223,7 +224,8 @@ def test_the_bits_of_shared_words(isa: str, shape: tuple[int, ...], dtype: torch
 
 
 def test_opcheck(native: None) -> None:
-    for x, way in zip(in_formats(torch.randn(2, 3, 4, 5)), WAYS, strict=True):
+    # Not dense, and in channels_last.
+    for x, way in zip(in_formats(torch.randn(2, 3, 4, 5))[2:], WAYS, strict=False):
         torch.library.opcheck(ops.dropout, (x.requires_grad_(), rng(), 0.3), way)
     torch.library.opcheck(ops.drop_elements, (torch.randn(3, 5), rng(), 0.3))
     torch.library.opcheck(ops.uniform, ([3, 5], rng(), torch.float32))
@@ -393,6 +395,19 @@ def test_compiled(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_inductor_takes_another_rate(backend: str) -> None:
+    """In the graph that a first change of the rate makes of it."""
+    torch._dynamo.reset()
+    layer, x = MCDropout(), torch.ones(300)
+    compiled = torch.compile(layer, fullgraph=True)
+    for p in (0.5, 0.25, 0.75, 0.3, 0.0, 1.0):
+        layer.p = p
+        with fixed_noise(5, 1, model=layer):
+            torch.testing.assert_close(compiled(x), layer(x))
+    torch._dynamo.reset()
+
+
 @every_layer
 def test_vmap(backend: str, name: str) -> None:
     layer, x = made(name)
@@ -526,7 +541,16 @@ def test_kl_loss_counts_it() -> None:
     with torch.no_grad():
         layer.p_logit.fill_(-200.0)
     kl_loss(layer).backward()
-    assert math.isfinite(float(kl_loss(layer))) and math.isfinite(float(layer.p_logit.grad))
+    assert math.isfinite(kl_loss(layer).item()) and math.isfinite(layer.p_logit.grad.item())
+
+
+@pytest.mark.parametrize("others", ["keep", "weights"])
+def test_convert_leaves_it(others: str) -> None:
+    model = nn.Sequential(ConcreteDropout(nn.Linear(3, 4)), MCDropout(), nn.Linear(4, 2))
+    made = convert(model, "lrt", others=others)
+    assert type(made[0]) is ConcreteDropout and type(made[0].layer) is nn.Linear
+    assert isinstance(made[2], BBB_LRT.BBBLinear) and made(torch.randn(5, 3)).shape == (5, 2)
+    torch.testing.assert_close(kl_loss(made), model[0].kl_loss() + made[2].kl_loss())
 
 
 def test_summary() -> None:

@@ -14,7 +14,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 # How many Python blocks each document has that are run.
-EXAMPLES = {"faq.md": 3, "export.md": 3, "uncertainty.md": 9, "vae.md": 1}
+EXAMPLES = {"faq.md": 3, "layers.md": 1, "export.md": 3, "uncertainty.md": 9, "vae.md": 1}
 
 
 def run_examples(document: Path, mark: str = "", **names: object) -> dict[str, object]:

@@ -136,6 +136,17 @@ class TestConfig:
             ({"lr": 0}, "lr must be a finite number > 0"),
             ({"weight_decay": -1.0, "layer_type": "none"}, "weight_decay must be a finite number >= 0"),
             ({"weight_decay": 0.1}, "weight_decay must be 0 with layers of type lrt, got 0.1"),
+            (
+                {"weight_decay": 0.1, "layer_type": "concrete"},
+                "weight_decay must be 0 with layers of type conc",
+            ),
+            ({"dropout": 1.0}, "dropout must be a number above 0 and below 1, got 1.0"),
+            ({"dropout": 0}, "dropout must be a number above 0 and below 1, got 0"),
+            ({"adversarial": -0.1}, "adversarial must be a finite number >= 0, got -0.1"),
+            (
+                {"adversarial": 0.01, "train_samples": 2},
+                "adversarial must be 0 with 2 draws in a training step, got 0.01",
+            ),
             ({"variance_dtype": "float16"}, "unknown variance_dtype 'float16'; allowed: float32, bfloat16"),
             (
                 {"variance_dtype": "bfloat16", "layer_type": "bbb"},
@@ -151,6 +162,9 @@ class TestConfig:
     def test_errors(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             TrainConfig(**changes).validate()
+
+    def test_dropout_takes_weight_decay(self) -> None:
+        TrainConfig(layer_type="dropout", weight_decay=0.1).validate()
 
     def test_cuda_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -214,6 +228,48 @@ class TestObjective:
         assert metrics["kl_weight"] is None
         assert metrics["test"]["samples"] == 1
 
+    def test_dropout_is_random_and_has_no_kl(self, sets: Sets, tmp_path: Path) -> None:
+        config = replace(self.config, layer_type="dropout", dropout=0.4, train_samples=1)
+        metrics = fit(config, *sets, tmp_path, progress=False)
+        assert metrics["history"][0]["loss"] == metrics["history"][0]["nll"]
+        assert metrics["kl_weight"] is None
+        assert metrics["test"]["samples"] == config.test_samples
+
+    @pytest.mark.parametrize("layer_type", ["concrete", "last"])
+    def test_a_kl_of_some_layers(self, sets: Sets, tmp_path: Path, layer_type: str) -> None:
+        config = replace(self.config, layer_type=layer_type)
+        (entry,) = fit(config, *sets, tmp_path, progress=False)["history"]
+        assert entry["loss"] == pytest.approx(entry["nll"] + 0.3 * entry["kl"] / 200, rel=1e-5)
+        assert entry["kl"] != 0
+
+    @pytest.mark.parametrize("layer_type", ["none", "lrt"])
+    def test_adversarial_images(self, sets: Sets, layer_type: str) -> None:
+        """Half of the loss is that of images moved by 1 % of the range of pixels, each against the model."""
+        config = replace(self.config, layer_type=layer_type, train_samples=1, adversarial=0.01)
+        seen = []
+        with training._surroundings(config):
+            run = training._Run(config, *sets[:2])
+            x, y = data.normalize(sets[0].images, run.mean, run.std), sets[0].labels
+            run.model.conv1.register_forward_hook(
+                lambda _module, args, _output: seen.append(args[0].detach())
+            )
+            stats = run._step(x, y, 0.3)
+        assert len(seen) == 3  # the images, for the gradient of the loss, and what came out
+        torch.testing.assert_close(seen[0], x)
+        moved = (seen[2] - x) * run.std[0]
+        # A pixel that the loss does not hang on stays.
+        assert set(moved.mul(1e4).round().unique().tolist()) <= {-100.0, 0.0, 100.0}
+        assert float((moved != 0).double().mean()) > 0.5
+        if layer_type == "none":
+            torch.manual_seed(config.seed)
+            model = checkpoint.build_model(run.model_config())
+            moved = x.clone().requires_grad_()
+            clean = F.cross_entropy(model(moved), y)
+            clean.backward()
+            against = F.cross_entropy(model(x + 0.01 / run.std[0] * moved.grad.sign()), y)
+            assert stats[1].item() == pytest.approx((clean + against).item() / 2, rel=1e-5)
+            assert against.item() > clean.item()
+
 
 @pytest.mark.parametrize("layer_type", ["lrt", "bbb"])
 def test_it_learns(sets: Sets, tmp_path: Path, layer_type: str) -> None:
@@ -230,7 +286,7 @@ def test_it_learns(sets: Sets, tmp_path: Path, layer_type: str) -> None:
 
 
 class TestRepeatability:
-    @pytest.mark.parametrize("layer_type", ["lrt", "bbb", "none"])
+    @pytest.mark.parametrize("layer_type", ["lrt", "bbb", "dropout", "none"])
     def test_the_same_run_twice(self, sets: Sets, tmp_path: Path, layer_type: str) -> None:
         config = replace(QUICK, layer_type=layer_type, epochs=2, lr_schedule="cosine")
         torch.manual_seed(1)
@@ -274,7 +330,14 @@ class TestRepeatability:
 class TestResume:
     @pytest.mark.parametrize(
         ("layer_type", "schedule", "stop"),
-        [("lrt", "cosine", 1), ("bbb", "plateau", 2), ("none", "constant", 1)],
+        [
+            ("lrt", "cosine", 1),
+            ("bbb", "plateau", 2),
+            ("none", "constant", 1),
+            ("dropout", "cosine", 2),
+            ("concrete", "constant", 1),
+            ("last", "constant", 1),
+        ],
     )
     def test_bit_for_bit(
         self, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -354,6 +417,19 @@ class TestResume:
         with pytest.raises(ValueError, match=rf"cannot resume .*last\.pt: {message}"):
             fit(replace(QUICK, **changes), *sets, copied, resume=True, progress=False)
         assert contents(copied) == before
+
+    def test_a_run_from_before_there_was_an_option(
+        self, finished: tuple[Path, dict[str, Any]], copied: Path, sets: Sets
+    ) -> None:
+        for name in ("last.pt", "best.pt"):
+            state = checkpoint.load(copied / name)
+            for option in training._ADDED:
+                del state["config"][option]
+            checkpoint.save(copied / name, state)
+        again = fit(QUICK, *sets, copied, resume=True, progress=False)
+        assert again["test"] == finished[1]["test"]
+        with pytest.raises(ValueError, match="--dropout is 0.3 now, but the run was started with 0.1"):
+            fit(replace(QUICK, dropout=0.3), *sets, copied, resume=True, progress=False)
 
     @pytest.mark.parametrize(
         ("changes", "message"),

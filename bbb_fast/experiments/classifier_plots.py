@@ -14,7 +14,6 @@ from .classifiers import Results
 from .corruptions import CORRUPTIONS
 from .document import mean_and_error
 from .judged import SCORES
-from .shift import CURVES
 
 __all__ = ["entropies", "reliability", "scores", "shifts", "shifts_of_one"]
 
@@ -133,19 +132,22 @@ def entropies(labels: Mapping[str, str], found: Results, names: tuple[str, str])
     return _png(figure)
 
 
-def shifts(labels: Mapping[str, str], curves: Mapping[str, Results]) -> bytes:
-    """A PNG of all entries under all corruptions: a column a corruption, a row a score, a line an entry."""
-    figure = Figure(figsize=(2.9 * len(curves) + 1, 2.3 * len(CURVES) + 0.8), layout="constrained")
-    axes = figure.subplots(len(CURVES), len(curves), sharex="col", sharey="row", squeeze=False)
+def shifts(labels: Mapping[str, str], curves: Mapping[str, Results], drawn: Mapping[str, str]) -> bytes:
+    """A PNG of all entries under all corruptions: a column a corruption, a row a score, a line an entry.
+
+    ``drawn``: the scores and their names.
+    """
+    figure = Figure(figsize=(2.9 * len(curves) + 1, 2.3 * len(drawn) + 0.8), layout="constrained")
+    axes = figure.subplots(len(drawn), len(curves), sharex="col", sharey="row", squeeze=False)
     for column, (kind, of_kind) in zip(axes.T, curves.items(), strict=True):
         corruption = CORRUPTIONS[kind]
-        for axis, key in zip(column, CURVES, strict=True):
+        for axis, key in zip(column, drawn, strict=True):
             for k, (name, of_seeds) in enumerate(of_kind.items()):
                 strengths = [point["strength"] for point in of_seeds[0]]
                 _curve(axis, strengths, of_seeds, key, k, labels[name])
         column[0].set_title(corruption.label, fontsize=10)
         column[-1].set_xlabel(corruption.unit, fontsize=9)
-    for row, (key, name) in zip(axes, CURVES.items(), strict=True):
+    for row, (key, name) in zip(axes, drawn.items(), strict=True):
         row[0].set_ylabel(name, fontsize=9)
         if key == "nll":
             # Of what is hard by far: on a linear axis nothing else would be seen.
@@ -155,11 +157,13 @@ def shifts(labels: Mapping[str, str], curves: Mapping[str, Results]) -> bytes:
     return _png(figure)
 
 
-def shifts_of_one(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> bytes:
+def shifts_of_one(
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], drawn: Mapping[str, str]
+) -> bytes:
     """A PNG of one entry: a panel a score, a line a corruption, over the number of its strength."""
-    figure = Figure(figsize=(3.1 * len(CURVES), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(CURVES))
-    for axis, (key, name) in zip(axes, CURVES.items(), strict=True):
+    figure = Figure(figsize=(3.1 * len(drawn), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(drawn))
+    for axis, (key, name) in zip(axes, drawn.items(), strict=True):
         for k, (kind, of_seeds) in enumerate(curves.items()):
             _curve(axis, range(len(of_seeds[0])), of_seeds, key, k, CORRUPTIONS[kind].label)
         axis.set_title(name, fontsize=10)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +32,8 @@ from .uncertainty import DERIVED, is_bayesian, judge, pick, unseen
 
 __all__ = [
     "DEFAULTS", "LEFT_OUT", "METHODS", "NETWORKS", "SHARED", "Entry", "Judging", "Network", "Opened",
-    "Results", "Sets", "Study", "ask", "check_names", "draw", "judge_entries", "leave_out", "load_sets", "notes",
-    "open_entry", "open_task", "read_study", "train", "train_network",
+    "Results", "Sets", "Study", "ask", "check_names", "draw", "judge_entries", "leave_out", "load_sets",
+    "notes", "open_entry", "open_task", "read_study", "train", "train_network",
 ]  # fmt: skip
 
 # Kinds of network, as changes of the options that all share.
@@ -422,13 +421,12 @@ def train(running: Experiment, study: Study, judging: Judging) -> dict[str, dict
     return running.run(study.tasks(judging.data_dir, judging.device), "training")
 
 
-def draw(figures: Callable[[ModuleType], list[Figure]]) -> tuple[list[Figure], list[str]]:
-    """``figures(classifier_plots)``; without matplotlib none, and a note that says so."""
+def draw(figures: Callable[[], list[Figure]]) -> tuple[list[Figure], list[str]]:
+    """``figures()``, which imports what it draws with; without matplotlib none, and a note that says so."""
     try:
-        from . import classifier_plots
+        return figures(), []
     except ImportError as error:
         return [], [f"No figures: matplotlib is missing ({error}); pip install bbb_fast[experiments]."]
-    return figures(classifier_plots), []
 
 
 def notes(study: Study, judging: Judging) -> list[str]:

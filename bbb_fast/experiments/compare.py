@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from .. import metrics
@@ -43,7 +42,7 @@ def run(running: Experiment, study: Study, judging: Judging) -> Document:
             networks = [trained[n.task] for n in entry.networks(seed)]
             one |= {key: sum(n[key] for n in networks) for key in ("train_seconds", "parameters")}
     labels = {entry.name: entry.label for entry in study.entries()}
-    figures, missing = draw(lambda plots: _figures(plots, labels, found))
+    figures, missing = draw(lambda: _figures(labels, found))
     config = study.config(study.networks()[0])
     seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
     return Document(
@@ -112,7 +111,9 @@ def _table(labels: Mapping[str, str], found: Results, judging: Judging) -> Table
     return Table("Methods under one budget", columns, rows, f"AUROC: against {judging.outside}.")
 
 
-def _figures(plots: ModuleType, labels: Mapping[str, str], found: Results) -> list[Figure]:
+def _figures(labels: Mapping[str, str], found: Results) -> list[Figure]:
+    from . import classifier_plots as plots
+
     return [
         Figure(
             "scores.png", "Scores",

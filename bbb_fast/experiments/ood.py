@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ def run(running: Experiment, study: Study, judging: Judging) -> Document:
     (found,) = judge_entries(running, study, judging, judge_entry).values()
     labels = {entry.name: entry.label for entry in study.entries()}
     known, other = next(iter(found.values()))[0]["sets"]
-    figures, missing = draw(lambda plots: _figures(plots, labels, found, (known, other)))
+    figures, missing = draw(lambda: _figures(labels, found, (known, other)))
     return Document(
         "ood",
         f"{known} known, {other} never seen",
@@ -114,9 +113,9 @@ def _detection(key: str, labels: Mapping[str, str], found: Results) -> Table:
     return Table(f"{title} of the never-seen images, by score", columns, rows)
 
 
-def _figures(
-    plots: ModuleType, labels: Mapping[str, str], found: Results, names: tuple[str, str]
-) -> list[Figure]:
+def _figures(labels: Mapping[str, str], found: Results, names: tuple[str, str]) -> list[Figure]:
+    from . import classifier_plots as plots
+
     text = (
         "The entropy of the predictions, all seeds together, as a share of each set's images: the less the "
         "two overlap, the better the never-seen images are noticed."

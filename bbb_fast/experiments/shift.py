@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from .. import metrics
@@ -48,7 +47,7 @@ def run(running: Experiment, study: Study, judging: Judging, kinds: Sequence[str
     tables = [_summary(labels, curves)]
     for kind in kinds:
         tables += [_by_strength(kind, key, labels, curves[kind]) for key in ("accuracy", "ece")]
-    figures, missing = draw(lambda plots: _figures(plots, labels, curves))
+    figures, missing = draw(lambda: _figures(labels, curves))
     return Document(
         "shift",
         f"{len(labels)} classifiers of {study.dataset} under corruptions",
@@ -137,17 +136,19 @@ def _by_point(of_seeds: Sequence[Sequence[Mapping[str, float]]], key: str) -> li
     return [[point[key] for point in points] for points in zip(*of_seeds, strict=True)]
 
 
-def _figures(plots: ModuleType, labels: Mapping[str, str], curves: Mapping[str, Results]) -> list[Figure]:
+def _figures(labels: Mapping[str, str], curves: Mapping[str, Results]) -> list[Figure]:
+    from . import classifier_plots as plots
+
     figures = [
         Figure(
             "shift.png", "All methods",
             "Accuracy, NLL, ECE and entropy of every method against the strength of each corruption; bands "
             "are standard errors over the seeds.",
-            plots.shifts(labels, curves),
+            plots.shifts(labels, curves, CURVES),
         )
     ]  # fmt: skip
     for name, label in labels.items():
         text = f"{label}: accuracy, NLL, ECE and entropy against the strength of each corruption."
-        png = plots.shifts_of_one({kind: of_kind[name] for kind, of_kind in curves.items()})
+        png = plots.shifts_of_one({kind: of_kind[name] for kind, of_kind in curves.items()}, CURVES)
         figures.append(Figure(f"shift-{name}.png", label, text, png))
     return figures

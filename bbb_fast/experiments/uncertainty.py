@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import metrics
 from .._backend import build_info
 from .._noise import RandomModule
-from ..predictive import CategoricalPredictive, predictive
+from ..predictive import predictive
 from .checkpoint import LoadedModel
 from .data import DATASETS, ImageSet, load, normalize
 from .folder import OwnedFolder
@@ -136,21 +136,20 @@ def judge(
         raise ValueError(f"samples must be at least 1, got {samples}")
     draws = samples if is_bayesian(model) else 1
     parts = (normalize(part.to(device), mean, std) for part in images.images.split(batch_size))
-    said = predictive(model, parts, draws, seed=seed)
-    assert isinstance(said, CategoricalPredictive)
-    top, prediction = said.probs.max(-1)
+    found = predictive(model, parts, draws, seed=seed)
+    top, prediction = found.probs.max(-1)
     return Judged(
         images,
-        probs=said.probs,
+        probs=found.probs,
         prediction=prediction,
         doubt=1 - top,
-        predictive_entropy=said.entropy,
-        expected_entropy=said.expected_entropy,
-        mutual_information=said.mutual_information,
-        epistemic_softmax=said.epistemic,
-        aleatoric_softmax=said.aleatoric,
-        epistemic_normalized=said.epistemic_normalized,
-        aleatoric_normalized=said.aleatoric_normalized,
+        predictive_entropy=found.entropy,
+        expected_entropy=found.expected_entropy,
+        mutual_information=found.mutual_information,
+        epistemic_softmax=found.epistemic,
+        aleatoric_softmax=found.aleatoric,
+        epistemic_normalized=found.epistemic_normalized,
+        aleatoric_normalized=found.aleatoric_normalized,
     )
 
 
