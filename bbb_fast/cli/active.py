@@ -11,8 +11,8 @@ from . import experiment, options
 __all__ = ["add_parser", "run"]
 
 # On the embedded images everything is smaller: all of it takes a minute or two.
-_DEFAULTS = {"labels": 400, "seeds": 5, "pool": 2000}
-_DIGITS = {"labels": 150, "seeds": 3, "pool": 500}
+_DEFAULTS = {"labels": 400, "seeds": 5, "pool": 2000, "steps": 160}
+_DIGITS = {"labels": 150, "seeds": 3, "pool": 500, "steps": 40}
 
 
 def _default(name: str) -> str:
@@ -89,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
         help="of the optimizer in the first round (default 200)",
     )  # fmt: skip
     model.add_argument(
-        "--steps", type=int, default=80, metavar="N", help="in every later one, going on (default 80)"
+        "--steps", type=int, metavar="N", help=f"in every later one, going on {_default('steps')}"
     )
     model.add_argument(
         "--from-scratch", action="store_true",
