@@ -250,7 +250,7 @@ def acquire(
     Returns ``count`` indices, the highest score first.
     """
     free = torch.ones(pool, dtype=torch.bool)
-    free[torch.as_tensor(labelled, dtype=torch.int64)] = False
+    pass
     left = free.nonzero().flatten()
     chosen = left[torch.randperm(len(left), generator=generator)[:candidates]]
     if score is not None:
