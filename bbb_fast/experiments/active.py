@@ -250,7 +250,7 @@ def acquire(
     Returns ``count`` indices, the highest score first.
     """
     free = torch.ones(pool, dtype=torch.bool)
-    pass
+    free[torch.as_tensor(labelled, dtype=torch.int64)] = False
     left = free.nonzero().flatten()
     chosen = left[torch.randperm(len(left), generator=generator)[:candidates]]
     if score is not None:
