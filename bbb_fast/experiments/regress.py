@@ -300,6 +300,8 @@ def _predictions_figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> b
             )  # fmt: skip
         panel.plot(told["target"], told["mean"], "o", color="black", markersize=2.5)
         panel.set_title(f"{method}: RMSE {splits[0]['rmse']:.3g}", fontsize=10)
+        if k + columns >= len(results):
+            panel.tick_params(labelbottom=True)
     for panel in panels:
         panel.set_axis_off()
     canvas.supxlabel("target", fontsize=10)

@@ -38,7 +38,7 @@ def grid() -> Tensor:
 
 def true_mean(x: Tensor) -> Tensor:
     """The function behind the data."""
-    return torch.sin(1.5 * x) + 0.3 * x
+    return torch.sin(1.8 * x) + 0.3 * x
 
 
 def noise_std(x: Tensor, noise: str) -> Tensor:
@@ -171,7 +171,7 @@ def _figure(results: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], n
     lines = math.ceil(len(results) / columns)
     canvas = Canvas(figsize=(3.9 * columns, 3.2 * lines + 0.5), layout="constrained", dpi=110)
     panels = canvas.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
-    for (method, said), panel in zip(results.items(), panels, strict=False):
+    for k, ((method, said), panel) in enumerate(zip(results.items(), panels, strict=False)):
         mean, epistemic, aleatoric = (
             torch.tensor(said[key], dtype=torch.float64) for key in ("mean", "epistemic_std", "aleatoric_std")
         )
@@ -188,8 +188,12 @@ def _figure(results: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], n
         panel.plot(x, truth, color="0.35", linestyle="--", linewidth=1, label="true function")
         panel.plot(x, mean, color=COLORS[1], linewidth=1.6, label="mean")
         panel.plot(data["x"], data["y"], ".", color="black", markersize=3, label="data")
-        panel.set(title=method, xlim=(-_EDGE, _EDGE), ylim=(-5, 5), xlabel="x", ylabel="y")
-        panel.label_outer()
+        panel.set(title=method, xlim=(-_EDGE, _EDGE), ylim=(-5, 5))
+        if k % columns == 0:
+            panel.set_ylabel("y")
+        if k + columns >= len(results):
+            panel.set_xlabel("x")
+            panel.tick_params(labelbottom=True)
     for panel in panels:
         panel.set_axis_off()
     handles, labels = canvas.axes[0].get_legend_handles_labels()
