@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bbb_fast
 from bbb_fast import Ensemble, predictive
 from bbb_fast.cli import main
 from bbb_fast.experiments import active
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.cpu_only("the command runs on the CPU")
 
 SETTINGS: dict[str, Any] = {
     "dataset": "digits", "data_dir": None, "valid_size": 100, "judge": "validation", "start": 20, "step": 10,
-    "labels": 45, "pool": 60, "draws": 3, "method": "mc-dropout", "first_steps": 3, "steps": 2,
+    "labels": 45, "pool": 60, "power": 2.0, "draws": 3, "method": "mc-dropout", "first_steps": 3, "steps": 2,
     "from_scratch": False, "batch_size": 16, "lr": 0.005, "kl_weight": 0.03, "dropout": 0.4, "members": 2,
 }  # fmt: skip
 # Of the command; all that is not here has its default.
@@ -108,6 +109,23 @@ class TestAcquire:
             counts[active.acquire(None, 5, [2], 1, 5, generator(seed))] += 1
         assert counts[2] == 0
         assert counts[[0, 1, 3, 4]].min() > 60
+
+    def test_a_power_draws_in_proportion(self) -> None:
+        scores = torch.tensor([0.0, 1.0, 2.0, 3.0])
+        counts = torch.zeros(4)
+        for seed in range(1000):
+            counts[active.acquire(lambda index: scores[index], 4, [], 1, 4, generator(seed), 2.0)] += 1
+        # In 1000 draws a share has a deviation of at most 0.016.
+        assert counts[0] == 0
+        torch.testing.assert_close(counts / 1000, torch.tensor([0.0, 1, 4, 9]) / 14, atol=0.06, rtol=0)
+
+    def test_a_power_draws_nothing_twice(self) -> None:
+        taken = active.acquire(lambda index: index.double(), 9, [2], 8, 9, generator(), 1.0)
+        assert sorted(taken) == [0, 1, 3, 4, 5, 6, 7, 8]
+
+    def test_a_large_power_takes_the_highest(self) -> None:
+        taken = active.acquire(lambda index: index + 1.0, 9, [], 3, 9, generator(), 1e4)
+        assert taken == [8, 7, 6]
 
     @pytest.mark.parametrize(("count", "each"), [(20, [2] * 10), (10, [1] * 10), (23, None)])
     def test_first_labels_are_balanced(self, count: int, each: list[int] | None) -> None:
@@ -234,6 +252,62 @@ class TestLearn:
             learn(tmp_path, "random", labels=20)
 
 
+class TestModel:
+    X, Y = torch.linspace(-1, 1, 12 * 32 * 32).reshape(12, 1, 32, 32), torch.arange(12) % 3
+
+    @pytest.mark.parametrize("method", active.METHODS)
+    def test_the_means_have_no_noise(self, method: str) -> None:
+        model = active.build(3, 1, SETTINGS | {"method": method})
+        labels = torch.arange(600) % 3
+        x = torch.rand(600, 1, 32, 32)
+        first = active.accuracy_of_means(model, x, labels)
+        assert first == active.accuracy_of_means(model, x, labels)
+        model.eval()
+        with bbb_fast.posterior_means():
+            output = model(x)
+        logits = output[0] if isinstance(output, tuple) else output
+        assert first == float((logits.argmax(-1) == labels).double().mean())
+
+    def test_draws_are_of_the_whole_network(self) -> None:
+        """What comes before the first dropout is computed once; that changes nothing."""
+        settings = SETTINGS | {"draws": 5}
+        model = active.build(3, 1, settings).eval()
+        said = active.ask(model, self.X, settings, 7)
+        whole = predictive(bbb_fast.mc_dropout(model), self.X, 5, seed=7)
+        torch.testing.assert_close(said.probs, whole.probs, rtol=1e-5, atol=1e-6)
+        assert said.mutual_information.max() > 1e-6
+
+    def test_an_ensemble_asks_each_member_once(self) -> None:
+        settings = SETTINGS | {"method": "ensemble", "members": 3}
+        model = active.build(3, 1, settings).eval()
+        with torch.no_grad():
+            probs = torch.stack([member(self.X).softmax(-1) for member in model.members]).mean(0)
+        said = active.ask(model, self.X, settings, 0)
+        torch.testing.assert_close(said.probs, probs.double(), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(("method", "matters"), [("lrt", True), ("mc-dropout", False)])
+    def test_the_kl_counts_for_bayesian_layers(self, method: str, matters: bool) -> None:
+        trained = []
+        for weight in (0.0, 10.0):
+            settings = SETTINGS | {"method": method, "kl_weight": weight}
+            torch.manual_seed(0)
+            model = active.build(3, 1, settings)
+            active.train(model, self.X, self.Y, 2, settings)
+            trained.append(torch.cat([p.flatten() for p in model.parameters()]))
+        assert torch.equal(*trained) != matters
+
+    def test_the_steps_are_as_many_as_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        steps = []
+        adam = torch.optim.Adam
+        monkeypatch.setattr(adam, "step", lambda self, *_: steps.append(self.param_groups[0]["lr"]))
+        settings = SETTINGS | {"batch_size": 5, "method": "ensemble", "members": 2}
+        active.train(active.build(3, 1, settings), self.X, self.Y, 7, settings)
+        assert len(steps) == 14
+        # Each member's learning rate falls from the one given.
+        assert steps[0] == steps[7] == 0.005
+        assert sorted(steps[:7], reverse=True) == steps[:7]
+
+
 OF_ALL = {"dataset": "digits", "method": "lrt", "judge": "test", "pool": 9, "steps": 5, "from_scratch": False}
 
 
@@ -305,6 +379,8 @@ class TestCommand:
             (["--lr", "0"], "--lr must be a finite number > 0, got 0.0"),
             (["--lr", "nan"], "--lr must be a finite number > 0, got nan"),
             (["--kl-weight", "-1"], "--kl-weight must be a finite number >= 0, got -1.0"),
+            (["--power", "0"], "--power must be a finite number > 0, or highest, got 0.0"),
+            (["--power", "nan"], "--power must be a finite number > 0, or highest, got nan"),
             (["--dropout", "1"], "--dropout must be in (0, 1), got 1.0"),
             (["--accuracies", "92"], "--accuracies must be in (0, 1), got 92.0"),
             (["--accuracies", "0.9", "0.9"], "--accuracies must differ, got 0.9, 0.9"),
@@ -327,9 +403,10 @@ class TestCommand:
         assert message in err
         assert not (tmp_path / "run" / "active.json").exists()
 
-    def test_unknown_acquisition(self) -> None:
+    @pytest.mark.parametrize("options", [["--acquisitions", "bald"], ["--power", "all"]])
+    def test_usage(self, options: list[str]) -> None:
         with pytest.raises(SystemExit):
-            main(["active", "--acquisitions", "bald"])
+            main(["active", *options])
 
     def test_the_library_raises_what_the_command_says(self) -> None:
         settings = {**SETTINGS, "seeds": 1, "acquisitions": ["random"], "accuracies": [0.9]}

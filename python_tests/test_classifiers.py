@@ -73,7 +73,7 @@ class TestStudy:
         assert {network.kind for network in study.networks()} == set(NETWORKS)
 
     def test_networks_are_shared(self) -> None:
-        """The members of a small ensemble are the first of a large one; the first is the deterministic network."""
+        """A small ensemble is the first members of a large one, and begins with the deterministic network."""
         study = Study(
             methods=("ensemble", "deterministic", "temperature"), ensemble_sizes=(5, 2), seed=3, seeds=2
         )
@@ -275,6 +275,17 @@ class TestCompare:
         ]
         assert sum(gaps) / sum(diagram["count"]) == pytest.approx(one["ece"], abs=1e-9)
 
+    def test_networks_of_an_earlier_run(self, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+        """Everything is as there, the times of the training too."""
+        options = ["--from", str(finished[0]), "--methods", "ensemble", "--limit", "24", "--samples", "3"]
+        document = ran("compare", tmp_path / "a", *options, "--ensemble-sizes", "3")
+        for mine, theirs in zip(
+            document["results"]["entries"]["ensemble-3"], finished[1]["results"]["entries"]["ensemble-3"],
+            strict=True,
+        ):  # fmt: skip
+            assert without_times(mine) == without_times(theirs)
+            assert mine["train_seconds"] == theirs["train_seconds"]
+
     def test_time_is_that_of_all_networks(self, finished: tuple[Path, dict[str, Any]]) -> None:
         results = finished[1]["results"]
         for seed, one in zip((5, 6), results["entries"]["ensemble-3"], strict=True):
@@ -284,6 +295,7 @@ class TestCompare:
             assert one["train_seconds"] == pytest.approx(sum(n["train_seconds"] for n in networks))
             assert one["parameters"] == 3 * networks[0]["parameters"]
 
+    @pytest.mark.slow
     def test_side_by_side_is_the_same(self, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
         pytest.importorskip("joblib")
         options = ["--methods", "lrt", "--seeds", "2", "--seed", "5", "--jobs", "2"]
@@ -292,8 +304,10 @@ class TestCompare:
         assert mine == theirs
 
     def test_networks_of_a_kind_with_options_of_their_own(self, tmp_path: Path) -> None:
-        changes = ["--set", "mc-dropout.dropout=0.4", "--set", "mc-dropout.model=caffe-lenet", "--set",
-                   "deterministic.weight-decay=0.001", "--set", "last-layer.posterior_rho_initial=-4,0.2"]  # fmt: skip
+        changes = [
+            "--set", "mc-dropout.dropout=0.4", "--set", "mc-dropout.model=caffe-lenet",
+            "--set", "deterministic.weight-decay=0.001", "--set", "last-layer.posterior_rho_initial=-4,0.2",
+        ]  # fmt: skip
         methods = ["--methods", "deterministic", "mc-dropout", "last-layer", "--scaled"]
         document = ran("compare", tmp_path / "a", *TINY, *methods, *changes)
         assert len(document["results"]["entries"]) == 6
@@ -336,32 +350,26 @@ class TestOod:
                     assert mine[key] == theirs[key]
 
 
-class TestShift:
-    @pytest.fixture(scope="class")
-    def document(
-        self, finished: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-    ) -> dict[str, Any]:
-        out = tmp_path_factory.mktemp("runs") / "shift"
-        options = [
-            "--from",
-            str(finished[0]),
-            "--limit",
-            "24",
-            "--samples",
-            "3",
-            "--methods",
-            "deterministic",
-        ]
-        document = ran("shift", out, *options, "lrt", "--corruptions", "rotation", "noise")
-        names = {figure["file"] for figure in document["figures"]}
-        assert names == {"shift.png", "shift-deterministic.png", "shift-lrt.png"}
-        assert all((out / name).exists() for name in names)
-        return document
+@pytest.fixture(scope="module")
+def shifted(
+    finished: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Of shift, over the networks of the run of compare."""
+    out = tmp_path_factory.mktemp("runs") / "shift"
+    options = ["--limit", "24", "--samples", "3", "--corruptions", "rotation", "noise"]
+    options += ["--methods", "deterministic", "lrt"]
+    document = ran("shift", out, "--from", str(finished[0]), *options)
+    names = {figure["file"] for figure in document["figures"]}
+    assert names == {"shift.png", "shift-deterministic.png", "shift-lrt.png"}
+    assert all((out / name).exists() for name in names)
+    return document
 
+
+class TestShift:
     def test_curves_begin_without_corruption(
-        self, finished: tuple[Path, dict[str, Any]], document: dict[str, Any]
+        self, finished: tuple[Path, dict[str, Any]], shifted: dict[str, Any]
     ) -> None:
-        for kind, curves in document["results"]["curves"].items():
+        for kind, curves in shifted["results"]["curves"].items():
             assert list(curves) == ["deterministic", "lrt"]
             for name, of_seeds in curves.items():
                 for points, clean in zip(of_seeds, finished[1]["results"]["entries"][name], strict=True):
@@ -371,7 +379,7 @@ class TestShift:
                         assert points[0][key] == clean[key]
 
     def test_points_are_those_of_the_corrupted_images(
-        self, finished: tuple[Path, dict[str, Any]], document: dict[str, Any]
+        self, finished: tuple[Path, dict[str, Any]], shifted: dict[str, Any]
     ) -> None:
         study, tasks = classifiers.read_study(finished[0])
         sets = classifiers.load_sets(study, 6, Judging(limit=24))
@@ -380,20 +388,20 @@ class TestShift:
         loaded = checkpoint.load_model(tasks / "deterministic-seed6/run/best.pt")
         x = data.normalize(harder.images, loaded.mean, loaded.std)
         probs = loaded.model(x).detach().double().softmax(-1)
-        point = document["results"]["curves"]["noise"]["deterministic"][1][3]
+        point = shifted["results"]["curves"]["noise"]["deterministic"][1][3]
         assert point["strength"] == 0.3
         report = metrics.classification_report(probs, sets.test.labels)
         for key in ("accuracy", "nll", "ece"):
             assert point[key] == pytest.approx(report[key], rel=1e-4)
         assert point["entropy"] == pytest.approx(float(torch.special.entr(probs).sum(-1).mean()), rel=1e-4)
 
-    def test_tables(self, document: dict[str, Any]) -> None:
-        titles = [table["title"] for table in document["tables"]]
+    def test_tables(self, shifted: dict[str, Any]) -> None:
+        titles = [table["title"] for table in shifted["tables"]]
         assert titles == [
             "Clean and corrupted images", "Accuracy under rotation", "ECE under rotation",
             "Accuracy under Gaussian noise", "ECE under Gaussian noise",
         ]  # fmt: skip
-        assert [column["name"] for column in document["tables"][1]["columns"][1:]] == [
+        assert [column["name"] for column in shifted["tables"][1]["columns"][1:]] == [
             "0", "15", "30", "45", "60", "75", "90"
         ]  # fmt: skip
 

@@ -11,12 +11,16 @@ from . import experiment, options
 __all__ = ["add_parser", "run"]
 
 # On the embedded images everything is smaller: all of it takes a minute or two.
-_DEFAULTS = {"labels": 400, "seeds": 5, "pool": 2000}
-_DIGITS = {"labels": 200, "seeds": 3, "pool": 500}
+_DEFAULTS = {"labels": 400, "seeds": 5, "pool": 2000, "steps": 160}
+_DIGITS = {"labels": 150, "seeds": 3, "pool": 500, "steps": 40}
 
 
 def _default(name: str) -> str:
     return f"(default {_DEFAULTS[name]}; on digits {_DIGITS[name]})"
+
+
+def _power(text: str) -> float | None:
+    return None if text == "highest" else float(text)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -64,7 +68,11 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument(
         "--pool", type=int, metavar="N", help=f"images to choose from in a round {_default('pool')}"
     )
-    how.add_argument("--draws", type=int, default=20, metavar="T", help="draws of the model (default 20)")
+    how.add_argument(
+        "--power", type=_power, default=2.0, metavar="B|highest",
+        help="draw images with probabilities that go with score^B (default 2), or take the highest scores",
+    )  # fmt: skip
+    how.add_argument("--draws", type=int, default=100, metavar="T", help="draws of the model (default 100)")
     how.add_argument(
         "--accuracies", type=float, nargs="+", default=[0.8, 0.85, 0.9, 0.92, 0.95], metavar="A",
         help="say how many labels these take (default 0.8 0.85 0.9 0.92 0.95)",
@@ -81,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
         help="of the optimizer in the first round (default 200)",
     )  # fmt: skip
     model.add_argument(
-        "--steps", type=int, default=40, metavar="N", help="in every later one, going on (default 40)"
+        "--steps", type=int, metavar="N", help=f"in every later one, going on {_default('steps')}"
     )
     model.add_argument(
         "--from-scratch", action="store_true",
@@ -105,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
         name: sized[name] if name in sized and getattr(args, name) is None else getattr(args, name)
         for name in (
             "dataset", "valid_size", "judge", "acquisitions", "seeds", "start", "step", "labels", "pool",
-            "draws", "accuracies", "method", "first_steps", "steps", "from_scratch", "batch_size", "lr",
-            "kl_weight", "dropout", "members", "seed",
+            "power", "draws", "accuracies", "method", "first_steps", "steps", "from_scratch", "batch_size",
+            "lr", "kl_weight", "dropout", "members", "seed",
         )
     }  # fmt: skip
     active.check(settings)

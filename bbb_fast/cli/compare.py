@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
             "folder receives compare.json and two figures."
         ),
     )
-    classifiers.add_options(parser)
+    classifiers.add_options(parser, source=True)
     judging = parser.add_argument_group("never-seen images")
     judging.add_argument(
         "--out-of-distribution", "--ood", dest="outside", metavar="SET", default="rotated",

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..experiments import shift
+from ..experiments.classifiers import check_names
 from ..experiments.corruptions import CORRUPTIONS
 from . import classifiers, experiment
 
@@ -39,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains or takes, judges, prints and writes; returns 0."""
+    check_names("corruptions", args.corruptions, CORRUPTIONS)
     study, judging = classifiers.study_and_judging(args)
     settings = {**classifiers.settings(study, judging), "corruptions": args.corruptions}
     return experiment.carry_out(

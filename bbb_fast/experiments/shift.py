@@ -16,7 +16,6 @@ from .classifiers import (
     Results,
     Study,
     ask,
-    check_names,
     draw,
     judge_entries,
     notes,
@@ -35,8 +34,10 @@ _CLEAN = "clean"
 
 
 def run(running: Experiment, study: Study, judging: Judging, kinds: Sequence[str]) -> Document:
-    """Trains the networks of a study, or takes those of another run, and judges them under corruptions."""
-    check_names("corruptions", kinds, CORRUPTIONS)
+    """Trains the networks of a study, or takes those of another run, and judges them under corruptions.
+
+    ``kinds``: some of :data:`CORRUPTIONS`, each once.
+    """
     train(running, study, judging)
     parts: dict[str, dict[str, Any]] = {_CLEAN: {"kind": None}, **{kind: {"kind": kind} for kind in kinds}}
     found = judge_entries(running, study, judging, judge_entry, parts)
