@@ -86,6 +86,11 @@ def markdown(method: str, rows: list[dict[str, Any]], document: Document) -> str
     return "\n".join(lines)
 
 
+def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The other fields: a result file has no paths of this machine, and no prediction of each row."""
+    return {key: value for key, value in fields.items() if key not in names}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -114,17 +119,19 @@ def main() -> int:
         rows = compare(method, document)
         tables.append(markdown(method, rows, document))
         splits = {
-            name: [
-                {k: v for k, v in split.items() if k not in ("predictions", "observed")}
-                for split in of_set[method]
-            ]
+            name: [without(split, "predictions", "observed") for split in of_set[method]]
             for name, of_set in document.results.items()
         }
         found[method] = {
             "published": PUBLISHED[method][0],
             "compared": rows,
             "splits": splits,
-            "settings": document.settings,
+            "settings": {
+                **document.settings,
+                "sets": {
+                    name: without(of_set, "source") for name, of_set in document.settings["sets"].items()
+                },
+            },
             "build": document.build,
             "seconds": document.seconds,
         }

@@ -114,3 +114,4 @@ def test_the_picture_that_every_lecture_shows(tmp_path: Path) -> None:
         assert cell["aleatoric on data"] == pytest.approx(0.15, rel=0.6)
         if cell["method"] != "deterministic":
             assert cell["epistemic outside"] > 2 * cell["epistemic on data"]
+            assert cell["epistemic gap"] > 1.2 * cell["epistemic on data"]

@@ -38,6 +38,7 @@ def test_runs_are_gathered_and_go_on(
     values = [split["rmse"] for split in found["splits"]["concrete"]]
     assert rmse["mean"] == pytest.approx(sum(values) / 2)
     assert rmse["published"] == 5.67
+    assert str(tmp_path) not in out.read_text()
     printed = capsys.readouterr().out
     assert f"| concrete | {rmse['mean']:.2f} ± {rmse['error']:.2f} | 5.67 |" in printed
 

@@ -12,7 +12,7 @@ from .regress import add_network_options
 
 __all__ = ["add_parser", "run"]
 
-_DEFAULTS = Training(hidden=(50, 50), steps=5_000)
+_DEFAULTS = Training(hidden=(20, 20), steps=5_000)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
         help=f"which (default: all): {', '.join(METHODS)}",
     )  # fmt: skip
-    group.add_argument("--points", type=int, default=100, metavar="N", help="of the data (default 100)")
+    group.add_argument("--points", type=int, default=200, metavar="N", help="of the data (default 200)")
     add_network_options(group, _DEFAULTS, ("constant", "heteroscedastic"))
     group.add_argument(
         "--samples", type=int, default=200, metavar="T", help="draws of a prediction (default 200)"

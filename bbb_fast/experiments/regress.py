@@ -14,7 +14,7 @@ from .. import metrics
 from .document import Column, Document, Figure, Table, mean_and_error
 from .options import OptionError, check_int
 from .palette import COLORS
-from .regression import METHODS, Training, fit, judge
+from .regression import Training, check_method, fit, judge
 from .tabular import Tabular, bundled, found_sets, load_set, load_table, random_splits, seed_of
 from .tasks import Experiment, Task
 
@@ -90,8 +90,7 @@ def settings(
     if splits is not None:
         check_int("splits", splits)
     for method in methods:
-        if method not in METHODS:
-            raise OptionError("methods", f"must be among {', '.join(METHODS)}, got {method!r}")
+        check_method(method)
     sets = {}
     for name, source in where.items():
         table = load(source)
@@ -127,13 +126,14 @@ def _one_split(
     table = load(source)
     # Of the random splits, the k-th does not depend on how many there are.
     rows = (table.splits or random_splits(len(table.targets), split + 1, seed))[split]
-    how = Training(**{**training, "hidden": tuple(training["hidden"]), "rates": tuple(training["rates"])})
+    x, y = table.inputs[rows.train], table.targets[rows.train]
     start = time.perf_counter()
-    model = fit(method, table.inputs[rows.train], table.targets[rows.train], how, seed_of(seed, split))
+    model = fit(method, x, y, Training.of(training), seed_of(seed, split))
     trained = time.perf_counter()
-    said, scores = judge(model, table.inputs[rows.test], table.targets[rows.test], samples, seed)
+    targets = table.targets[rows.test]
+    said, scores = judge(model, table.inputs[rows.test], targets, samples, seed)
     predicted = time.perf_counter()
-    curve = metrics.regression_calibration(said.mean, said.variance, table.targets[rows.test])
+    curve = metrics.regression_calibration(said.mean, said.variance, targets)
     result = {
         **scores,
         "train_seconds": trained - start,
@@ -143,7 +143,7 @@ def _one_split(
     }
     if split == 0:
         result["predictions"] = {
-            "target": table.targets[rows.test].tolist(),
+            "target": targets.tolist(),
             "mean": said.mean.tolist(),
             "epistemic_std": said.epistemic.sqrt().tolist(),
             "std": said.variance.sqrt().tolist(),
@@ -300,6 +300,8 @@ def _predictions_figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> b
             )  # fmt: skip
         panel.plot(told["target"], told["mean"], "o", color="black", markersize=2.5)
         panel.set_title(f"{method}: RMSE {splits[0]['rmse']:.3g}", fontsize=10)
+        if k + columns >= len(results):
+            panel.tick_params(labelbottom=True)
     for panel in panels:
         panel.set_axis_off()
     canvas.supxlabel("target", fontsize=10)

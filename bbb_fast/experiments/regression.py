@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from ..methods import Ensemble, GaussianNoise, gaussian_nll, mc_dropout
 from ..predictive import GaussianPredictive, predictive
 from .options import OptionError, check_int
 
-__all__ = ["METHODS", "NOISES", "Standardized", "Training", "fit", "judge"]
+__all__ = ["METHODS", "NOISES", "Standardized", "Training", "check_method", "fit", "judge"]
 
 Noise = Literal["own", "constant", "heteroscedastic"]
 NOISES: tuple[Noise, ...] = ("own", "constant", "heteroscedastic")
@@ -68,6 +68,11 @@ class Training:
             check_int(option, getattr(self, option))
         if not self.rates or not all(0 < rate < 1 for rate in self.rates):
             raise OptionError("rates", f"must be numbers between 0 and 1, got {list(self.rates)}")
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Training:
+        """Of what ``asdict`` and JSON have made of one: lists are tuples again."""
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()})
 
 
 class Standardized(nn.Module):
@@ -120,8 +125,7 @@ def fit(method: str, inputs: Tensor, targets: Tensor, training: Training, seed: 
     Raises:
         OptionError: an unknown method.
     """
-    if method not in METHODS:
-        raise OptionError("methods", f"must be among {', '.join(METHODS)}, got {method!r}")
+    check_method(method)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fitted = Standardized(inputs, targets)
@@ -317,6 +321,12 @@ METHODS: dict[str, _Method] = {
     "lrt": _Method(_variational("lrt")),
     "flipout": _Method(_variational("flipout")),
 }
+
+
+def check_method(method: str) -> None:
+    """Raises OptionError for what is none of :data:`METHODS`."""
+    if method not in METHODS:
+        raise OptionError("methods", f"must be among {', '.join(METHODS)}, got {method!r}")
 
 
 def judge(

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..predictive import predictive
 from .document import Column, Document, Figure, Table
-from .options import OptionError, check_int
+from .options import check_int
 from .palette import COLORS
-from .regression import METHODS, Training, fit
+from .regression import Training, check_method, fit
 from .tasks import Experiment, Task
 
 __all__ = ["REGIONS", "grid", "make_data", "noise_std", "settings", "toy", "true_mean"]
@@ -38,7 +38,7 @@ def grid() -> Tensor:
 
 def true_mean(x: Tensor) -> Tensor:
     """The function behind the data."""
-    return torch.sin(1.5 * x) + 0.3 * x
+    return torch.sin(1.8 * x) + 0.3 * x
 
 
 def noise_std(x: Tensor, noise: str) -> Tensor:
@@ -66,8 +66,7 @@ def settings(
     check_int("points", points, 10)
     check_int("samples", samples, 2)
     for method in methods:
-        if method not in METHODS:
-            raise OptionError("methods", f"must be among {', '.join(METHODS)}, got {method!r}")
+        check_method(method)
     return {
         "methods": list(dict.fromkeys(methods)),
         "points": points,
@@ -83,9 +82,8 @@ def _one_method(
 ) -> dict[str, Any]:
     """The task: trains a method on the data, and asks it on a grid."""
     x, y = make_data(points, noise, seed)
-    how = Training(**{**training, "hidden": tuple(training["hidden"]), "rates": tuple(training["rates"])})
     start = time.perf_counter()
-    model = fit(method, x, y, how, seed)
+    model = fit(method, x, y, Training.of(training), seed)
     seconds = time.perf_counter() - start
     said = predictive(model, grid()[:, None], samples, likelihood="heteroscedastic", seed=seed)
     return {
@@ -171,7 +169,7 @@ def _figure(results: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], n
     lines = math.ceil(len(results) / columns)
     canvas = Canvas(figsize=(3.9 * columns, 3.2 * lines + 0.5), layout="constrained", dpi=110)
     panels = canvas.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
-    for (method, said), panel in zip(results.items(), panels, strict=False):
+    for k, ((method, said), panel) in enumerate(zip(results.items(), panels, strict=False)):
         mean, epistemic, aleatoric = (
             torch.tensor(said[key], dtype=torch.float64) for key in ("mean", "epistemic_std", "aleatoric_std")
         )
@@ -188,8 +186,12 @@ def _figure(results: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], n
         panel.plot(x, truth, color="0.35", linestyle="--", linewidth=1, label="true function")
         panel.plot(x, mean, color=COLORS[1], linewidth=1.6, label="mean")
         panel.plot(data["x"], data["y"], ".", color="black", markersize=3, label="data")
-        panel.set(title=method, xlim=(-_EDGE, _EDGE), ylim=(-5, 5), xlabel="x", ylabel="y")
-        panel.label_outer()
+        panel.set(title=method, xlim=(-_EDGE, _EDGE), ylim=(-4, 4))
+        if k % columns == 0:
+            panel.set_ylabel("y")
+        if k + columns >= len(results):
+            panel.set_xlabel("x")
+            panel.tick_params(labelbottom=True)
     for panel in panels:
         panel.set_axis_off()
     handles, labels = canvas.axes[0].get_legend_handles_labels()
