@@ -24,7 +24,7 @@ FOLDERS = ("bbb_fast", "csrc", "python_tests", "benchmarks", "docs", ".ci")
 FILES = ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE", "Makefile", "CMakeLists.txt")
 TOOLS = ("setuptools>=68,<81", "wheel", "ninja", "pybind11", "numpy")
 TESTS = ("pytest", "scipy", "scikit-learn", "matplotlib", "tqdm", "expecttest")
-OP_TESTS = "noise,sample_weights,kl_divergence,bbb,lrt,flipout,conv_transpose"
+OP_TESTS = "noise,dropout,sample_weights,kl_divergence,bbb,lrt,flipout,conv_transpose"
 # An environment with torch's CUDA packages takes 5 GB, and half as much again while they are unpacked.
 NEEDED_BYTES = 10 << 30
 

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "test_cuda.py",
     "test_noise.py",
+    "test_dropout.py",
     "test_sample_weights.py",
     "test_kl_divergence.py",
     "test_kl_node.py",

@@ -80,6 +80,15 @@ def one_tensor(run: Runner, make: Maker, n: int, dtype: torch.dtype, offset: int
     priors = [PRIOR[0]], [PRIOR[1]]
 
     run.op("normal", what, [n], rng, dtype)
+    run.op("uniform", what, [n], rng, dtype)
+    run.op("drop_elements", what, mu, rng, 0.3)
+    # By rows, with one mask for all, and by channels.
+    for shape, channels, one_mask in (((1, n), False, True), ((1, n, 1), True, False)):
+        run.op("dropout", what, mu.reshape(shape), rng, 0.3, channels, one_mask)
+    run.op("flip_signs", what, mu.reshape(1, n), rng, 0, 1)
+    run.op("add_flipped_", what, grad.reshape(1, n).clone(), mu.reshape(1, n), rng, 0, 1)
+    prior = make.tensor(n, dtype), make.tensor(n, dtype, positive=True)
+    run.op("kl_tensor_prior", what, mu, rho, *prior)
     for with_kl, out in product((False, True), (None, torch.bfloat16)):
         run.op("sample_weights", what, [mu], [rho], rng, *PRIOR, with_kl, out)
     run.op("kl_divergence", what, [mu], [rho], *priors)
