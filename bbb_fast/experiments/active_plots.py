@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
 from .document import mean_and_error
+from .drawing import BLACK, BLUE, GREEN, RED, png
 
 __all__ = ["curves"]
 
-# Okabe and Ito's palette, which colour-blind people can tell apart; dashes do it without colour.
+# Dashes tell them apart without colour.
 _STYLES = {
-    "mutual-information": ("#0072b2", "-"),
-    "entropy": ("#d55e00", "--"),
-    "variation-ratio": ("#009e73", "-."),
-    "random": ("#000000", ":"),
+    "mutual-information": (BLUE, "-"),
+    "entropy": (RED, "--"),
+    "variation-ratio": (GREEN, "-."),
+    "random": (BLACK, ":"),
 }
 
 
@@ -40,6 +40,4 @@ def curves(
     axis.set_xlim(sizes[0], max(sizes[-1], sizes[0] + 1))
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right", title="chosen by")
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return png(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 
@@ -13,21 +12,14 @@ from matplotlib.figure import Figure
 from .classifiers import Results
 from .corruptions import CORRUPTIONS
 from .document import mean_and_error
+from .drawing import BLUE, COLORS, RED, SKY, png
 from .judged import SCORES
 
 __all__ = ["entropies", "reliability", "scores", "shifts", "shifts_of_one"]
 
-# Okabe and Ito's palette, which colour-blind people can tell apart.
-_BLUE, _RED, _GREEN, _SKY, _PINK, _ORANGE = "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7", "#e69f00"
-_COLORS = (_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY, "#000000")
+_DPI = 130
 _STYLES, _MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P", "X", "*")
 _ACROSS = 5
-
-
-def _png(figure: Figure) -> bytes:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=130)
-    return png.getvalue()
 
 
 def _mean_and_bar(values: Sequence[float]) -> tuple[float, float]:
@@ -47,12 +39,12 @@ def scores(labels: Mapping[str, str], found: Results) -> bytes:
     axes = figure.subplots(1, len(panels) + 1, sharey=True)
     places = np.arange(len(names))[::-1]
     for axis, (title, rows) in zip(axes, panels.items(), strict=False):
-        _dots(axis, places, rows, _BLUE, "o")
+        _dots(axis, places, rows, BLUE, "o")
         axis.set_title(title, fontsize=10)
     last = axes[-1]
     for score, color, marker, shift in (
-        ("predictive_entropy", _BLUE, "o", 0.14),
-        ("mutual_information", _RED, "s", -0.14),
+        ("predictive_entropy", BLUE, "o", 0.14),
+        ("mutual_information", RED, "s", -0.14),
     ):
         rows = [[one["detection"][score]["auroc"] for one in of_seeds] for of_seeds in found.values()]
         _dots(last, places + shift, rows, color, marker, SCORES[score])
@@ -61,7 +53,7 @@ def scores(labels: Mapping[str, str], found: Results) -> bytes:
     figure.legend(fontsize=8, loc="outside lower right", ncols=2, frameon=False)
     axes[0].set_yticks(places, names)
     axes[0].set_ylim(-0.6, len(names) - 0.4)
-    return _png(figure)
+    return png(figure, _DPI)
 
 
 def _dots(
@@ -92,25 +84,25 @@ def reliability(labels: Mapping[str, str], found: Results) -> bytes:
         shown = counts > 0
         axis.bar(
             edges[:-1][shown], accuracy[shown], np.diff(edges)[shown],
-            align="edge", color=_SKY, edgecolor="white", linewidth=0.6,
+            align="edge", color=SKY, edgecolor="white", linewidth=0.6,
         )  # fmt: skip
         axis.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
         share = counts / counts.sum()
         # A dot is as large as its bin is full: empty bins decide nothing.
-        axis.scatter(confidence[shown], accuracy[shown], 6 + 90 * share[shown], color=_BLUE, zorder=3)
+        axis.scatter(confidence[shown], accuracy[shown], 6 + 90 * share[shown], color=BLUE, zorder=3)
         ece, _ = mean_and_error([one["ece"] for one in of_seeds])
         axis.set_title(f"{labels[name]}: ECE {ece:.4f}", fontsize=10)
         axis.set(xlim=(0, 1), ylim=(0, 1.02))
     figure.supxlabel("confidence (largest probability)", fontsize=10)
     figure.supylabel("fraction that is right", fontsize=10)
-    return _png(figure)
+    return png(figure, _DPI)
 
 
 def entropies(labels: Mapping[str, str], found: Results, names: tuple[str, str]) -> bytes:
     """A PNG of the entropies of known and never-seen images, all seeds together: a panel an entry."""
     figure, axes = _panels(len(found), 2.8, 2.4)
     for axis, (name, of_seeds) in zip(axes, found.items(), strict=True):
-        for side, title, color in zip(("known", "unknown"), names, (_BLUE, _RED), strict=True):
+        for side, title, color in zip(("known", "unknown"), names, (BLUE, RED), strict=True):
             counts = np.sum([one[side]["entropy_histogram"] for one in of_seeds], axis=0)
             edges = np.linspace(0, of_seeds[0][side]["highest_entropy"], len(counts) + 1)
             shares = 100 * counts / counts.sum()
@@ -124,7 +116,7 @@ def entropies(labels: Mapping[str, str], found: Results, names: tuple[str, str])
     figure.supxlabel("entropy of the prediction (nats)", fontsize=10)
     figure.supylabel("% of the set", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    return _png(figure)
+    return png(figure, _DPI)
 
 
 def shifts(labels: Mapping[str, str], curves: Mapping[str, Results], drawn: Mapping[str, str]) -> bytes:
@@ -149,7 +141,7 @@ def shifts(labels: Mapping[str, str], curves: Mapping[str, Results], drawn: Mapp
             row[0].set_yscale("log")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure, _DPI)
 
 
 def shifts_of_one(
@@ -165,7 +157,7 @@ def shifts_of_one(
         axis.set_xlabel("strength, from none to the strongest", fontsize=9)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=len(curves), frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure, _DPI)
 
 
 def _curve(
@@ -180,7 +172,7 @@ def _curve(
     values = [_mean_and_bar([points[i][key] for points in of_seeds]) for i in range(len(strengths))]
     means, errors = (np.asarray(part) for part in zip(*values, strict=True))
     # After one round through the colours another style, so that each line is told without its colour.
-    color, style = _COLORS[k % len(_COLORS)], _STYLES[k // len(_COLORS) % len(_STYLES)]
+    color, style = COLORS[k % len(COLORS)], _STYLES[k // len(COLORS) % len(_STYLES)]
     marker = _MARKERS[k % len(_MARKERS)]
     axis.plot(
         strengths,

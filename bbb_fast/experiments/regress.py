@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,8 +11,8 @@ from typing import Any
 
 from .. import metrics
 from .document import Column, Document, Figure, Table, mean_and_error
+from .drawing import COLORS, png
 from .options import OptionError, check_int
-from .palette import COLORS
 from .regression import Training, check_method, fit, judge
 from .tabular import Tabular, bundled, found_sets, load_set, load_table, random_splits, seed_of
 from .tasks import Experiment, Task
@@ -244,12 +243,6 @@ def _figures(
     return figures, []
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def _calibration_figure(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> bytes:
     """A panel a set: observed against expected shares, all splits together."""
     from matplotlib.figure import Figure as Canvas
@@ -277,7 +270,7 @@ def _calibration_figure(results: Mapping[str, Mapping[str, Sequence[Mapping[str,
         panel.set_axis_off()
     handles, labels = canvas.axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside right upper", fontsize=9)
-    return _png(canvas)
+    return png(canvas)
 
 
 def _predictions_figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -306,4 +299,4 @@ def _predictions_figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> b
         panel.set_axis_off()
     canvas.supxlabel("target", fontsize=10)
     canvas.supylabel("prediction ± 2 standard deviations", fontsize=10)
-    return _png(canvas)
+    return png(canvas)

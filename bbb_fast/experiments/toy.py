@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from ..predictive import predictive
 from .document import Column, Document, Figure, Table
+from .drawing import COLORS, png
 from .options import check_int
-from .palette import COLORS
 from .regression import Training, check_method, fit
 from .tasks import Experiment, Task
 
@@ -196,6 +195,4 @@ def _figure(results: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], n
         panel.set_axis_off()
     handles, labels = canvas.axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=len(handles), fontsize=9)
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(canvas)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
+from .drawing import BLACK, BLUE, GREEN, PINK, RED, SKY, png
 from .judged import SCORES, Comparison, Judged
 
 __all__ = ["uncertainty_figure"]
@@ -17,8 +16,7 @@ __all__ = ["uncertainty_figure"]
 _COLUMNS = 10
 _IN, _OUT, _WRONG = "#2a6f97", "#d1495b", "#c1121f"
 _STYLES = ("-", "-", "-", "--", "--", ":")
-# Okabe and Ito's palette, which colour-blind people can tell apart.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7", "#000000")
+_COLORS = (BLUE, RED, GREEN, SKY, PINK, BLACK)
 
 
 def uncertainty_figure(result: Comparison) -> bytes:
@@ -65,9 +63,7 @@ def uncertainty_figure(result: Comparison) -> bytes:
     _histogram(entropy, result, "predictive_entropy", "Predictive entropy: all doubt")
     _histogram(information, result, "mutual_information", "Mutual information: doubt in the weights")
     _roc(roc, result)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return png(figure)
 
 
 def _one_per_class(order: Tensor, classes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._noise import fixed_noise
 from ..models import VAE
+from .drawing import BLACK, BLUE, GREEN, PINK, RED, SKY, png
 
 __all__ = ["curves", "pictures"]
 
@@ -24,8 +25,7 @@ _SAMPLES, _WALKS = 6, 6
 _REACH = 3.0
 _GREYS = 32
 _SIDE = 32
-# Okabe and Ito's palette, which colour-blind people can tell apart.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7", "#000000")
+_COLORS = (BLUE, RED, GREEN, SKY, PINK, BLACK)
 # In pixels of the PNG: an image's own, what is left of a panel, above it, and below the last one; but _GAP,
 # between images, in theirs.
 _SCALE, _GAP, _LEFT, _TITLE, _BOTTOM, _DPI = 2, 2, 110, 44, 76, 150
@@ -143,7 +143,7 @@ class _Page:
 
     def png(self) -> bytes:
         """Without colours, of which there are none: a third of the size."""
-        grey = Image.open(io.BytesIO(_png(self._figure))).convert("L")
+        grey = Image.open(io.BytesIO(png(self._figure))).convert("L")
         content = io.BytesIO()
         grey.save(content, format="png", optimize=True)
         return content.getvalue()
@@ -168,10 +168,4 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return png(figure)
