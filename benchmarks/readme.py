@@ -1,10 +1,12 @@
-"""Fills the numbers of README.md and docs/benchmarks.md from the files in benchmarks/results.
+"""Fills the numbers of README.md and docs/ from the files in benchmarks/results.
 
     python benchmarks/readme.py [MACHINE ...] [--check]
 
-Everything between the two markers is replaced by what the files of the machines (default: those that a
-document names) say, the worse number where they differ: all of it in docs/benchmarks.md, one table in
-README.md. With --check, changes nothing and exits with 1 if a document says anything else.
+Speeds: everything between the markers "numbers of" and "end of the numbers" is replaced by what the files of
+the machines (default: those that a document names) say, the worse number where they differ: all of it in
+docs/benchmarks.md, one table in README.md. Experiments: what is between "table 2 of FILE.json, columns 1 3 4"
+and "end of the table" is replaced by that table of that file (all columns where none are named). With
+--check, changes nothing and exits with 1 if a document says anything else.
 """
 
 from __future__ import annotations
@@ -21,11 +23,20 @@ from harness import RESULTS
 from report import markdown_table, plural
 from rivals import CONTENDERS
 
+from bbb_fast.experiments.document import Column
+
 ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- numbers of {machines}, by benchmarks/readme.py -->"
 END = "<!-- end of the numbers -->"
 MARKED = re.compile(
     re.escape(BEGIN).replace(r"\{machines\}", "(?P<machines>.+?)") + r"\n(?P<text>.*?)" + re.escape(END),
+    re.DOTALL,
+)
+# A table of an experiment; see experiments.py and uci.py.
+TABLE = re.compile(
+    r"(?P<begin><!-- table (?P<number>\d+) of (?P<file>[\w.-]+\.json)"
+    r"(?:, columns (?P<columns>\d+(?: \d+)*))?, by benchmarks/readme\.py -->\n)"
+    r"(?P<text>.*?)(?P<end><!-- end of the table -->)",
     re.DOTALL,
 )
 COLUMNS = {
@@ -195,7 +206,34 @@ def headline(machines: Sequence[str]) -> str:
     )
 
 
-# By document, what fills it.
+def experiment_table(marker: re.Match[str]) -> str:
+    """What stands between the markers of an experiment's table."""
+    found = json.loads((RESULTS / marker["file"]).read_text())["tables"][int(marker["number"]) - 1]
+    columns = [Column(**column) for column in found["columns"]]
+    chosen = [int(n) - 1 for n in marker["columns"].split()] if marker["columns"] else range(len(columns))
+    rows = [[columns[k].text(row[k]) for k in chosen] for row in found["rows"]]
+    return markdown_table([columns[k].name for k in chosen], rows) + "\n"
+
+
+def documents() -> list[Path]:
+    """What may have numbers."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(document: Path, machines: Sequence[str] = ()) -> str:
+    """The text of a document with the numbers of the results. Raises SystemExit where it lacks markers."""
+    text = document.read_text()
+    if document in DOCUMENTS:
+        found = MARKED.search(text)
+        if found is None:
+            raise SystemExit(f"{document.name} lacks the markers {BEGIN} and {END}")
+        machines = machines or found["machines"].split(" and ")
+        new = f"{BEGIN.format(machines=' and '.join(machines))}\n{DOCUMENTS[document](machines)}{END}"
+        text = text[: found.start()] + new + text[found.end() :]
+    return TABLE.sub(lambda marker: marker["begin"] + experiment_table(marker) + marker["end"], text)
+
+
+# By document, what fills its speeds.
 DOCUMENTS = {ROOT / "README.md": headline, ROOT / "docs" / "benchmarks.md": numbers}
 
 
@@ -205,18 +243,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say whether the documents are up to date")
     args = parser.parse_args()
     status = 0
-    for document, fill in DOCUMENTS.items():
-        text = document.read_text()
-        found = MARKED.search(text)
-        if found is None:
-            raise SystemExit(f"{document.name} lacks the markers {BEGIN} and {END}")
-        machines = args.machines or found["machines"].split(" and ")
-        new = f"{BEGIN.format(machines=' and '.join(machines))}\n{fill(machines)}{END}"
+    for document in documents():
+        new = filled(document, args.machines)
         if args.check:
-            print(f"{document.name} {'is up to date' if found[0] == new else 'differs from the results'}")
-            status |= int(found[0] != new)
+            same = new == document.read_text()
+            print(f"{document.name} {'is up to date' if same else 'differs from the results'}")
+            status |= int(not same)
         else:
-            document.write_text(text[: found.start()] + new + text[found.end() :])
+            document.write_text(new)
     return status
 
 

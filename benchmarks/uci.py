@@ -5,20 +5,21 @@
 
 DIR holds yacht, energy, bostonHousing, concrete and wine-quality-red. Runs `bbb-fast regress` once a method
 by the protocol of docs/regression.md, each in a folder of FOLDER; what is there already is not done again, so
-that the same command goes on where it was interrupted. Prints the tables of docs/regression.md.
+that the same command goes on where it was interrupted. `readme.py` puts the tables into docs/regression.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, SCRATCH, provenance, write_json
 
 from bbb_fast.cli import main as bbb_fast
-from bbb_fast.experiments.document import Document, mean_and_error, read
+from bbb_fast.experiments.document import Column, Document, Table, mean_and_error, read
 
 SETS = ("yacht", "energy", "bostonHousing", "concrete", "wine-quality-red")
 METHODS = ("lrt", "ensemble", "mc-dropout")
@@ -66,24 +67,23 @@ def compare(method: str, document: Document) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(method: str, rows: list[dict[str, Any]], document: Document) -> str:
+def table(method: str, rows: list[dict[str, Any]], document: Document) -> Table:
     """The table of docs/regression.md for one method."""
-    source = PUBLISHED[method][0]
-    lines = [
-        f"| {method} | RMSE | {source} | log likelihood | {source} | in 95 % | seconds a split |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    source = PUBLISHED[method][0].partition(" (")[0]
+    head = [Column(method), *(Column(name) for name in ("RMSE", source, "log likelihood", source))]
+    head += [Column("in 95 %", ".1f"), Column("seconds a split", ".1f")]
+    lines = []
     for name, of_set in document.results.items():
-        cells = [name]
+        cells: list[Any] = [name]
         for row in rows:
             if row["set"] == name:
                 error = "" if row["error"] is None else f" ± {row['error']:.2f}"
                 cells += [f"{row['mean']:.2f}{error}", f"{row['published']:.2f}"]
         splits = of_set[method]
-        coverage = sum(split["coverage"] for split in splits) / len(splits)
-        seconds = sum(split["train_seconds"] + split["predict_seconds"] for split in splits) / len(splits)
-        lines.append(f"| {' | '.join([*cells, f'{100 * coverage:.1f} %', f'{seconds:.1f}'])} |")
-    return "\n".join(lines)
+        cells.append(100 * sum(split["coverage"] for split in splits) / len(splits))
+        cells.append(sum(split["train_seconds"] + split["predict_seconds"] for split in splits) / len(splits))
+        lines.append(cells)
+    return Table(f"{method}, beside {PUBLISHED[method][0]}", head, lines)
 
 
 def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def main() -> int:
             return 1
         document = read(run / "regress.json")
         rows = compare(method, document)
-        tables.append(markdown(method, rows, document))
+        tables.append(table(method, rows, document))
         splits = {
             name: [without(split, "predictions", "observed") for split in of_set[method]]
             for name, of_set in document.results.items()
@@ -135,8 +135,8 @@ def main() -> int:
             "build": document.build,
             "seconds": document.seconds,
         }
-    write_json(args.out, {"provenance": provenance(), "methods": found})
-    print("\n\n".join(tables))
+    write_json(args.out, {"provenance": provenance(), "tables": list(map(asdict, tables)), "methods": found})
+    print("\n\n".join(table.text() for table in tables))
     print(f"\nwrote {args.out}")
     return 0
 

@@ -534,12 +534,38 @@ def test_rates_come_from_known_work() -> None:
     assert rows["eager_lrt"]["gb_per_s_beside_products"] is None
 
 
-@pytest.mark.parametrize("document", readme.DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", readme.documents(), ids=lambda path: path.name)
 def test_documents_have_the_numbers_of_the_results(document: Path) -> None:
     """Nobody typed them: the files in benchmarks/results say the same."""
-    found = readme.MARKED.search(document.read_text())
-    assert found is not None
-    assert found["text"] == readme.DOCUMENTS[document](found["machines"].split(" and "))
+    assert document.read_text() == readme.filled(document)
+
+
+def test_documents_have_markers_that_are_understood() -> None:
+    """A marker with a typing error would be a table that nobody fills."""
+    for document in readme.documents():
+        text = document.read_text()
+        understood = len(readme.MARKED.findall(text)) + len(readme.TABLE.findall(text))
+        assert text.count("by benchmarks/readme.py -->") == understood, document.name
+    assert readme.TABLE.search((readme.ROOT / "README.md").read_text())
+
+
+def test_readme_takes_columns_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = [{"name": n, "format": f, "better": None} for n, f in (("set", ""), ("a", ".1f"), ("b", ".2f"))]
+    table = {"title": "t", "columns": columns, "rows": [["x", 1.25, None], ["y", 2, "3 ± 1"]], "note": ""}
+    (tmp_path / "some-run.json").write_text(json.dumps({"tables": [{}, table]}))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    document = tmp_path / "doc.md"
+    document.write_text(
+        "before\n<!-- table 2 of some-run.json, columns 1 3, by benchmarks/readme.py -->\nold\n"
+        "<!-- end of the table -->\nbetween\n<!-- table 2 of some-run.json, by benchmarks/readme.py -->\n"
+        "<!-- end of the table -->\n"
+    )
+    assert readme.filled(document) == (
+        "before\n<!-- table 2 of some-run.json, columns 1 3, by benchmarks/readme.py -->\n"
+        "| set | b |\n|---|---|\n| x | - |\n| y | 3 ± 1 |\n<!-- end of the table -->\nbetween\n"
+        "<!-- table 2 of some-run.json, by benchmarks/readme.py -->\n"
+        "| set | a | b |\n|---|---|---|\n| x | 1.2 | - |\n| y | 2.0 | 3 ± 1 |\n<!-- end of the table -->\n"
+    )
 
 
 def test_readme_shows_the_worse_of_two_machines() -> None:

@@ -13,10 +13,11 @@ from ..experiments.checkpoint import MODELS
 from ..experiments.classifiers import DEFAULTS, LEFT_OUT, METHODS, NETWORKS, SHARED, Judging, Study
 from ..experiments.options import OptionError, check_int
 from ..experiments.training import LR_SCHEDULES, TrainConfig, parse_device
+from ..experiments.uncertainty import DERIVED
 from ..models.build import ACTIVATIONS
 from . import options
 
-__all__ = ["add_options", "settings", "study_and_judging"]
+__all__ = ["add_options", "add_outside", "settings", "study_and_judging"]
 
 
 # Of those options of a training that have one of their own; the others go by --set.
@@ -106,6 +107,28 @@ def add_options(
         "--limit", type=int, metavar="N", help="at most N test images of each set, chosen by the seed"
     )
     asked.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<index> (default cpu)")
+
+
+def add_outside(parser: argparse.ArgumentParser, default: str | None, *, leave_out: bool = False) -> None:
+    """What the networks have never seen: ``--ood SET``, or classes of their own set with ``leave_out``."""
+    group = parser.add_argument_group("never-seen images")
+    which = group.add_mutually_exclusive_group()
+    if leave_out:
+        which.add_argument(
+            "--leave-out", nargs="+", metavar="CLASS",
+            help="names of classes to train without, which are the never-seen images (default: the last)",
+        )  # fmt: skip
+    usual = "" if default is None else f" (default {default})"
+    which.add_argument(
+        "--out-of-distribution", "--ood", dest="outside", metavar="SET", default=default,
+        choices=(*data.DATASETS, *DERIVED),
+        help=("train on all classes; " if leave_out else "")
+        + f"another data set, or the test images made strange: {', '.join(DERIVED)}{usual}",
+    )  # fmt: skip
+    group.add_argument(
+        "--ood-data-dir", dest="outside_dir", type=options.folder, metavar="FOLDER",
+        help="its files, if elsewhere",
+    )  # fmt: skip
 
 
 def _change(text: str) -> tuple[str, str, Any]:

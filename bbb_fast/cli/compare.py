@@ -6,9 +6,7 @@ import argparse
 from typing import Any
 
 from ..experiments import compare
-from ..experiments.data import DATASETS
-from ..experiments.uncertainty import DERIVED
-from . import classifiers, experiment, options
+from . import classifiers, experiment
 
 __all__ = ["add_parser", "run"]
 
@@ -26,19 +24,7 @@ def add_parser(subparsers: Any) -> None:
         ),
     )
     classifiers.add_options(parser, source=True)
-    judging = parser.add_argument_group("never-seen images")
-    judging.add_argument(
-        "--out-of-distribution", "--ood", dest="outside", metavar="SET", default="rotated",
-        choices=(*DATASETS, *DERIVED),
-        help=f"another data set, or the test images made strange: {', '.join(DERIVED)} (default rotated)",
-    )  # fmt: skip
-    judging.add_argument(
-        "--ood-data-dir",
-        dest="outside_dir",
-        type=options.folder,
-        metavar="FOLDER",
-        help="its files, if elsewhere",
-    )
+    classifiers.add_outside(parser, "rotated")
     experiment.add_options(parser, "runs/compare")
     parser.set_defaults(run=run)
 

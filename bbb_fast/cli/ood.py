@@ -6,9 +6,7 @@ import argparse
 from typing import Any
 
 from ..experiments import ood
-from ..experiments.data import DATASETS
-from ..experiments.uncertainty import DERIVED
-from . import classifiers, experiment, options
+from . import classifiers, experiment
 
 __all__ = ["add_parser", "run"]
 
@@ -25,23 +23,7 @@ def add_parser(subparsers: Any) -> None:
         ),
     )
     classifiers.add_options(parser, source=True)
-    what = parser.add_argument_group("never-seen images")
-    which = what.add_mutually_exclusive_group()
-    which.add_argument(
-        "--leave-out", nargs="+", metavar="CLASS",
-        help="names of classes to train without, which are the never-seen images (default: the last)",
-    )  # fmt: skip
-    which.add_argument(
-        "--out-of-distribution", "--ood", dest="outside", metavar="SET", choices=(*DATASETS, *DERIVED),
-        help=f"train on all classes; another data set, or the test images made strange: {', '.join(DERIVED)}",
-    )  # fmt: skip
-    what.add_argument(
-        "--ood-data-dir",
-        dest="outside_dir",
-        type=options.folder,
-        metavar="FOLDER",
-        help="its files, if elsewhere",
-    )
+    classifiers.add_outside(parser, None, leave_out=True)
     experiment.add_options(parser, "runs/ood")
     parser.set_defaults(run=run)
 

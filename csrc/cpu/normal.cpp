@@ -11,8 +11,7 @@ namespace bbb_fast {
 
 struct NormalArgs {
   Span out;
-  uint64_t seed;
-  uint64_t stream;
+  SeedStream draw;
 };
 
 }  // namespace bbb_fast
@@ -25,10 +24,7 @@ namespace bbb_fast {
 at::Tensor normal_cpu(at::IntArrayRef size, const at::Tensor& rng, at::ScalarType dtype) {
   check_noise("normal", size, rng, dtype);
   at::Tensor out = at::empty(size, rng.options().dtype(dtype));
-  const at::Tensor numbers = rng.contiguous();
-  const int64_t* seed_stream = numbers.const_data_ptr<int64_t>();
-  const NormalArgs args{
-      Span(out), static_cast<uint64_t>(seed_stream[0]), static_cast<uint64_t>(seed_stream[1])};
+  const NormalArgs args{Span(out), seeds_and_streams(rng)[0]};
   for_each_chunk(out.numel(), [&](int64_t begin, int64_t end) { BBB_CALL(normal_chunks, args, begin, end) });
   return out;
 }
@@ -42,7 +38,7 @@ TORCH_LIBRARY_IMPL(bbb_fast, CPU, m) {
 #else
 
 inline void normal_chunks(const NormalArgs& a, int64_t begin, int64_t end) {
-  const Noise noise(a.seed, a.stream);
+  const Noise noise(a.draw.seed, a.draw.stream);
   alignas(64) float buffer[kTile];
   const int64_t stop = std::min(end * kChunk, a.out.numel);
   for (int64_t i = begin * kChunk; i < stop; i += kTile) {

@@ -1,0 +1,115 @@
+"""The experiments of docs/ on real data: what a run of the command line leaves in benchmarks/results.
+
+    python benchmarks/experiments.py NAME ... --data-dir DIR [--jobs N] [--threads N] [--runs FOLDER]
+        [--set OPTION=VALUE ...]
+
+DIR holds the files of the data sets. Every experiment is one command of RECIPES, run in a folder of FOLDER;
+what is there already is not done again, so that the same command goes on where it was interrupted. Its document
+goes to benchmarks/results/NAME.json, with the machine and the commit, and a figure to docs/figures/NAME.png;
+`readme.py` puts the tables into the documents. A change, as of `--set epochs=100` or
+`--set device=cuda`, is part of the command and of the settings in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness import RESULTS, SCRATCH, provenance, write_json
+
+from bbb_fast.cli import main as bbb_fast
+from bbb_fast.experiments.document import Document, read
+
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+
+MNIST = (
+    "--dataset", "mnist", "--ood", "notmnist", "--batch-size", "128", "--valid-size", "2000",
+    "--epochs", "30", "--seeds", "3", "--samples", "100",
+)  # fmt: skip
+
+
+class Recipe(NamedTuple):
+    """``command``: of the command line, without data, jobs and folders. ``source``: whose networks it judges.
+    ``figure``: which of its figures the documents show."""
+
+    command: tuple[str, ...]
+    source: str | None = None
+    figure: str | None = None
+
+
+RECIPES: dict[str, Recipe] = {
+    "compare-mnist": Recipe(
+        (
+            "compare", *MNIST, "--ensemble-sizes", "5", "10", "--set", "mc-dropout.model=caffe-lenet",
+            "--set", "mc-dropout.dropout=0.5", "--set", "concrete-dropout.beta=1",
+        ),
+        figure="reliability.png",
+    ),
+    # The exact bound.
+    "compare-mnist-beta1": Recipe(("compare", *MNIST, "--beta", "1", "--methods", "bbb", "lrt", "flipout")),
+    "shift-mnist": Recipe(
+        ("shift", "--corruptions", "rotation", "--samples", "50"), "compare-mnist", "shift.png"
+    ),
+    "shift-mnist-beta1": Recipe(
+        ("shift", "--corruptions", "rotation", "--samples", "50"), "compare-mnist-beta1", "shift.png"
+    ),
+    "ood-cifar10": Recipe(
+        (
+            "ood", "--dataset", "cifar10", "--model", "smallcnn", "--leave-out", "truck", "--batch-size",
+            "128", "--valid-size", "2000", "--epochs", "15", "--samples", "50", "--methods", "deterministic",
+            "ensemble", "mc-dropout", "lrt", "bbb",
+        ),
+        figure="entropy.png",
+    ),
+    "active-mnist": Recipe(
+        ("active", "--dataset", "mnist", "--seed", "10", "--seeds", "5"), figure="active.png"
+    ),
+}  # fmt: skip
+
+
+def kept(document: Document) -> dict[str, Any]:
+    """What a result file says of a run: no folders of a machine."""
+    fields = asdict(document)
+    if "judging" in fields["settings"]:
+        del fields["settings"]["judging"]["trained"]
+    del fields["figures"]
+    return {"provenance": provenance(), **fields}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="+", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--jobs", default="1")
+    parser.add_argument("--threads", default="1")
+    parser.add_argument("--runs", type=Path, default=SCRATCH / "experiments")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="changes")
+    args = parser.parse_args()
+    for name in args.names:
+        recipe, run = RECIPES[name], args.runs / name
+        command = [
+            *recipe.command, "--data-dir", args.data_dir, "--jobs", args.jobs, "--threads", args.threads,
+            "--out", str(run),
+        ]  # fmt: skip
+        command += [] if recipe.source is None else ["--from", str(args.runs / recipe.source)]
+        for change in args.changes:
+            option, _, value = change.partition("=")
+            command += [f"--{option}", value]
+        command += ["--resume"] if (run / "settings.json").exists() else []
+        if bbb_fast(command) != 0:
+            return 1
+        document = read(run / f"{recipe.command[0]}.json")
+        write_json(RESULTS / f"{name}.json", kept(document))
+        for figure in document.figures:
+            if figure.file == recipe.figure:
+                (FIGURES / f"{name}.png").write_bytes(figure.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
