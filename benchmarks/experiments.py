@@ -4,9 +4,9 @@
         [--set OPTION=VALUE ...]
 
 DIR holds the files of the data sets. Every experiment is one command of RECIPES, run in a folder of FOLDER;
-what is there already is not done again, so that the same command goes on where it was interrupted. Its document
-goes to benchmarks/results/NAME.json, with the machine and the commit, and a figure to docs/figures/NAME.png;
-`readme.py` puts the tables into the documents. A change, as of `--set epochs=100` or
+what is there already is not done again, so that the same command goes on where it was interrupted. Its
+document goes to benchmarks/results/NAME.json, with the machine and the commit, and a figure to
+docs/figures/NAME.png; `readme.py` puts the tables into the documents. A change, as of `--set epochs=100` or
 `--set device=cuda`, is part of the command and of the settings in the file.
 """
 
