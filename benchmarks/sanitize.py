@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck python benchmarks/sanitize.py [--device cuda]
 
-It checks no numbers (python_tests/ does) and stays with the elementwise ops, but for one step of a linear and
-one of a convolution layer: the library's products are not what is watched. With
+It checks no numbers (python_tests/ does) and stays with the elementwise ops, but for steps of a linear and of
+a convolution layer: the products of the library are not what is watched. With
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 memcheck knows where each tensor ends. Exits with 1 if an op raised.
 """
 
@@ -14,6 +14,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bbb_fast import functional
+from bbb_fast._layer_functions import ESTIMATORS
 
 SIZES = (0, 1, 3, 4, 5, 1023, 4097, 20011)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -89,6 +91,7 @@ def one_tensor(run: Runner, make: Maker, n: int, dtype: torch.dtype, offset: int
     run.op("add_flipped_", what, grad.reshape(1, n).clone(), mu.reshape(1, n), rng, 0, 1)
     prior = make.tensor(n, dtype), make.tensor(n, dtype, positive=True)
     run.op("kl_tensor_prior", what, mu, rho, *prior)
+    run.op("kl_tensor_prior_backward", what, one, mu, rho, *prior)
     for with_kl, out in product((False, True), (None, torch.bfloat16)):
         run.op("sample_weights", what, [mu], [rho], rng, *PRIOR, with_kl, out)
     run.op("kl_divergence", what, [mu], [rho], *priors)
@@ -129,22 +132,26 @@ def one_list(run: Runner, make: Maker, dtype: torch.dtype, shapes: list[tuple[in
 
 
 def steps(run: Runner, make: Maker) -> None:
-    """One training step of each kind of layer, through autograd."""
+    """One training step of each estimator's layers, through autograd, with one draw and with several."""
 
     def leaf(*shape: int) -> Tensor:
         return make.tensor(math.prod(shape), torch.float32).reshape(shape).requires_grad_()
 
-    def linear() -> None:
-        y = functional.lrt_linear(leaf(5, 7), leaf(3, 7), leaf(3, 7), leaf(3), leaf(3), make.rng)
-        y.backward(torch.ones_like(y))
+    def linear(name: str, rng: Tensor) -> None:
+        layer = getattr(functional, f"{name}_linear")
+        y, kl = layer(leaf(6, 7), leaf(3, 7), leaf(3, 7), leaf(3), leaf(3), rng, with_kl=True)
+        (y.sum() + kl).backward()
 
-    def conv() -> None:
+    def conv(name: str, rng: Tensor) -> None:
+        layer = getattr(functional, f"{name}_conv2d")
         weights = leaf(4, 3, 3, 3), leaf(4, 3, 3, 3), leaf(4), leaf(4)
-        y = functional.lrt_conv2d(leaf(2, 3, 6, 5), *weights, make.rng, padding=1)
-        y.backward(torch.ones_like(y))
+        y, kl = layer(leaf(2, 3, 6, 5), *weights, rng, padding=1, with_kl=True)
+        (y.sum() + kl).backward()
 
-    run("lrt_linear, step", linear)
-    run("lrt_conv2d, step", conv)
+    for name, draws in product(ESTIMATORS, (1, 2)):
+        rng = make.rng if draws == 1 else torch.stack([make.rng + k for k in range(draws)])
+        run(f"{name}_linear, step of {draws} draws", partial(linear, name, rng))
+        run(f"{name}_conv2d, step of {draws} draws", partial(conv, name, rng))
 
 
 def main() -> int:
