@@ -21,12 +21,13 @@ import torch
 from bbb_fast import metrics, predict
 from bbb_fast.cli import main
 from bbb_fast.experiments import checkpoint, classifiers, data
-from bbb_fast.experiments.classifiers import METHODS, NETWORKS, Entry, Judging, Network, Study
+from bbb_fast.experiments.classifiers import NETWORKS, USUAL, Entry, Judging, Network, Study
 from bbb_fast.experiments.corruptions import CORRUPTIONS, corrupt
 from bbb_fast.experiments.data import DataError
 from bbb_fast.experiments.document import read
 from bbb_fast.experiments.options import OptionError
 from bbb_fast.methods.ensemble import Ensemble
+from bbb_fast.methods.laplace import LaplaceLinear
 from bbb_fast.methods.temperature import TemperatureScaling
 
 pytestmark = pytest.mark.cpu_only("a run names its device itself")
@@ -69,7 +70,7 @@ class TestStudy:
     def test_every_method_is_valid(self) -> None:
         study = Study()
         study.validate()
-        assert {entry.method for entry in study.entries()} == set(METHODS)
+        assert {entry.method for entry in study.entries()} == set(USUAL)
         assert {network.kind for network in study.networks()} == set(NETWORKS)
 
     def test_networks_are_shared(self) -> None:
@@ -112,6 +113,12 @@ class TestStudy:
         again = Study.from_dict(json.loads(json.dumps(study.to_dict())))
         assert again == study
         assert again.config(Network("lrt", 0)).posterior_rho_initial == (-4.0, 0.2)
+
+    def test_says_which_package_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(classifiers, "find_spec", lambda _: None)
+        with pytest.raises(ValueError, match=r"laplace needs laplace-torch.*pip install laplace-torch"):
+            Study(methods=("laplace",)).validate()
+        Study().validate()
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -187,7 +194,7 @@ class TestEntries:
     def opened(self, out: Path, entry: Entry) -> tuple[classifiers.Opened, classifiers.Sets]:
         study, tasks = classifiers.read_study(out)
         sets = classifiers.load_sets(study, 5, Judging(limit=24))
-        return classifiers.open_entry(tasks, entry, 5, 4, sets.valid, "cpu"), sets
+        return classifiers.open_entry(tasks, entry, 5, 4, sets, "cpu"), sets
 
     def test_an_ensemble_asks_each_member_once(self, finished: tuple[Path, dict[str, Any]]) -> None:
         opened, sets = self.opened(finished[0], Entry("ensemble-3", "", "ensemble", 3))
@@ -202,6 +209,18 @@ class TestEntries:
         probs = torch.stack(expected).double().softmax(-1).mean(0)
         said = classifiers.ask(opened, sets.test, 5, "cpu")
         torch.testing.assert_close(said.probs, probs, rtol=1e-5, atol=1e-7)
+
+    def test_laplace_is_fitted_to_the_training_set(self, finished: tuple[Path, dict[str, Any]]) -> None:
+        pytest.importorskip("laplace")
+        opened, sets = self.opened(finished[0], Entry("laplace", "", "laplace"))
+        (layer,) = (m for m in opened.model.modules() if isinstance(m, LaplaceLinear))
+        assert opened.draws == 4
+        # The more images, the narrower.
+        fewer = sets._replace(train=sets.train.subset(torch.arange(len(sets.train) // 4)))
+        study, tasks = classifiers.read_study(finished[0])
+        wide = classifiers.open_entry(tasks, Entry("laplace", "", "laplace"), 5, 4, fewer, "cpu").model
+        (wider,) = (m for m in wide.modules() if isinstance(m, LaplaceLinear))
+        assert float(layer.bias_scale.mean()) < 0.9 * float(wider.bias_scale.mean())
 
     def test_temperature_is_fitted_to_the_validation_set(self, finished: tuple[Path, dict[str, Any]]) -> None:
         opened, sets = self.opened(finished[0], Entry("lrt-scaled", "", "lrt", scaled=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..experiments import classifiers, data
 from ..experiments.checkpoint import MODELS
-from ..experiments.classifiers import DEFAULTS, LEFT_OUT, METHODS, NETWORKS, SHARED, Judging, Study
+from ..experiments.classifiers import DEFAULTS, LEFT_OUT, METHODS, NETWORKS, SHARED, USUAL, Judging, Study
 from ..experiments.options import OptionError, check_int
 from ..experiments.training import LR_SCHEDULES, TrainConfig, parse_device
 from ..experiments.uncertainty import DERIVED
@@ -48,7 +48,7 @@ def add_options(
     parser: argparse.ArgumentParser,
     *,
     source: bool = False,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = USUAL,
     samples: int = 50,
 ) -> None:
     """The data, the networks, how they are trained and how they are asked.
@@ -72,7 +72,7 @@ def add_options(
             "--from", dest="source", type=options.folder, metavar="FOLDER",
             help="judge the networks that compare, ood or shift has trained there, in place of new ones",
         )  # fmt: skip
-    usual = "all" if set(methods) == set(METHODS) else " ".join(methods)
+    usual = "all but laplace" if set(methods) == set(USUAL) else " ".join(methods)
     what.add_argument(
         "--methods", nargs="+", choices=METHODS, metavar="METHOD",
         help=f"some of {', '.join(METHODS)} (default {usual})",

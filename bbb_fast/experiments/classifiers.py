@@ -12,14 +12,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from ..inference import predict
 from ..methods.ensemble import Ensemble
+from ..methods.laplace import last_layer_laplace
 from ..methods.temperature import TemperatureScaling
 from . import checkpoint, data
 from .data import ImageSet
@@ -31,7 +34,7 @@ from .training import BEST, TrainConfig, fit
 from .uncertainty import DERIVED, is_bayesian, judge, pick, unseen
 
 __all__ = [
-    "DEFAULTS", "LEFT_OUT", "METHODS", "NETWORKS", "SHARED", "Entry", "Judging", "Network", "Opened",
+    "DEFAULTS", "LEFT_OUT", "METHODS", "NETWORKS", "SHARED", "USUAL", "Entry", "Judging", "Network", "Opened",
     "Results", "Sets", "Study", "ask", "check_names", "draw", "judge_entries", "leave_out", "load_sets",
     "notes", "open_entry", "open_task", "read_study", "train", "train_network",
 ]  # fmt: skip
@@ -49,10 +52,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 class Method(NamedTuple):
-    """``label``: its printed name. ``network``: the kind of network it is made of."""
+    """``label``: its printed name. ``network``: the kind of network it is made of. ``package``: what else it
+    needs, if anything."""
 
     label: str
     network: str
+    package: str | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -65,7 +70,10 @@ METHODS: dict[str, Method] = {
     "bbb": Method("BBB", "bbb"),
     "lrt": Method("LRT", "lrt"),
     "flipout": Method("Flipout", "flipout"),
+    "laplace": Method("last-layer Laplace", "deterministic", "laplace-torch"),
 }
+# Where none are named: those that need no further package.
+USUAL = tuple(name for name, method in METHODS.items() if method.package is None)
 # Of all networks, where nothing else is asked for: of the recipe in docs/mnist.md, but for the batch, which
 # suits the few images of digits.
 DEFAULTS: dict[str, Any] = {
@@ -145,7 +153,7 @@ class Study:
     """
 
     dataset: str = "digits"
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = USUAL
     ensemble_sizes: tuple[int, ...] = (5,)
     scaled: bool = False
     seed: int = 0
@@ -169,6 +177,9 @@ class Study:
     def validate(self) -> None:
         """Raises ValueError for the first thing that is wrong; says what is allowed."""
         check_names("methods", self.methods, METHODS)
+        if "laplace" in self.methods and find_spec("laplace") is None:
+            package = METHODS["laplace"].package
+            raise OptionError("methods", f"laplace needs {package}, which is missing: pip install {package}")
         check_int("seed", self.seed, 0, MAX_SEED)
         check_int("seeds", self.seeds)
         if self.seed + self.seeds - 1 > MAX_SEED:
@@ -408,7 +419,7 @@ def open_task(
     own = next(e for e in plan.entries() if e.name == entry)
     sets = load_sets(plan, seed, how)
     trained = folder.parent if how.trained is None else Path(how.trained)
-    return open_entry(trained, own, seed, how.samples, sets.valid, how.device), sets, how.device
+    return open_entry(trained, own, seed, how.samples, sets, how.device), sets, how.device
 
 
 def train(running: Experiment, study: Study, judging: Judging) -> dict[str, dict[str, Any]]:
@@ -456,6 +467,20 @@ def train_network(
     }
 
 
+class _Normalized(Dataset[tuple[Tensor, Tensor]]):
+    """Images as networks take them, by lists of numbers: uint8 until then."""
+
+    def __init__(self, images: ImageSet, mean: list[float], std: list[float], device: str) -> None:
+        self.images, self.mean, self.std, self.device = images, mean, std, device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        images = self.images.images[numbers].to(self.device)
+        return data.normalize(images, self.mean, self.std), self.images.labels[numbers].to(self.device)
+
+
 @dataclass(frozen=True, eq=False)
 class Opened:
     """An entry of a seed, ready to be asked.
@@ -476,24 +501,28 @@ class Opened:
     temperature: float | None
 
 
-def open_entry(tasks: Path, entry: Entry, seed: int, samples: int, valid: ImageSet, device: str) -> Opened:
+def open_entry(tasks: Path, entry: Entry, seed: int, samples: int, sets: Sets, device: str) -> Opened:
     """Loads an entry's trained networks from a folder of tasks.
 
     ``samples``: draws of an entry that answers at random; an ensemble is asked once for each member, and a
-    deterministic network once. ``valid``: images for what is fitted after training.
+    deterministic network once. ``sets``: for what is fitted after training.
     """
     loaded = [checkpoint.load_model(tasks / n.task / _RUN / BEST) for n in entry.networks(seed)]
     first, temperature = loaded[0], None
     model = first.model if entry.members == 1 else Ensemble(network.model for network in loaded)
     model = model.to(device).eval()
+    if entry.method == "laplace":
+        train = _Normalized(sets.train, first.mean, first.std, device)
+        in_order = BatchSampler(SequentialSampler(train), _BATCH, drop_last=False)
+        model = last_layer_laplace(model, DataLoader(train, sampler=in_order, batch_size=None))
     draws = entry.members if entry.members > 1 else samples if is_bayesian(model) else 1
     if entry.scaled:
-        x = data.normalize(valid.images.to(device), first.mean, first.std)
+        x = data.normalize(sets.valid.images.to(device), first.mean, first.std)
         outputs = predict(model, x, draws, seed=seed, batch_size=_BATCH)
         with warnings.catch_warnings():
             # A validation set without an error does not tell the temperature, which the results have.
             warnings.simplefilter("ignore", UserWarning)
-            model = TemperatureScaling(model).fit(outputs, valid.labels.to(device)).eval()
+            model = TemperatureScaling(model).fit(outputs, sets.valid.labels.to(device)).eval()
         temperature = float(model.temperature)
     return Opened(model, first.mean, first.std, first.classes, draws, temperature)
 

@@ -8,6 +8,7 @@ from .heteroscedastic import (
     gaussian_nll,
     sampled_logits_nll,
 )
+from .laplace import LaplaceLinear, last_layer_laplace
 from .mc_dropout import mc_dropout, model_precision
 from .temperature import TemperatureScaling
 
@@ -15,10 +16,12 @@ __all__ = [
     "Ensemble",
     "GaussianNoise",
     "HeteroscedasticHead",
+    "LaplaceLinear",
     "SampledSoftmax",
     "TemperatureScaling",
     "fgsm",
     "gaussian_nll",
+    "last_layer_laplace",
     "mc_dropout",
     "model_precision",
     "sampled_logits_nll",
