@@ -30,7 +30,7 @@ MNIST = (
     "--epochs", "30", "--seeds", "3", "--samples", "100",
 )  # fmt: skip
 
-ROTATED = ("shift", "--corruptions", "rotation", "--samples", "50", "--limit", "4000")
+ROTATED = ("shift", "--corruptions", "rotation", "--samples", "50", "--limit", "2000")
 
 
 class Recipe(NamedTuple):
@@ -57,8 +57,8 @@ RECIPES: dict[str, Recipe] = {
     "ood-cifar10": Recipe(
         (
             "ood", "--dataset", "cifar10", "--model", "smallcnn", "--leave-out", "truck", "--batch-size",
-            "128", "--valid-size", "2000", "--epochs", "10", "--samples", "50", "--methods", "deterministic",
-            "ensemble", "mc-dropout", "lrt", "bbb",
+            "128", "--valid-size", "2000", "--epochs", "8", "--samples", "50", "--methods", "deterministic",
+            "ensemble", "mc-dropout", "lrt",
         ),
         figure="entropy.png",
     ),
