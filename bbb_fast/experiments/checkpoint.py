@@ -232,7 +232,8 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
     if layer_type == "concrete":
         # N(0, prior_sigma^2) over each weight, as of Bayesian layers.
         length_scale = 1 / config.get("prior_sigma", DEFAULT_PRIORS["prior_sigma"])
-        for name in _weight_layers(model):
+        # Not of the image itself: without its only channel nothing is left of it.
+        for name in _weight_layers(model)[1:]:
             setattr(model, name, ConcreteDropout(getattr(model, name), rate, length_scale=length_scale))
     return model
 
