@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,8 @@ class RandomModule(nn.Module):
         return ()
 
     def _replicate_for_data_parallel(self) -> RandomModule:
-        replica: RandomModule = super()._replicate_for_data_parallel()
+        replicate: Any = super()._replicate_for_data_parallel
+        replica: RandomModule = replicate()
         draw = self.wanted_draw()
         if draw.pinned is not None:
             # In this thread, where the model around the layer can be told.

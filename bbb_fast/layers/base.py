@@ -346,7 +346,7 @@ class BayesianLayer(BayesianModule):
         return {**self.__dict__, "_trace": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name in BIAS_KEYS:
             # Of a layer that was pickled before there were such.
             if name not in self._buffers:

@@ -96,7 +96,8 @@ class PointModel(nn.Module, Architecture):
         self.num_classes = outputs
         self.activation_type = activation_type
         self._build(outputs, inputs, nn.Conv2d, nn.Linear, act)
-        self.register_load_state_dict_pre_hook(_means_from_bayesian)
+        register: Any = self.register_load_state_dict_pre_hook
+        register(_means_from_bayesian)
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self.children():

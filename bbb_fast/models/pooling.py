@@ -50,7 +50,8 @@ class MaxPool2d(nn.MaxPool2d):
             y = super().forward(input.contiguous(memory_format=torch.channels_last)).contiguous()
         else:
             geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-            y, _ = _Rearranged.apply(input, *([n, n] if type(n) is int else n for n in geometry))
+            pairs = ([n, n] if type(n) is int else n for n in geometry)
+            y, _ = _Rearranged.apply(input, *pairs)  # type: ignore[no-untyped-call]  # torch gives it no types
         return y
 
     def _is_faster_rearranged(self, x: Tensor) -> bool:
