@@ -10,7 +10,7 @@
 # make cuda-check  without a GPU: build for sm_80 and sm_90 against PyPI's CUDA torch, list registers, fail on
 #                  spills, run the CPU tests through that build; sets up build/cuda-check (5 GB a release)
 # make gpu-report  on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizers, benchmarks
-# make lint        ruff and clang-format, checking only;  make format  changes the files
+# make lint        ruff, clang-format and mypy, checking only;  make format  changes the files
 # make stubs       write bbb_fast/functional.pyi and reference.pyi anew, after a change of a function's arguments
 # make bench       the benchmark of the layers, against torch.nn, torch.compile and other libraries, which it
 #                  installs; ten minutes or so (BENCH_ARGS=--quick: that it runs; --compare OLD.json)
@@ -107,7 +107,7 @@ $(INSTALLED): $(VENV)/.tools setup.py $(NATIVE_SOURCES)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(PY) -m pip install -q ruff==0.8.4 clang-format==18.1.8
+	$(PY) -m pip install -q ruff==0.8.4 clang-format==18.1.8 mypy==2.4.1
 	touch $@
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
@@ -115,10 +115,12 @@ CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 stubs: setup $(VENV)/.lint
 	$(PY) .ci/stubs.py
 
-lint: $(VENV)/.lint
+# mypy reads the packages that are imported, hence setup.
+lint: setup $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
 
 format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .

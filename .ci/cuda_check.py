@@ -17,6 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "cuda-check"
@@ -29,7 +30,7 @@ OP_TESTS = "noise,dropout,sample_weights,kl_divergence,bbb,lrt,flipout,conv_tran
 NEEDED_BYTES = 10 << 30
 
 
-def run(*command: object, quiet: bool = True, **options: object) -> str:
+def run(*command: object, quiet: bool = True, **options: Any) -> str:
     """Runs a command and returns what it printed; stops with that if it fails."""
     pipe = subprocess.PIPE if quiet else None
     words = [str(c) for c in command]
@@ -79,10 +80,11 @@ def ensure_toolkit(python: Path, tree: Path, env: dict[str, str]) -> None:
 def kernels(log: str) -> dict[tuple[str, str], tuple[int, int]]:
     """What ptxas -v says: (kernel, architecture) -> (registers, bytes spilled)."""
     found: dict[tuple[str, str], tuple[int, int]] = {}
-    name, spilled = None, 0
+    name: tuple[str, str] | None = None
+    spilled = 0
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
-            name = entry.groups()
+            name = entry.group(1), entry.group(2)
         elif frame := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spilled = sum(map(int, frame.groups()))
         elif (used := re.search(r"Used (\d+) registers", line)) and name:

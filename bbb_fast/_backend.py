@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,10 @@ def _off(value: str | None) -> bool:
 
 def read_build_record() -> dict[str, Any]:
     """What setup.py wrote down about this installation; empty if it never ran."""
-    try:
-        return json.loads((Path(__file__).parent / "_build_info.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    record: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        record = json.loads((Path(__file__).parent / "_build_info.json").read_text())
+    return record
 
 
 def _release(version: str) -> str:
@@ -54,6 +55,8 @@ def _load() -> tuple[Any, str | None]:
         return None, f"the extension failed to load: {error}"
 
 
+_C: Any
+_why_not: str | None
 _C, _why_not = _load()
 _choice: BackendName = "auto"
 _device_types: frozenset[str] = (

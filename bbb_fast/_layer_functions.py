@@ -169,7 +169,8 @@ def _published(
             f"{title} {estimator.title}.\n\n{inspect.cleandoc(estimator.formula)}\n\nArgs:\n{arguments}\n"
             f"{wrapped}\n\n{returns}"
         )
-    return function
+    published: Callable[..., Any] = function
+    return published
 
 
 def _chosen(estimator: Estimator, name: str, given: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def draw_rng(device: torch.device | str | None = None) -> Tensor:
     """A fresh ``rng`` (int64 [2]: seed, stream) from PyTorch's generator of ``device``.
 
     Ranks of an initialised ``torch.distributed`` group get different ones, also where every rank was
-    seeded alike.
+    seeded alike. Raises RuntimeError under torch.compile where that would draw again in backward.
     """
     if is_compiling() and torch.is_grad_enabled() and _draws_again_in_backward():
         raise RuntimeError(
@@ -108,7 +108,8 @@ class RandomModule(nn.Module):
         return ()
 
     def _replicate_for_data_parallel(self) -> RandomModule:
-        replica = super()._replicate_for_data_parallel()
+        replicate: Any = super()._replicate_for_data_parallel
+        replica: RandomModule = replicate()
         draw = self.wanted_draw()
         if draw.pinned is not None:
             # In this thread, where the model around the layer can be told.
@@ -134,7 +135,8 @@ def _current_draw(module: RandomModule | None = None) -> Draw:
     if task != -1 and _state.place.graph_task != task:
         forward = _recompute.recomputed()
         if forward is not None and forward.draw is not None:
-            return forward.draw
+            left: Draw = forward.draw
+            return left
         if forward is not None and not forward.preserves_rng_state and module is not None:
             raise RuntimeError(
                 f"{type(module).__name__}: a checkpoint with preserve_rng_state=False would draw other noise "
@@ -311,12 +313,13 @@ class fixed_noise(_DrawContext):
         if draw not in ("weights", "activations"):
             raise ValueError(f"fixed_noise: draw must be 'weights' or 'activations', got {draw!r}")
         self.draw = draw
-        numbers = {"seed": seed, "sample": sample}
-        for name, value in numbers.items():
-            numbers[name] = _checks.integer(value)
-            if numbers[name] is None:
+        numbers: list[int] = []
+        for name, value in (("seed", seed), ("sample", sample)):
+            number = _checks.integer(value)
+            if number is None:
                 raise TypeError(f"fixed_noise: {name} must be an int, got {type(value).__name__}")
-        seed, sample = numbers.values()
+            numbers.append(number)
+        seed, sample = numbers
         if not -(1 << 63) <= seed <= _INT64_MAX:
             raise ValueError(f"fixed_noise: seed must fit in int64, got {seed}")
         if not 0 <= sample <= _MAX_SAMPLE:
@@ -359,7 +362,7 @@ class fixed_noise(_DrawContext):
         return None
 
     def rngs(self, module: RandomModule, device: torch.device) -> Tensor:
-        """As ``rng``, of each draw: [count, 2]."""
+        """As ``rng`` of the module, of each draw: [count, 2]."""
         return torch.stack(_rows(self.seed, self._place(module).own, 0, self._count_of_samples, device))
 
     def samples(self, count: int) -> Iterator[fixed_noise]:
@@ -417,7 +420,7 @@ class fixed_noise(_DrawContext):
         return self._places[id(module)]
 
     def before(self, module: RandomModule) -> Iterator[nn.Module]:
-        """The modules that draw and stand before this one in the model that it is a part of."""
+        """The modules that draw and stand before this ``module`` in the model that it is a part of."""
         own = self._place(module).own
         return (other for other, _ in self._seen if self._places[id(other)].own < own)
 

@@ -184,7 +184,7 @@ def _in_format(shape: Sequence[int], dtype: torch.dtype, input: Tensor, W_mu: Te
     return torch.empty(shape, dtype=dtype, device=input.device, memory_format=memory_format)
 
 
-_PRODUCTS = {"linear": _Linear, "conv": _Convolution}
+_PRODUCTS: dict[str, type[_Linear] | type[_Convolution]] = {"linear": _Linear, "conv": _Convolution}
 
 
 def _forward(estimator: str, product: str) -> Callable[..., Any]:
@@ -281,7 +281,7 @@ def _stack(parts: Sequence[Any]) -> Any:
     if first is None:
         return None
     if isinstance(first, Tensor):
-        return torch.stack(parts)
+        return torch.stack(list(parts))
     return type(first)(map(_stack, zip(*parts, strict=True)))
 
 

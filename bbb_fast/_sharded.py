@@ -45,23 +45,27 @@ def kl_of_shards(
 
     groups: dict[Any, tuple[list[Any], ...]] = {}
     for mu, rho, prior_mu, prior_sigma in zip(mus, rhos, prior_mus, prior_sigmas, strict=True):
-        if is_sharded(mu) != is_sharded(rho):
+        sharded = [t for t in (mu, rho) if isinstance(t, DTensor)]
+        if len(sharded) == 1:
             raise TypeError("kl_divergence: mu and rho must both be DTensors, or neither")
         where = None
-        if is_sharded(mu):
+        if sharded:
             # A KL is formed of numbers, not of the summands of a partial sum.
-            placements = tuple(Replicate() if p.is_partial() else p for p in mu.placements)
-            where = mu.device_mesh, placements
-            mu, rho = (t.redistribute(placements=placements).to_local() for t in (mu, rho))
+            placements = tuple(Replicate() if p.is_partial() else p for p in sharded[0].placements)
+            where = sharded[0].device_mesh, placements
+            mu, rho = (t.redistribute(placements=placements).to_local() for t in sharded)
         group = groups.setdefault(where, ([], [], [], []))
         for part, value in zip(group, (mu, rho, prior_mu, prior_sigma), strict=True):
             part.append(value)
-    total = None
+    kls: list[Tensor] = []
     for where, group in groups.items():
         kl = kl_divergence(*group)
         if where is not None:
             mesh, placements = where
             summed = [Replicate() if p.is_replicate() else Partial() for p in placements]
             kl = DTensor.from_local(kl, mesh, summed, run_check=False).full_tensor()
-        total = kl if total is None else total + kl
+        kls.append(kl)
+    total = kls[0]
+    for kl in kls[1:]:
+        total = total + kl
     return total

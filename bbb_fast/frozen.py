@@ -23,6 +23,7 @@ class FrozenEnsemble(nn.Module):
 
     ``members``: the models, each a ``torch.nn.Module`` by itself. They and the arithmetic are PyTorch's own
     ops, so that ``torch.export`` and ONNX take the whole, and what they write runs without this package.
+    ``class_dim``, ``call``: as in :func:`frozen_ensemble`. It returns mean and variance, each [N, ...].
     """
 
     def __init__(

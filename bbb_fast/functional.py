@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, reference, routes
+from . import _autocast, _checks, reference, routes
 from ._backend import use_native
 from ._layer_functions import Call, family
 from ._noise import draw_rng
@@ -60,15 +60,13 @@ __all__ = [
 ]
 
 _native = torch.ops.bbb_fast
-# Asked once, here: torch.compile of some releases cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(k for k in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(k))
 
 
 def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal noise of shape ``size`` on ``rng``'s device: the noise every op here uses.
 
     Philox4x32-10 (Salmon et al. 2011) keyed by the seed, counting (index // 4, stream), and Box-Muller
-    in float32, then cast to ``dtype``. Not differentiable.
+    in float32, then cast to ``dtype``. ``rng`` is int64 [2]: seed, stream. Not differentiable.
     """
     size = tuple(size) if isinstance(size, Iterable) else (size,)
     if use_native(rng.device):
@@ -82,7 +80,8 @@ def uniform(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torc
 
     u = (k + 1/2) / 2^b, k the upper b bits of the element's 32-bit word of Philox4x32-10, numbered as
     :func:`normal` numbers them; b is 23 in float32 and float64, 10 in float16, 7 in bfloat16. So u and 1 - u
-    are exact in the type, never 0 or 1, and the same bits on every device. Not differentiable.
+    are exact in the type, never 0 or 1, and the same bits on every device. ``rng`` is int64 [2]; ``dtype`` is
+    the result's. Not differentiable.
     """
     size = tuple(size) if isinstance(size, Iterable) else (size,)
     if use_native(rng.device):
@@ -137,8 +136,9 @@ def sample_weights(
     Blundell et al., "Weight uncertainty in neural networks", ICML 2015, section 3.2.
 
     Returns the weights, shaped like ``mu``, in ``dtype`` (default: mu's), and the scalar KL in float32
-    (float64 for float64). An ``rng`` [S, 2] names S draws, which take one pass over mu and rho (on the CPU)
-    and have a dimension before the others: [S, ...]. Differentiable in mu and rho through both results.
+    (float64 for float64). ``rng`` is int64 [2]; [S, 2] names S draws, which take one pass over mu and rho
+    (on the CPU) and have a dimension before the others: [S, ...]. Differentiable in mu and rho through both
+    results.
     """
     mu, rho = list(mu), list(rho)
     refuse_sharded("sample_weights", mu=mu[0] if mu else None)
@@ -180,7 +180,7 @@ def kl_divergence(
     a gradient it gets one, and PyTorch's ops form the KL. Accumulated in float64.
 
     Of parameters that are sharded over ranks (DTensors), it is the KL of the whole, on every rank; all ranks
-    call it, and the priors are numbers.
+    call it, and the priors are numbers (NotImplementedError otherwise).
 
     Returns a scalar, float32 (float64 for float64), differentiable in mu and rho.
     """
@@ -227,21 +227,11 @@ def _kl_of_tensor_priors(
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
-def _autocast(input: Tensor) -> Tensor:
-    """Under autocast the products run in its dtype; the parameters stay as they are."""
-    kind = input.device.type
-    if kind not in _AUTOCAST_DEVICES:
-        return input
-    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
-        return input.to(torch.get_autocast_dtype(kind))
-    return input
-
-
 def _run(call: Call) -> tuple[Tensor, Tensor | None]:
     """A layer's function, on the native kernels or the reference path."""
     input, W_mu, *others = call.operands
     refuse_sharded(call.name, input=input, W_mu=W_mu)
-    input = _autocast(input)
+    input = _autocast.narrowed(input)
     operands = (input, W_mu, *others)
     option = call.option
     if call.estimator == "lrt" and option == "auto":
@@ -261,11 +251,10 @@ def _run(call: Call) -> tuple[Tensor, Tensor | None]:
     if call.estimator == "lrt":
         _checks.optional_dtype(call.op, "variance_dtype", option)
     call = call._replace(operands=operands, option=option)
-    kind = input.device.type
-    if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
+    if not _autocast.enabled(input.device):
         return reference.run(call)
     # Its products have the types of their operands under autocast too.
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(input.device.type, enabled=False):
         return reference.run(call)
 
 

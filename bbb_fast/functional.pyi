@@ -308,7 +308,7 @@ def draw_rng(device: torch.device | str | None = None) -> Tensor:
     """A fresh ``rng`` (int64 [2]: seed, stream) from PyTorch's generator of ``device``.
 
     Ranks of an initialised ``torch.distributed`` group get different ones, also where every rank was
-    seeded alike."""
+    seeded alike. Raises RuntimeError under torch.compile where that would draw again in backward."""
 
 def dropout(
     input: Tensor, rng: Tensor, p: float = 0.5, *, channels: bool = False, one_mask: bool = False
@@ -647,7 +647,7 @@ def kl_divergence(
     a gradient it gets one, and PyTorch's ops form the KL. Accumulated in float64.
 
     Of parameters that are sharded over ranks (DTensors), it is the KL of the whole, on every rank; all ranks
-    call it, and the priors are numbers.
+    call it, and the priors are numbers (NotImplementedError otherwise).
 
     Returns a scalar, float32 (float64 for float64), differentiable in mu and rho."""
 
@@ -956,7 +956,7 @@ def normal(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch
     """Standard normal noise of shape ``size`` on ``rng``'s device: the noise every op here uses.
 
     Philox4x32-10 (Salmon et al. 2011) keyed by the seed, counting (index // 4, stream), and Box-Muller
-    in float32, then cast to ``dtype``. Not differentiable."""
+    in float32, then cast to ``dtype``. ``rng`` is int64 [2]: seed, stream. Not differentiable."""
 
 def sample_weight(
     mu: Tensor,
@@ -987,12 +987,14 @@ def sample_weights(
     Blundell et al., "Weight uncertainty in neural networks", ICML 2015, section 3.2.
 
     Returns the weights, shaped like ``mu``, in ``dtype`` (default: mu's), and the scalar KL in float32
-    (float64 for float64). An ``rng`` [S, 2] names S draws, which take one pass over mu and rho (on the CPU)
-    and have a dimension before the others: [S, ...]. Differentiable in mu and rho through both results."""
+    (float64 for float64). ``rng`` is int64 [2]; [S, 2] names S draws, which take one pass over mu and rho
+    (on the CPU) and have a dimension before the others: [S, ...]. Differentiable in mu and rho through both
+    results."""
 
 def uniform(size: Sequence[int] | int, rng: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uniform noise of shape ``size`` on ``rng``'s device, in the open interval (0, 1).
 
     u = (k + 1/2) / 2^b, k the upper b bits of the element's 32-bit word of Philox4x32-10, numbered as
     :func:`normal` numbers them; b is 23 in float32 and float64, 10 in float16, 7 in bfloat16. So u and 1 - u
-    are exact in the type, never 0 or 1, and the same bits on every device. Not differentiable."""
+    are exact in the type, never 0 or 1, and the same bits on every device. ``rng`` is int64 [2]; ``dtype`` is
+    the result's. Not differentiable."""

@@ -24,7 +24,8 @@ def _map(function: Callable[[Any], Any], x: Any) -> Any:
     """``x``, tuples, lists and dicts and what they hold, with ``function`` of everything else in it."""
     if isinstance(x, Mapping):
         items = {key: _map(function, value) for key, value in x.items()}
-        return items if type(x) is dict else type(x)(items)
+        kind: Any = type(x)
+        return items if kind is dict else kind(items)
     if isinstance(x, (tuple, list)):
         values = [_map(function, value) for value in x]
         return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
@@ -106,8 +107,11 @@ class _Outputs:
         self._samples, self._rows = samples, rows
 
     def put(self, k: int, output: Tensor, start: int, size: int) -> None:
-        """Of draw ``k`` the part that begins with x's row ``start`` and has ``size`` rows, or fewer."""
-        shape = output.shape
+        """Of draw ``k`` the part that begins with x's row ``start`` and has ``size`` rows, or fewer.
+
+        The two say nothing where x comes as a whole.
+        """
+        shape: tuple[int, ...] = output.shape
         if self._rows is not None:
             rows = min(size, self._rows - start)
             if not shape or shape[0] % rows:
@@ -183,7 +187,7 @@ def predict(
             with draw:
                 for start, part in parts:
                     result = running(part) if call is None else call(running, part)
-                    outputs.put(k, _output(result), start, size)
+                    outputs.put(k, _output(result), start, size or 0)
     return outputs.all
 
 

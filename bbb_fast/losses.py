@@ -121,10 +121,10 @@ def get_beta(
 ) -> float:
     """The KL weight of minibatch ``batch_idx`` of ``m``, as the literature writes it.
 
-    A float is returned as it is. ``"Blundell"``: 2^(m - i) / (2^m - 1) for i = batch_idx + 1 (Blundell et
-    al. 2015, section 3.4); ``"Standard"``: 1 / m (Graves 2011). These two share out *one* KL over an
-    epoch's minibatches. ``"Soenderby"``: a warm-up, min(epoch / (num_epochs // 4), 1) (Soenderby et al.
-    2016). Raises ValueError for anything else.
+    ``beta_type``: a float is returned as it is. ``"Blundell"``: 2^(m - i) / (2^m - 1) for i = batch_idx + 1
+    (Blundell et al. 2015, section 3.4); ``"Standard"``: 1 / m (Graves 2011). These two share out *one* KL
+    over an epoch's minibatches. ``"Soenderby"``: a warm-up, min(epoch / (num_epochs // 4), 1) (Soenderby et
+    al. 2016). Raises ValueError for anything else.
     """
     if isinstance(beta_type, (int, float)) and not isinstance(beta_type, bool):
         return float(beta_type)

@@ -1,5 +1,4 @@
-"""What many draws of a model say together: probabilities or moments, and where their uncertainty comes
-from."""
+"""What many draws of a model say together: probabilities or moments, and where the uncertainty comes from."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -41,8 +40,7 @@ class Predictive:
         seed: theirs: draw k is ``fixed_noise(seed, sample=k)``.
         targets: the targets that came with the data, [N, ...], or None.
         log_likelihood: with targets, [N]: ln 1/T sum_t p(y_n | x_n, draw t), the predictive density of the
-        mixture
-            of all draws (Gal and Ghahramani 2016, arXiv:1506.02142, eq. 8); else None.
+            mixture of all draws (Gal and Ghahramani 2016, arXiv:1506.02142, eq. 8); else None.
     """
 
     samples: int
@@ -72,11 +70,9 @@ class CategoricalPredictive(Predictive):
         expected_entropy: [N], the mean of the draws' entropies: the aleatoric part of it.
         mutual_information: [N], the rest: the epistemic part (Houlsby et al. 2011, arXiv:1112.5745, eq. 2).
         epistemic, aleatoric: [N], the two parts of the variance of the one-hot label, summed over the classes
-        (Kwon
-            et al. 2018; :func:`bbb_fast.metrics.decompose`).
+            (Kwon et al. 2018; :func:`bbb_fast.metrics.decompose`).
         epistemic_normalized, aleatoric_normalized: [N], the same with softplus outputs divided by their sum
-        in
-            place of the softmax (Shridhar et al. 2018, arXiv:1806.05978).
+            in place of the softmax (Shridhar et al. 2018, arXiv:1806.05978).
     """
 
     probs: Tensor
@@ -141,22 +137,21 @@ class GaussianPredictive(Predictive):
         levels = torch.as_tensor(q, dtype=torch.float64)
         if levels.dim() > 1 or not bool(((levels > 0) & (levels < 1)).all()):
             raise ValueError(f"quantile: q must be in (0, 1), a number or a list of numbers, got {q!r}")
-        z = torch.special.ndtri(levels).reshape(levels.shape + (1,) * self.mean.dim())
+        z: Tensor = torch.special.ndtri(levels).reshape(levels.shape + (1,) * self.mean.dim())
         return self.mean + z * self.variance.sqrt()
 
 
 def _like_mean(what: str, y: Any, mean: Tensor) -> Tensor:
     """Targets in float64 and of the mean's shape: broadcasting [N] against [N, 1] would be silently wrong."""
-    if not isinstance(y, Tensor):
-        y = torch.as_tensor(np.asarray(y))
-    if y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"{what}: targets must be real numbers, got {y.dtype}")
-    y = y.to(mean.device, torch.float64)
-    if y.numel() == mean.numel() and {y.shape, mean.shape} == {y.shape[:1], (*y.shape[:1], 1)}:
-        return y.reshape(mean.shape)
-    if y.shape != mean.shape:
-        raise ValueError(f"{what}: targets must have shape {list(mean.shape)}, got {list(y.shape)}")
-    return y
+    t: Tensor = y if isinstance(y, Tensor) else torch.as_tensor(np.asarray(y))
+    if t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(f"{what}: targets must be real numbers, got {t.dtype}")
+    t = t.to(mean.device, torch.float64)
+    if t.numel() == mean.numel() and {t.shape, mean.shape} == {t.shape[:1], (*t.shape[:1], 1)}:
+        return t.reshape(mean.shape)
+    if t.shape != mean.shape:
+        raise ValueError(f"{what}: targets must have shape {list(mean.shape)}, got {list(t.shape)}")
+    return t
 
 
 def _log_density(y: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -328,7 +323,40 @@ class _OwnNoise(_Moments):
         return outputs[..., 0], outputs[..., 1].exp()
 
 
+_LIKELIHOODS: dict[str, type[_Classes] | type[_Moments]]
 _LIKELIHOODS = {"categorical": _Classes, "gaussian": _Moments, "heteroscedastic": _OwnNoise}
+
+
+@overload
+def predictive(
+    model: nn.Module,
+    data: Any,
+    samples: int = 100,
+    *,
+    likelihood: Literal["categorical"] = "categorical",
+    noise_std: None = None,
+    targets: Tensor | np.ndarray | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+) -> CategoricalPredictive: ...
+
+
+@overload
+def predictive(
+    model: nn.Module,
+    data: Any,
+    samples: int = 100,
+    *,
+    likelihood: Literal["gaussian", "heteroscedastic"],
+    noise_std: float | Tensor | None = None,
+    targets: Tensor | np.ndarray | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+) -> GaussianPredictive: ...
 
 
 @torch.no_grad()
@@ -358,14 +386,12 @@ def predictive(
 
     Args:
         data: the model's input, a tensor or NumPy array [N, ...] or dicts of such; or batches: a DataLoader,
-        a
-            map-style Dataset, or any iterable of inputs or of pairs (input, target). A tuple or list of
+            a map-style Dataset, or any iterable of inputs or of pairs (input, target). A tuple or list of
             tensors is a list of batches.
         samples: T, how many draws.
         likelihood: "categorical": the model returns one number a class before the softmax, [N, C].
-        "gaussian":
-            it returns the mean, [N, ...], and ``noise_std`` is the standard deviation of a target around it.
-            "heteroscedastic": mean and log variance in a last dimension of 2, [N, ..., 2].
+            "gaussian": it returns the mean, [N, ...], and ``noise_std`` is the standard deviation of a target
+            around it. "heteroscedastic": mean and log variance in a last dimension of 2, [N, ..., 2].
         noise_std: of "gaussian" alone, >= 0: a number, or a tensor of the shape of a row's output; None: 0.
             For MC dropout it is tau^(-1/2) (:func:`bbb_fast.methods.model_precision`).
         targets: [N, ...], where the data have none: for ``log_likelihood``.
@@ -400,7 +426,7 @@ def predictive(
     if seed is None:
         seed = int(torch.randint(0, _INT64_MAX, ()).item())
     batches, total = _batches(model, data, targets, size)
-    parts: list[dict[str, Tensor | None]] = []
+    parts: list[dict[str, Any]] = []
     with in_eval_mode(model) as running, _bar(progress, total) as advance:
         pinned = fixed_noise(seed, model=running)
         for x, y, rows in _blocks(batches, model):
@@ -419,11 +445,12 @@ def predictive(
         raise ValueError("predictive: the data have no rows")
     if len({part["targets"] is None for part in parts}) > 1:
         raise ValueError("predictive: some batches have targets and others have none")
-    whole = {
-        name: None if value is None else torch.cat([part[name] for part in parts])  # type: ignore[misc]
+    whole: dict[str, Any] = {
+        name: None if value is None else torch.cat([part[name] for part in parts])
         for name, value in parts[0].items()
     }
-    return _LIKELIHOODS[likelihood].result(samples=count, seed=int(seed), **whole)  # type: ignore[arg-type]
+    made: Predictive = _LIKELIHOODS[likelihood].result(samples=count, seed=int(seed), **whole)
+    return made
 
 
 def _checked_noise(noise_std: Any, likelihood: str) -> Tensor:

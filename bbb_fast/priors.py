@@ -1,4 +1,9 @@
-"""Priors of Gaussian weights: what the layers' ``priors`` may hold, its defaults, and other priors' KLs."""
+"""Priors of Gaussian weights: what the layers' ``priors`` may hold, its defaults, and other priors' KLs.
+
+``DEFAULT_PRIORS``: what a missing key of ``priors`` is. ``BIAS_KEYS``: the keys of a bias's own prior.
+``PriorValue``: the type of a prior's mean or sigma, a number, a tensor of the weight's shape or, for sigma,
+"empirical".
+"""
 
 from __future__ import annotations
 
@@ -62,7 +67,7 @@ class LogUniform(Prior):
     _K1, _K2, _K3, _LEAST = 0.63576, 1.87320, 1.48695, 1e-8
 
     def log_alpha(self, mu: Tensor, rho: Tensor) -> Tensor:
-        """ln(sigma^2 / mu^2) of each weight."""
+        """ln(sigma^2 / mu^2) of each weight, float32 (float64 for float64), shaped like mu and rho."""
         wide = torch.promote_types(mu.dtype, torch.float32)
         m, r = mu.to(wide), rho.to(wide)
         return 2.0 * log_softplus(r) - torch.log(m.square() + self._LEAST)
@@ -99,7 +104,7 @@ class ScaleMixture(Prior):
         self.pi, self.sigma1, self.sigma2 = float(pi), float(sigma1), float(sigma2)
 
     def log_density(self, w: Tensor) -> Tensor:
-        """ln p(w) of each weight."""
+        """ln p(w) of each weight, shaped like w."""
         parts = [
             math.log(share) - math.log(sigma) - 0.5 * (w / sigma).square()
             for share, sigma in ((self.pi, self.sigma1), (1 - self.pi, self.sigma2))
@@ -129,22 +134,22 @@ def _finite(key: str, value: Any) -> float:
 def _prior_value(key: str, value: Any) -> PriorValue:
     sigma = key.endswith("sigma")
     if sigma and isinstance(value, str) and value == "empirical":
-        return value
+        return "empirical"
     if isinstance(value, Tensor):
-        value = value.detach()
-        if not value.is_floating_point():
-            raise ValueError(f"priors[{key!r}] must be a floating-point tensor, got {value.dtype}")
-        if value.device.type != "meta" and not (value.isfinite() & (value > 0 if sigma else True)).all():
+        tensor: Tensor = value.detach()
+        if not tensor.is_floating_point():
+            raise ValueError(f"priors[{key!r}] must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.device.type != "meta" and not (tensor.isfinite() & (tensor > 0 if sigma else True)).all():
             raise ValueError(f"priors[{key!r}] must be finite{' and > 0' if sigma else ''} everywhere")
-        return value
-    value = _finite(key, value)
-    if sigma and value <= 0:
-        raise ValueError(f"priors[{key!r}] must be > 0, got {value!r}")
-    return value
+        return tensor
+    number = _finite(key, value)
+    if sigma and number <= 0:
+        raise ValueError(f"priors[{key!r}] must be > 0, got {number!r}")
+    return number
 
 
 def resolve_priors(priors: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Fills in the defaults and checks every value.
+    """Fills in the defaults of ``priors``, a mapping or None, and checks every value.
 
     ``prior_mu`` and ``prior_sigma`` (> 0) describe p = N(prior_mu, prior_sigma^2): numbers, or tensors of the
     weight's shape; ``prior_sigma="empirical"`` is the sigma at which the KL is least

@@ -69,6 +69,7 @@ def places(model: nn.Module, x: Tensor) -> list[Place]:
     }
 
     def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(layer, BayesianLayer)
         (input,) = args[:1]
         found.append(Place(names[layer], layer, tuple(input.shape), input.requires_grad))
 

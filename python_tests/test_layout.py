@@ -27,7 +27,7 @@ ROWS = (
     ("_ops", "_backend", "routes"),
     ("reference",),
     ("_layer_functions",),
-    ("metrics", "_checks", "_copies", "_files", "_version"),
+    ("metrics", "_autocast", "_checks", "_copies", "_files", "_version"),
 )
 ROW = {name: k for k, names in enumerate(ROWS) for name in names}
 

@@ -133,11 +133,11 @@ def _streams(launch: Launch) -> Iterator[_Output]:
     """
     before = sys.stdout, sys.stderr
     output = _Output(sys.stdout if launch.rank == 0 else None)
-    sys.stdout = output  # type: ignore[assignment]
+    sys.stdout = output
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
-    def show(message: Warning | str, *_: Any) -> None:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
         line = f"bbb-fast: warning: {message}"
         if launch.is_first_to_say(line):
             print(line, file=sys.stderr)
@@ -196,7 +196,8 @@ def _execute(args: argparse.Namespace, launch: Launch) -> int:
                 f"{args.command} runs in one process, but torchrun started {launch.size}: start it without "
                 "torchrun"
             )
-        return _COMMANDS[args.command].run(args)
+        code: int = _COMMANDS[args.command].run(args)
+        return code
     except KeyboardInterrupt as interrupt:
         # What a command has to say of it goes below the terminal's ^C.
         launch.report(f"\nbbb-fast: {interrupt}" if interrupt.args else "bbb-fast: interrupted")

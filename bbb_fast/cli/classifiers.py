@@ -214,6 +214,7 @@ def settings(study: Study, judging: Judging) -> dict[str, Any]:
 def _new(args: argparse.Namespace) -> Study:
     given = {name: getattr(args, name) for name in _OF_STUDY if getattr(args, name) is not None}
     given.setdefault("methods", args.usual_methods)
+    own: dict[str, Any]
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     options = {name: getattr(args, name) for name in _TYPES if getattr(args, name) is not None}
     overrides: dict[str, dict[str, Any]] = {}

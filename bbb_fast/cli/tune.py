@@ -74,6 +74,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"\n{name}, {args.inputs} x 32 x 32, batch {args.batch_size}", flush=True)
             table, found = tuning.tune(places, seconds=args.seconds, start=table, report=_print)
         done += found
+    assert table is not None  # one model at least
     if args.dry_run:
         print("\nnothing was kept (--dry-run)")
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import is_lazy
 from .._noise import RandomModule
 from ..layers import WeightSpace
 from ..layers.base import BayesianModule
@@ -152,7 +153,7 @@ class _Conversion:
 
     def run(self, model: nn.Module) -> nn.Module:
         for module in model.modules():
-            if isinstance(module, BayesianModule) and not rules.is_lazy(module):
+            if isinstance(module, BayesianModule) and not is_lazy(module):
                 self._rhos.update((id(mu), rho) for mu, rho in module.posterior())
         model = self._converted(model)
         replaced = {id(old): new for old, new in self._made.items() if new is not old}
@@ -191,7 +192,7 @@ class _Conversion:
     def _bayesian(self, module: nn.Module) -> nn.Module | None:
         """The layer in the place of a module of a kind that there are layers for."""
         kind = rules.kind_of(module)
-        if kind is None or rules.is_lazy(module) or rules.is_complex(module):
+        if kind is None or is_lazy(module) or rules.is_complex(module):
             return None
         if getattr(module, "max_norm", None) is not None:
             return None
@@ -209,7 +210,7 @@ class _Conversion:
         if self._others == "weights" and rules.may_be_whole(module):
             return self._dressed(WeightSpace(module, self._without_means()), module)
         if not isinstance(module, rules.NORMS):
-            self._left.add(type(module).__name__ + (_NOT_INITIALISED if rules.is_lazy(module) else ""))
+            self._left.add(type(module).__name__ + (_NOT_INITIALISED if is_lazy(module) else ""))
         return module
 
     def _without_means(self) -> dict[str, Any] | None:
@@ -233,10 +234,11 @@ class _Conversion:
         for part, mean in named.items():
             setattr(layer, f"{part}_mu", mean)
             setattr(layer, f"{part}_rho", self._rho(mean))
+        given = self._priors or {}
         for buffer, value in list(layer._buffers.items()):
             # Of tensors in priors, which the layer on the meta device has no numbers of.
             if value is not None:
-                layer._put(buffer, self._priors[buffer].detach().to(module.weight, copy=True))
+                layer._put(buffer, given[buffer].detach().to(module.weight, copy=True))
         return self._dressed(layer, module)
 
     def _rho(self, mean: nn.Parameter) -> nn.Parameter:
@@ -259,13 +261,13 @@ class _Conversion:
             rules.move_hooks(module, made)
         made.training = module.training
         if self._moped_delta is not None:
-            self._moped(made)
+            self._moped(made, float(self._moped_delta))
         return made
 
-    def _moped(self, made: BayesianModule) -> None:
+    def _moped(self, made: BayesianModule, delta: float) -> None:
         with torch.no_grad():
             for mu, rho in made.posterior():
-                rho.copy_(inverse_softplus(_moped_sigma(mu, float(self._moped_delta))))
+                rho.copy_(inverse_softplus(_moped_sigma(mu, delta)))
         made.set_priors([_as_prior(*pair) for pair in made.posterior()])
 
 
@@ -285,7 +287,8 @@ def posterior_to_prior(model: nn.Module) -> nn.Module:
     """Makes each prior the posterior as it is now, in place; returns the model.
 
     Yesterday's posterior is today's prior (Nguyen et al., "Variational continual learning", ICLR 2018): the
-    KL is 0 afterwards, and what is learned next is pulled to what is known. The priors become buffers.
+    KL is 0 afterwards, and what is learned next is pulled to what is known. The priors become buffers. Raises
+    TypeError for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"posterior_to_prior: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -90,12 +90,13 @@ class _Replacement:
             return
         # Of the original: the copy's means may hold the draw already.
         original = self._originals[module]
+        assert isinstance(original, BayesianModule)
         pairs = original.posterior()
         rng, streams = self._draw.rng_and_streams(original, pairs[0][0].device)
         padding = getattr(original, "padding_idx", None)
         for (mean, _), (mu, rho), stream in zip(module.posterior(), pairs, streams, strict=True):
             own = rng + torch.tensor([0, stream], device=rng.device)
-            drawn = functional.sample_weight(mu, rho, own.to(mu.device))
+            (drawn,), _ = functional.sample_weights([mu], [rho], own.to(mu.device))
             if padding is not None:
                 drawn[padding] = mu[padding]
             mean.copy_(drawn)
@@ -103,7 +104,7 @@ class _Replacement:
     def _twin(self, layer: BayesianModule) -> nn.Module:
         pairs = layer.posterior()
         kind, options = rules.twin_of(layer)
-        twin = kind(**options, device="meta", dtype=layer.W_mu.dtype)
+        twin = kind(**options, device="meta", dtype=pairs[0][0].dtype)
         for name, (mean, _) in zip(("weight", "bias"), pairs, strict=False):
             setattr(twin, name, mean)
         twin.train(layer.training)

@@ -125,7 +125,7 @@ def table_options(module: Any, kind: type[nn.Module]) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
 
 
-def twin_of(layer: BayesianLayer) -> tuple[type[nn.Module], dict[str, Any]]:
+def twin_of(layer: BayesianModule) -> tuple[type[nn.Module], dict[str, Any]]:
     """The class of torch.nn, and the arguments that make the twin of a Bayesian layer."""
     for kind, shape in PRODUCTS.items():
         if isinstance(layer, shape):

@@ -17,16 +17,22 @@ _NO_NOISE = -200.0
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How many weights are noise, of each module and in all; biases are not counted."""
+    """How many weights are noise, of each module and in all; biases are not counted.
 
-    layers: dict[str, tuple[int, int]]  # by name: pruned, all
+    Attributes:
+        layers: by the module's name, how many of its weights are pruned, and how many it has.
+    """
+
+    layers: dict[str, tuple[int, int]]
 
     @property
     def pruned(self) -> int:
+        """Of all modules together."""
         return sum(pruned for pruned, _ in self.layers.values())
 
     @property
     def total(self) -> int:
+        """All weights, pruned or not."""
         return sum(total for _, total in self.layers.values())
 
     @property
@@ -52,17 +58,20 @@ def _noise(model: nn.Module, threshold: float) -> Iterator[tuple[str, Tensor, Te
 
 @torch.no_grad()
 def sparsity(model: nn.Module, threshold: float = 3.0) -> Sparsity:
-    """The weights with ln alpha = ln(sigma^2 / mu^2) above ``threshold``: noise drowns them.
+    """Counts the weights of ``model`` that are noise: ln alpha = ln(sigma^2 / mu^2) is above ``threshold``.
 
-    Molchanov, Ashukha and Vetrov, ICML 2017, who take 3 (a dropout rate of 0.95). Meant for models trained
-    with the :class:`bbb_fast.priors.LogUniform` prior.
+    Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks", ICML 2017, who take
+    3 (a dropout rate of 0.95). Meant for models trained with the :class:`bbb_fast.priors.LogUniform` prior.
     """
     return Sparsity({name: (int(m.sum()), m.numel()) for name, _, _, m in _noise(model, threshold)})
 
 
 @torch.no_grad()
 def prune(model: nn.Module, threshold: float = 3.0) -> Sparsity:
-    """Sets those weights to 0, without noise, in place; what is trained on afterwards moves them again."""
+    """Sets the weights of ``model`` that are noise, by :func:`sparsity`, to 0 and without noise, in place.
+
+    What is trained on afterwards moves them again. Returns what was set, by the same ``threshold``.
+    """
     found = {}
     for name, mu, rho, noise in _noise(model, threshold):
         mu[noise] = 0.0

@@ -16,23 +16,38 @@ from ..reference import softplus
 
 @dataclass(frozen=True)
 class Row:
-    """A module with parameters of its own. Of one that is not Bayesian the last five are None, of concrete
-    dropout the last two."""
+    """A module with parameters of its own.
+
+    Attributes:
+        name: in the model.
+        kind: its class.
+        parameters: weights and biases, each counted once.
+        shape: of its tensors.
+        estimator, prior: in words; None of a module that is not Bayesian.
+        kl: a number; likewise.
+        sigma, signal_to_noise: the means of sigma and of |mu| / sigma; likewise, and None of dropout.
+    """
 
     name: str
     kind: str
-    parameters: int  # weights and biases, each counted once
+    parameters: int
     shape: str
     estimator: str | None = None
     prior: str | None = None
     kl: float | None = None
-    sigma: float | None = None  # the mean
-    signal_to_noise: float | None = None  # the mean of |mu| / sigma
+    sigma: float | None = None
+    signal_to_noise: float | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows of a model, in its order, and their sums; ``print`` shows a table."""
+    """The rows of a model, in its order, and their sums; ``print`` shows a table.
+
+    Attributes:
+        rows: a :class:`Row` for each module that has parameters.
+        kl: of all rows.
+        bayesian_parameters, other_parameters: how many weights have a posterior, and how many have none.
+    """
 
     rows: tuple[Row, ...]
     kl: float
@@ -40,11 +55,12 @@ class Summary:
     other_parameters: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON takes them."""
         return asdict(self)
 
     def __str__(self) -> str:
         head = ("layer", "kind", "estimator", "shape", "prior", "KL", "mean sigma", "|mu| / sigma")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
             numbers = (row.kl, row.sigma, row.signal_to_noise)
             shown = ["" if n is None else f"{n:.4g}" for n in numbers]

@@ -83,12 +83,13 @@ def check(settings: Mapping[str, Any]) -> None:
         raise OptionError("pool", f"must be at least --step, {settings['step']}, got {settings['pool']}")
     if settings["method"] == "ensemble" and settings["members"] < 2:
         raise OptionError("members", f"must be at least 2, got {settings['members']}: one has no doubt")
-    for name, fits, allowed in (
+    numbers: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         ("lr", lambda value: 0 < value < math.inf, "a finite number > 0"),
         ("kl_weight", lambda value: 0 <= value < math.inf, "a finite number >= 0"),
         ("dropout", lambda value: 0 < value < 1, "in (0, 1)"),
         ("power", lambda value: value is None or 0 < value < math.inf, "a finite number > 0, or highest"),
-    ):
+    )
+    for name, fits, allowed in numbers:
         if not fits(settings[name]):
             raise OptionError(name, f"must be {allowed}, got {settings[name]!r}")
     for name in ("acquisitions", "accuracies"):
@@ -116,7 +117,7 @@ def run(experiment: Experiment, data_dir: str | None, download: bool) -> Documen
         for acquisition in settings["acquisitions"]
     ]
     results = experiment.run(tasks)
-    curves = {name: [] for name in settings["acquisitions"]}
+    curves: dict[str, list[Mapping[str, Any]]] = {name: [] for name in settings["acquisitions"]}
     for task in tasks:
         curves[task.arguments["acquisition"]].append(results[task.name])
     return document(settings, curves, len(pool), len(judged), experiment.seconds)

@@ -37,7 +37,7 @@ from ..models import (
     SmallCNN,
     ThreeConvThreeFC,
 )  # fmt: skip
-from ..models.build import LAYER_TYPES, choose
+from ..models.build import LAYER_TYPES, BayesianModel, PointModel, choose
 from ..priors import DEFAULT_PRIORS
 from ..routes import VarianceDtype
 from . import archive
@@ -71,7 +71,7 @@ _SCORES = ("accuracy", "nll", "ece")
 _ENTRY = ("lr", "loss", "nll", "accuracy", *(f"valid_{key}" for key in _SCORES), "images_per_second")
 
 # By name: the Bayesian model and its point-estimate twin.
-MODELS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+MODELS: dict[str, tuple[type[BayesianModel], type[PointModel]]] = {
     "lenet": (BBBLeNet, LeNet),
     "alexnet": (BBBAlexNet, AlexNet),
     "3conv3fc": (BBB3Conv3FC, ThreeConvThreeFC),
@@ -218,10 +218,10 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
     sizes = (config["outputs"], config["inputs"])
     priors = {key: config[key] for key in DEFAULT_PRIORS if key in config}
     if layer_type in LAYER_TYPES:
-        model = bayesian(*sizes, priors, layer_type, config["activation"])
+        whole = bayesian(*sizes, priors, layer_type, config["activation"])
         variance_dtype = config.get("variance_dtype", "float32")
-        model.set_flag("variance_dtype", choose("variance_dtype", variance_dtype, VARIANCE_DTYPES))
-        return model
+        whole.set_flag("variance_dtype", choose("variance_dtype", variance_dtype, VARIANCE_DTYPES))
+        return whole
     model = twin(*sizes, activation_type=config["activation"])
     rate = config.get("dropout", DEFAULT_DROPOUT)
     if layer_type == "last":

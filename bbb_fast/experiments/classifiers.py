@@ -172,7 +172,8 @@ class Study:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Study:
         """Of what :meth:`to_dict` returns."""
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**own)
 
     def validate(self) -> None:
         """Raises ValueError for the first thing that is wrong; says what is allowed."""
@@ -234,7 +235,7 @@ class Study:
         changes |= self.overrides.get(network.kind, {})
         pairs = {key: tuple(value) for key, value in changes.items() if isinstance(value, list)}
         own_seed = (network.seed + network.member * _MEMBER_STEP) % (MAX_SEED + 1)
-        sizes = {"valid_size": self.valid_size, "train_size": self.train_size}
+        sizes: dict[str, Any] = {"valid_size": self.valid_size, "train_size": self.train_size}
         return TrainConfig(
             **{**changes, **pairs}, **sizes, dataset=self.dataset, seed=own_seed, device=device
         )

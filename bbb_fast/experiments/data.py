@@ -682,33 +682,36 @@ def _to_images(batch: np.ndarray | Tensor, channels_first: bool, source: str) ->
 
     Where both axes could be the channels, channels_first decides.
     """
+    pixels: np.ndarray
     if isinstance(batch, Tensor):
-        batch = batch.detach().cpu()
-        batch = (batch.float() if batch.is_floating_point() else batch).numpy()
-    shape = batch.shape
-    if batch.ndim == 3:
-        batch = batch[:, None]
-    elif batch.ndim == 4:
+        on_cpu = batch.detach().cpu()
+        pixels = (on_cpu.float() if on_cpu.is_floating_point() else on_cpu).numpy()
+    else:
+        pixels = batch
+    shape = pixels.shape
+    if pixels.ndim == 3:
+        pixels = pixels[:, None]
+    elif pixels.ndim == 4:
         axes = (1, 3) if channels_first else (3, 1)
         axis = next((axis for axis in axes if shape[axis] in (1, 3)), None)
-        batch = batch[:0] if axis is None else np.moveaxis(batch, axis, 1)
-    if batch.ndim != 4 or not batch.size or max(batch.shape[2:]) > _SIDE:
+        pixels = pixels[:0] if axis is None else np.moveaxis(pixels, axis, 1)
+    if pixels.ndim != 4 or not pixels.size or max(pixels.shape[2:]) > _SIDE:
         raise DataError(
             f"{source} has images of shape {list(shape[1:])}: allowed are 1 or 3 channels "
             "and sides of 1 to 32 pixels"
         )
-    kind = batch.dtype.kind
-    low, high = (batch.min(), batch.max()) if kind in "iuf" else (0, 1)
+    kind = pixels.dtype.kind
+    low, high = (pixels.min(), pixels.max()) if kind in "iuf" else (0, 1)
     if kind == "b":
-        batch = batch * np.uint8(255)
+        pixels = pixels * np.uint8(255)
     elif kind == "f" and low >= -1e-4 and high <= 1 + 1e-4:  # resizing overshoots a little
-        batch = np.rint(np.clip(batch.astype(np.float32), 0, 1) * 255)
+        pixels = np.rint(np.clip(pixels.astype(np.float32), 0, 1) * 255)
     elif not (kind in "iu" and low >= 0 and high <= 255):
         raise DataError(
-            f"{source} has pixels of dtype {batch.dtype} from {low:g} to {high:g}: allowed are "
+            f"{source} has pixels of dtype {pixels.dtype} from {low:g} to {high:g}: allowed are "
             "integers 0..255 or floats in [0, 1] (leave out Normalize)"
         )
-    return _pad(batch.astype(np.uint8, copy=False))
+    return _pad(pixels.astype(np.uint8, copy=False))
 
 
 def split_validation(

@@ -18,6 +18,8 @@ FORMAT = "bbb_fast-experiment"
 _VERSION = 1
 
 Cell = str | float | int | None
+# Which of a column's numbers are the better ones.
+Better = Literal["high", "low"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Column:
 
     name: str
     format: str = ""
-    better: Literal["high", "low"] | None = None
+    better: Better | None = None
 
     def text(self, cell: Cell) -> str:
         """A cell as it is printed; "-" where there is none."""

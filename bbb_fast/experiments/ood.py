@@ -11,7 +11,7 @@ import torch
 
 from .. import metrics
 from .classifiers import Judging, Results, Study, ask, draw, judge_entries, notes, open_task, train
-from .document import Cell, Column, Document, Figure, Table, with_error
+from .document import Better, Cell, Column, Document, Figure, Table, with_error
 from .judged import SCORES, Judged
 from .tasks import Experiment
 
@@ -19,7 +19,11 @@ __all__ = ["judge_entry", "run"]
 
 # Of the histograms of the entropy, from 0 to the logarithm of the number of classes.
 _BINS = 30
-_DETECTION = {"auroc": ("AUROC", "high"), "aupr": ("AUPR", "high"), "fpr95": ("FPR95", "low")}
+_DETECTION: dict[str, tuple[str, Better]] = {
+    "auroc": ("AUROC", "high"),
+    "aupr": ("AUPR", "high"),
+    "fpr95": ("FPR95", "low"),
+}
 
 
 def run(running: Experiment, study: Study, judging: Judging) -> Document:

@@ -84,7 +84,8 @@ class Processes:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
-        return outcome[0]
+        result: T = outcome[0]
+        return result
 
     def gather(self, value: T) -> list[T]:
         """The picklable ``value`` of every process, in the order of their ranks."""

@@ -72,7 +72,8 @@ class Training:
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Training:
         """Of what ``asdict`` and JSON have made of one: lists are tuples again."""
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        return cls(**values)
 
 
 class Standardized(nn.Module):
@@ -83,6 +84,11 @@ class Standardized(nn.Module):
 
     ``forward``: inputs ``[N, D]`` to mean and log variance of the target, float64 ``[N, 2]``.
     """
+
+    input_mean: Tensor
+    input_scale: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         super().__init__()
@@ -130,6 +136,7 @@ def fit(method: str, inputs: Tensor, targets: Tensor, training: Training, seed: 
         torch.manual_seed(seed)
         fitted = Standardized(inputs, targets)
         x, y = fitted.standardize(inputs, targets)
+        assert y is not None
         own = METHODS[method]
         noise = own.noise if training.noise == "own" else training.noise
         fitted.model = own.train(_Problem(x, y, training, noise == "constant"))
@@ -270,6 +277,7 @@ def _mc_dropout(problem: _Problem) -> nn.Module:
     _, rate, std = best
     model = _dropout_network(problem, rate)
     if problem.constant:
+        assert isinstance(model, nn.Sequential)
         model[-1] = GaussianNoise(std)
     return model
 
@@ -340,6 +348,7 @@ def judge(
     Gaussian with the mixture's mean and variance.
     """
     said = predictive(model, inputs, samples, likelihood="heteroscedastic", targets=targets, seed=seed)
+    assert said.log_likelihood is not None
     return said, {
         "rmse": metrics.rmse(said.mean, targets),
         "log_likelihood": float(said.log_likelihood.mean()),

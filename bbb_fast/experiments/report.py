@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import atomic_write
-from .document import FORMAT, Column, Document, Figure, Table, read
+from .document import FORMAT, Better, Column, Document, Figure, Table, read
 from .page import GENERATOR, Section, page
 from .tasks import SETTINGS, TASKS
 from .training import CURVES, LAST, METRICS
@@ -21,7 +21,7 @@ from .uncertainty import FIGURE, SCORES, SUMMARY
 
 __all__ = ["find", "write"]
 
-_SCORES = (
+_SCORES: tuple[tuple[str, str, Better], ...] = (
     ("accuracy", "accuracy", "high"),
     ("NLL", "nll", "low"),
     ("Brier", "brier", "low"),

@@ -10,6 +10,7 @@ the gradient of the loss above: a part counts by its rows, and the KL, which eve
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -69,7 +70,7 @@ _CHECK_EVERY = 50
 _ADDED = ("variance_dtype", "dropout", "adversarial")
 # Resuming with another value of these does not change the training; epochs has rules of its own.
 _FREE_ON_RESUME = ("epochs", "test_samples")
-_PLATEAU = {"mode": "min", "factor": 0.5, "patience": 5}
+_PLATEAU: dict[str, Any] = {"mode": "min", "factor": 0.5, "patience": 5}
 
 
 class TrainingError(RuntimeError):
@@ -352,7 +353,8 @@ def _epoch_of(folder: Path, name: str | None) -> int | None:
         with suppress(checkpoint.CheckpointError):
             last = checkpoint.load(folder / LAST)
             if last.get("run") == name:
-                return last["epoch"]
+                epoch: int = last["epoch"]
+                return epoch
     return None
 
 
@@ -539,13 +541,14 @@ def _check_resume(
 
 def _processes_of(state: dict[str, Any]) -> int:
     """By how many processes a checkpoint was written."""
-    return state.get("processes", 1)
+    processes: int = state.get("processes", 1)
+    return processes
 
 
 def _checksum(tensors: Iterable[Tensor]) -> int:
     checksum = 0
     for tensor in tensors:
-        checksum = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), checksum)
+        checksum = zlib.crc32(tensor.detach().cpu().contiguous().numpy().data, checksum)
     return checksum
 
 
@@ -860,14 +863,14 @@ def _averages(stats: Tensor, sizes: Tensor) -> list[float]:
 @contextmanager
 def image_bar(progress: bool, total: int, title: str) -> Iterator[Any]:
     """tqdm's bar, or None: bars are for terminals, a log gets a line an epoch."""
-    tqdm = None
+    bars: Any = None
     if progress and sys.stderr.isatty():
         with suppress(ImportError):
-            from tqdm import tqdm
-    if tqdm is None:
+            bars = importlib.import_module("tqdm")
+    if bars is None:
         yield None
     else:
-        with tqdm(total=total, desc=title, unit=" images", leave=False) as bar:
+        with bars.tqdm(total=total, desc=title, unit=" images", leave=False) as bar:
             yield bar
 
 

@@ -261,7 +261,7 @@ def save(
         "notes": list(result.notes),
         "build": build_info(),
     }
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for k, (prefix, judged) in enumerate((("in", result.inside), ("out", result.outside))):
         arrays |= {f"{prefix}_{name}": value for name, value in judged.arrays().items()}
         if indices is not None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from .drawing import BLACK, BLUE, GREEN, PINK, RED, SKY, png
@@ -47,8 +48,8 @@ def uncertainty_figure(result: Comparison) -> bytes:
             f"{other}: the most uncertain{each}",
         ),
     ]
-    figure = Figure(figsize=(15, 17.8), layout="constrained", dpi=100)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.08)
+    figure = Figure(figsize=(15, 17.8), layout=layout, dpi=100)
     kind = "Bayesian" if result.bayesian else "point-estimate"
     figure.suptitle(
         f"What a {kind} model says of {known} ({100 * result.quality['accuracy']:.1f} % right) "
@@ -56,8 +57,10 @@ def uncertainty_figure(result: Comparison) -> bytes:
         fontsize=15,
         fontweight="bold",
     )
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.6 * len(rows), 4.5])
-    for part, (judged, order, title) in zip(top.subfigures(len(rows), 1), rows, strict=True):
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.6 * len(rows), 4.5]).flat
+    for part, (judged, order, title) in zip(
+        top.subfigures(len(rows), 1, squeeze=False).flat, rows, strict=True
+    ):
         _image_row(part, judged, order, title, result.classes, truth=judged is inside)
     entropy, information, roc = bottom.subplots(1, 3)
     _histogram(entropy, result, "predictive_entropy", "Predictive entropy: all doubt")
@@ -69,7 +72,8 @@ def uncertainty_figure(result: Comparison) -> bytes:
 def _one_per_class(order: Tensor, classes: Tensor) -> Tensor:
     """``order`` rearranged: the first image of each class (int64 [N]) before all others."""
     seen: set[int] = set()
-    first, rest = [], []
+    first: list[int] = []
+    rest: list[int] = []
     for i, c in zip(order.tolist(), classes[order].tolist(), strict=True):
         (rest if c in seen else first).append(i)
         seen.add(c)
@@ -114,7 +118,7 @@ def _image_row(
 def _histogram(axis: Axes, result: Comparison, score: str, title: str) -> None:
     sides = ((result.inside, _IN), (result.outside, _OUT))
     top = max(float(getattr(judged, score).max()) for judged, _ in sides)
-    edges = np.linspace(0.0, top or 1.0, 31)
+    edges = np.linspace(0.0, top or 1.0, 31).tolist()
     for judged, color in sides:
         values = getattr(judged, score).numpy()
         weights = np.full(len(values), 100.0 / len(values))

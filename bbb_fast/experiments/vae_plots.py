@@ -127,9 +127,9 @@ class _Page:
             for c, image in enumerate(of_row):
                 y, x = r * (_SIDE + _GAP), c * (_SIDE + _GAP)
                 canvas[y : y + _SIDE, x : x + _SIDE] = image[0].numpy()
-        place = left, self._height - top - height, width, height
-        axis = self._figure.add_axes(
-            [v / s for v, s in zip(place, 2 * (self._width, self._height), strict=True)]
+        bottom = self._height - top - height
+        axis: Axes = self._figure.add_axes(
+            (left / self._width, bottom / self._height, width / self._width, height / self._height)
         )
         # So many greys that nobody misses one, and the file has half the size.
         canvas = np.rint(canvas * _GREYS) / _GREYS

@@ -28,8 +28,11 @@ class BBBLinear(Flipout, shapes.Linear):
 
 
 class BBBBilinear(Flipout, shapes.Bilinear):
-    """Bilinear layer: the linear one on its inputs' outer product, formed for each row of the inputs
-    [..., in1_features] and [..., in2_features]: in1_features * in2_features numbers."""
+    """Bilinear layer: the linear one on its inputs' outer product.
+
+    That is formed for each row of the inputs [..., in1_features] and [..., in2_features]:
+    in1_features * in2_features numbers.
+    """
 
 
 class BBBConv1d(Flipout, shapes.Conv1d):

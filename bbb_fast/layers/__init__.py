@@ -1,5 +1,8 @@
-"""Bayesian layers. ``BBB``, ``BBB_LRT`` and ``Flipout`` hold the same class names, for three estimators; what
-draws by dropping inputs is beside them."""
+"""Bayesian layers, of three estimators.
+
+``BBB``, ``BBB_LRT`` and ``Flipout`` hold the same class names, one module for each estimator; what draws by
+dropping inputs is beside them.
+"""
 
 from . import BBB, BBB_LRT, Flipout
 from .BBB import BBBConv2d as BBB_Conv2d

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -66,7 +67,7 @@ class Term(NamedTuple):
 
     mu: Tensor
     rho: Tensor
-    prior_mu: PriorValue
+    prior_mu: float | Tensor
     prior_sigma: PriorValue
     prior: Prior | None = None  # another kind, in the place of the two
 
@@ -120,7 +121,7 @@ class BayesianModule(RandomModule):
         )
 
     def set_flag(self, name: str, value: Any) -> None:
-        """Sets an attribute, as ``ModuleWrapper.set_flag`` does for a whole model."""
+        """Sets attribute ``name`` to ``value``, as ``ModuleWrapper.set_flag`` does for a whole model."""
         setattr(self, name, value)
 
     def _put(self, name: str, value: Any) -> None:
@@ -163,15 +164,29 @@ class BayesianLayer(BayesianModule):
 
     bias_mu: nn.Parameter | None
     bias_rho: nn.Parameter | None
+    prior_mu: float | Tensor
+    prior_sigma: PriorValue
+    bias_prior_mu: float | Tensor | None
+    bias_prior_sigma: PriorValue | None
     # On the class too, for layers that were pickled before there were such options.
     recompute_weight: bool = False
     variance_dtype: VarianceDtype = None
     # What the layer's functions are called behind the estimator's name.
     _shape_name: str
+    # What the help of a layer says of its arguments, its input and its output; of a shape.
+    _help: str
     # Whether the product with a drawn weight is one that sparse inputs have too.
     _takes_any_layout: bool = False
     # What the last forward left for the KL's backward (csrc/layer_calls.h); keeps nothing alive.
     _trace: Any = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # What it is, in its own words; how it is drawn, in the estimator's; what it takes, in the shape's.
+        own = vars(cls).get("__doc__")
+        draws = next((vars(base).get("__doc__") for base in cls.__mro__ if "estimator" in vars(base)), None)
+        if own and draws and hasattr(cls, "_help"):
+            cls.__doc__ = "\n\n".join((inspect.cleandoc(own), inspect.cleandoc(draws), cls._help))
 
     def __init__(
         self,
@@ -217,10 +232,10 @@ class BayesianLayer(BayesianModule):
             self.bias_mu = parameter(bias_features)
             self.bias_rho = parameter(bias_features)
         for name in self._prior_names():
-            value = resolved[name]
-            if isinstance(value, Tensor):
-                value = value.to(self.W_mu.device, self.W_mu.dtype, copy=True)
-            self._put(name, value)
+            prior = resolved[name]
+            if isinstance(prior, Tensor):
+                prior = prior.to(self.W_mu.device, self.W_mu.dtype, copy=True)
+            self._put(name, prior)
         self._start(tuple(weight_shape), (bias_features or 0,))
 
     def _start(self, weight_shape: tuple[int, ...], bias_shape: tuple[int, ...]) -> None:
@@ -279,21 +294,19 @@ class BayesianLayer(BayesianModule):
     def _parameters_in_order(self) -> _Parameters:
         # Past nn.Module's __getattr__, which takes half a microsecond each; but not for a parameter that
         # something (torch.nn.utils.parametrize, FSDP) has put elsewhere.
-        own = self._parameters
+        own: dict[str, Any] = self._parameters
         try:
             return own["W_mu"], own["W_rho"], own["bias_mu"], own["bias_rho"]
         except KeyError:
             return self.W_mu, self.W_rho, self.bias_mu, self.bias_rho
 
     def _drawn_parameters(self) -> Sequence[Tensor]:
-        return [
-            self._parameters[name] for name in ("W_mu", "bias_mu") if self._parameters.get(name) is not None
-        ]
+        return [p for name in ("W_mu", "bias_mu") if (p := self._parameters.get(name)) is not None]
 
     def _prior_names(self) -> list[str]:
         return ["prior_mu", "prior_sigma", *BIAS_KEYS]
 
-    def _bias_prior(self) -> tuple[PriorValue, PriorValue]:
+    def _bias_prior(self) -> tuple[float | Tensor, PriorValue]:
         """The bias's prior: its own, or the weight's numbers, or the defaults beside a weight's tensor."""
         mu, sigma = self.bias_prior_mu, self.bias_prior_sigma
         if mu is None:
@@ -308,8 +321,9 @@ class BayesianLayer(BayesianModule):
         """The prior of weight and bias, if it is one and of numbers."""
         mu, sigma = self.prior_mu, self.prior_sigma
         own = self.bias_prior_mu is None and self.bias_prior_sigma is None and self.prior is None
-        plain = own and not isinstance(mu, Tensor) and not isinstance(sigma, (Tensor, str))
-        return (mu, sigma) if plain else None
+        if own and not isinstance(mu, Tensor) and not isinstance(sigma, (Tensor, str)):
+            return mu, sigma
+        return None
 
     def terms(self) -> list[Term]:
         priors = [(self.prior_mu, self.prior_sigma), self._bias_prior()]
@@ -332,7 +346,7 @@ class BayesianLayer(BayesianModule):
         return {**self.__dict__, "_trace": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name in BIAS_KEYS:
             # Of a layer that was pickled before there were such.
             if name not in self._buffers:
@@ -356,17 +370,23 @@ class BayesianLayer(BayesianModule):
         """What ``repr`` says of the arguments that torch.nn's layer has too."""
         raise NotImplementedError
 
+    def _checked_size(self, name: str, value: Any) -> int:
+        """A size that an argument gives."""
+        raise NotImplementedError
+
     def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def _function(self, estimator: str) -> Callable[..., Any]:
         """The function of ``bbb_fast.functional`` that draws the layer's output under an estimator."""
-        return getattr(functional, f"{estimator}_{self._shape_name}")
+        function: Callable[..., Any] = getattr(functional, f"{estimator}_{self._shape_name}")
+        return function
 
     def _draw_output(
         self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
     ) -> Tensor:
-        return self._function(estimator)(input, *parameters, rng, **options)
+        output: Tensor = self._function(estimator)(input, *parameters, rng, **options)
+        return output
 
     def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
         """The output and what ``_trace`` shall be, by one call of the extension; None if it declines."""
@@ -377,7 +397,7 @@ class BayesianLayer(BayesianModule):
     ) -> tuple[Tensor, Any] | None:
         # A KL with another prior than two numbers is not formed with the output's gradient.
         prior_mu, prior_sigma = self._prior_numbers() or (0.0, 1.0)
-        return native.draw(
+        drawn: tuple[Tensor, Any] | None = native.draw(
             self.estimator,
             input,
             *self._parameters_in_order(),
@@ -388,6 +408,7 @@ class BayesianLayer(BayesianModule):
             self.recompute_weight,
             routes.variance_dtype(self.variance_dtype, self.W_mu, input),
         )
+        return drawn
 
     def _options(self, estimator: str) -> dict[str, Any]:
         option = ESTIMATORS[estimator].option.name
@@ -462,7 +483,8 @@ class BayesianLayer(BayesianModule):
         weights = []
         for (mu, rho), stream in zip(self.posterior(), streams, strict=True):
             own = rng + torch.tensor([0, stream], device=rng.device)
-            weights.append(functional.sample_weight(mu, rho, own, dtype=self._weight_dtype(input)))
+            (weight,), _ = functional.sample_weights([mu], [rho], own, dtype=self._weight_dtype(input))
+            weights.append(weight)
         return self._mean_output(input, *weights, **shape)
 
 
@@ -470,14 +492,13 @@ def kl_of_layers(layers: Sequence[BayesianLayer]) -> Tensor:
     """The sum of the KLs of layers (one or more) whose parameters have one device and dtype, in one call."""
     native = None if is_compiling() else _backend.native_module()
     if native is not None:
-        priors = [layer._prior_numbers() for layer in layers]
-        if None not in priors:
-            kl = native.kl(
-                [
-                    (*layer._parameters_in_order(), *prior, layer._trace)
-                    for layer, prior in zip(layers, priors, strict=True)
-                ]
-            )
+        of_numbers = [
+            (*layer._parameters_in_order(), *prior, layer._trace)
+            for layer in layers
+            if (prior := layer._prior_numbers()) is not None
+        ]
+        if len(of_numbers) == len(layers):
+            kl: Tensor | None = native.kl(of_numbers)
             if kl is not None:
                 return kl
     return kl_of_terms([term for layer in layers for term in layer.terms()])

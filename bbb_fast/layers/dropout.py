@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,6 @@ class MCDropout3d(_ChannelDropout):
     _layout, _dims = "[N, C, D, H, W]", (2, 5)
 
 
-_LINEAR = (nn.Linear,)
 _CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -139,12 +139,14 @@ class ConcreteDropout(_Mask):
     number of dimensions than [N, in_channels, ...] of a convolution.
     """
 
+    layer: nn.Linear | nn.modules.conv._ConvNd
+
     def __init__(
         self, layer: nn.Module, p: float = 0.1, *, length_scale: float = 1.0, temperature: float = 0.1
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if not isinstance(layer, _LINEAR + _CONVOLUTIONS):
+        if not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
             raise TypeError(
                 f"{name}: layer must be a torch.nn linear layer or convolution, got {type(layer).__name__}"
             )
@@ -165,18 +167,16 @@ class ConcreteDropout(_Mask):
         """The rate as it is now: a scalar without gradient."""
         return torch.sigmoid(self.p_logit.detach())
 
-    @property
-    def _convolves(self) -> bool:
-        return isinstance(self.layer, _CONVOLUTIONS)
-
     def forward(self, input: Tensor, sample: bool = True) -> Tensor:
         """The layer's output for one draw of the mask; of the whole input where ``sample`` is False."""
         drawn = self._rng_of_mask(input, sample)
-        return self.layer(input if drawn is None else self._masked(input, *drawn))
+        output: Tensor = self.layer(input if drawn is None else self._masked(input, *drawn))
+        return output
 
     def _masked(self, input: Tensor, rng: Tensor, one_mask: bool) -> Tensor:
-        shape, behind = input.shape, ()
-        if self._convolves:
+        shape: Sequence[int] = input.shape
+        behind: tuple[int, ...] = ()
+        if not isinstance(self.layer, nn.Linear):
             dims = self.layer.weight.dim()
             if input.dim() != dims:
                 raise ValueError(
@@ -202,7 +202,8 @@ class ConcreteDropout(_Mask):
             squares = squares + bias.to(acc).square().sum()
         p = torch.sigmoid(logit)
         entropy = -(p * F.logsigmoid(logit) + (1 - p) * F.logsigmoid(-logit))
-        count = self.layer.in_channels if self._convolves else self.layer.in_features
+        layer = self.layer
+        count = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         return self.length_scale**2 / 2 * squares - count * entropy
 
     def extra_repr(self) -> str:

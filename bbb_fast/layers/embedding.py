@@ -116,8 +116,17 @@ class BBBEmbedding(_Rows):
 
     Noise is a function of the place in the table, so that a row is the same wherever a batch has it, and the
     same that a draw of the whole table would have. input: integers [...]; returns [..., embedding_dim].
-    ``padding_idx``: a row that is not drawn, has no gradient, and no part in the KL. Gradients of W_mu and
-    W_rho are sparse with ``sparse=True``. There is no ``max_norm``, which would scale the means alone.
+    There is no ``max_norm``, which would scale the means alone.
+
+    Args:
+        num_embeddings, embedding_dim: the table's rows and their width, at least 1.
+        padding_idx: a row that is not drawn, has no gradient, and no part in the KL.
+        scale_grad_by_freq: as in torch.nn.
+        sparse: whether the gradients of W_mu and W_rho are.
+        priors: see :func:`bbb_fast.priors.resolve_priors`.
+        device, dtype: of the parameters; float32, float64, bfloat16 or float16.
+
+    Raises ValueError for sizes, a padding_idx or priors out of range, TypeError for another dtype or device.
     """
 
     def forward(self, input: Tensor, sample: bool = True) -> Tensor:
@@ -135,7 +144,11 @@ class BBBEmbedding(_Rows):
 class BBBEmbeddingBag(_Rows):
     """``torch.nn.EmbeddingBag`` with a posterior over its rows: as :class:`BBBEmbedding`.
 
-    ``mode``: "mean", "sum" or "max"; ``include_last_offset`` as in torch.nn.
+    ``layer(input, offsets, per_sample_weights)`` as in torch.nn: input integers [N, L], or [L] with offsets
+    [N]; returns [N, embedding_dim].
+
+    Args: those of :class:`BBBEmbedding`; ``mode``: "mean", "sum" or "max", ValueError for another;
+    ``include_last_offset`` as in torch.nn.
     """
 
     def __init__(
@@ -167,7 +180,7 @@ class BBBEmbeddingBag(_Rows):
         self.mode = mode
         self.include_last_offset = include_last_offset
 
-    def forward(
+    def forward(  # type: ignore[override]  # in torch.nn's order, where offsets is the second
         self,
         input: Tensor,
         offsets: Tensor | None = None,

@@ -57,7 +57,9 @@ class Lazy(LazyModuleMixin, BayesianLayer):
         self._weight_shape, self._bias_shape = weight_shape, bias_shape
         for name, p in self._parameters.items():
             if p is not None:
-                self._parameters[name] = UninitializedParameter(device=p.device, dtype=p.dtype)
+                # Its __new__ has the two, which torch's types do not say; nor is it a Parameter to them.
+                make: Any = UninitializedParameter
+                self._parameters[name] = make(device=p.device, dtype=p.dtype)
 
     def reset_parameters(self) -> None:
         """As in the plain layer; nothing before the first forward, which draws."""
@@ -90,7 +92,7 @@ class Lazy(LazyModuleMixin, BayesianLayer):
         self._check_priors(shape, self._bias_shape)
         setattr(self, name, size)
         for label, p in self._parameters.items():
-            if p is not None:
+            if isinstance(p, UninitializedParameter):
                 p.materialize(shape if label.startswith("W") else self._bias_shape)
         super()._start(shape, self._bias_shape)
         del self._weight_shape, self._multiple, self._bias_shape

@@ -18,12 +18,12 @@ class ModuleWrapper(nn.Module):
     """Runs its registered modules in order and returns ``(output, kl)``.
 
     Subclass it, assign layers in ``__init__``, write no ``forward``. A module assigned under two names
-    runs twice. A nested ModuleWrapper contributes its output; the KL counts every Bayesian layer below
-    once.
+    runs twice. A nested ModuleWrapper contributes its output; the KL, a scalar, counts every Bayesian layer
+    below once. ``model(x, sample=False)`` uses the posterior means.
     """
 
     def set_flag(self, name: str, value: Any) -> None:
-        """Sets attribute ``name`` on this module and on every wrapper and Bayesian layer below."""
+        """Sets attribute ``name`` to ``value`` on this module and every wrapper and Bayesian layer below."""
         for module in self.modules():
             if isinstance(module, (ModuleWrapper, BayesianModule)):
                 setattr(module, name, value)

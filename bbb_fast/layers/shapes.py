@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _autocast
 from .._checks import integer
-from ..functional import _autocast
 from ..reference import conv_memory_format, in_format
 from ..routes import VarianceDtype
 from .base import BayesianLayer, _Parameters
@@ -25,6 +26,24 @@ __all__ = [
     "ConvTranspose3d",
     "Linear",
 ]
+
+
+def _help_of(sizes: str, input: str, output: str, call: str = "layer(input, sample=False)") -> str:
+    """The help of a shape: its own arguments, those that all layers have, and what a forward does."""
+    return f"""\
+Args:
+{textwrap.indent(textwrap.dedent(sizes).strip(), "    ")}
+    bias: whether there is one.
+    priors: a mapping, see :func:`bbb_fast.priors.resolve_priors`; None: the defaults.
+    device, dtype: of the parameters, as in torch.nn; float32, float64, bfloat16 or float16.
+    recompute_weight: option of bbb and flipout: what is drawn is not kept for backward, but drawn again.
+    variance_dtype: option of lrt: the type of the variance product, as in
+        :func:`bbb_fast.functional.lrt_linear`.
+
+Takes {input}, of the parameters' dtype (float32 parameters take bfloat16 and float16 too); returns
+{output} in the input's dtype. ``{call}`` uses the posterior means. Raises ValueError for
+sizes and priors out of range and another estimator's option, TypeError for another dtype or device; in a
+forward TypeError for inputs of another type, ValueError for another shape."""
 
 
 class InputSize(NamedTuple):
@@ -52,6 +71,11 @@ class Linear(_Features):
 
     _takes_any_layout = True
     _input_size = InputSize("in_features", -1, 1)
+    _help = _help_of(
+        "in_features, out_features: of the last dimension of input and output, at least 0.",
+        "input [..., in_features]",
+        "[..., out_features]",
+    )
 
     def __init__(
         self,
@@ -95,6 +119,16 @@ class Bilinear(_Features):
     the means need none, as in torch.nn, unless ``recompute_weight`` is set.
     """
 
+    _help = _help_of(
+        """
+        in1_features, in2_features: of the last dimension of the two inputs, at least 1.
+        out_features: of that of the output, at least 0.
+        """,
+        "inputs [..., in1_features] and [..., in2_features]",
+        "[..., out_features]",
+        "layer(input1, input2, sample=False)",
+    )
+
     def __init__(
         self,
         in1_features: int,
@@ -121,7 +155,9 @@ class Bilinear(_Features):
             variance_dtype,
         )
 
-    def forward(self, input1: Tensor, input2: Tensor, sample: bool = True) -> Tensor:
+    def forward(  # type: ignore[override]  # of two inputs
+        self, input1: Tensor, input2: Tensor, sample: bool = True
+    ) -> Tensor:
         """As the other layers', of two inputs whose dimensions but the last are the same.
 
         Raises TypeError for inputs that are no dense tensors of one type, ValueError for other shapes.
@@ -143,7 +179,7 @@ class Bilinear(_Features):
                 f"dimensions before, got {shapes[0]} and {shapes[1]}"
             )
         # Not in float32 and then rounded: under autocast the product is one of its type's numbers.
-        input1, input2 = _autocast(input1), _autocast(input2)
+        input1, input2 = _autocast.narrowed(input1), _autocast.narrowed(input2)
         if input1.dtype != input2.dtype:
             raise TypeError(f"{name}: the inputs must have one dtype, got {input1.dtype} and {input2.dtype}")
         return torch.cat((input1, input2), dim=-1)
@@ -164,7 +200,8 @@ class Bilinear(_Features):
         outer = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
         W_mu, W_rho, *bias = parameters
         matrices = W_mu.flatten(1), W_rho.flatten(1)
-        return self._function(estimator)(outer, *matrices, *bias, rng, **options)
+        output: Tensor = self._function(estimator)(outer, *matrices, *bias, rng, **options)
+        return output
 
     def _parts(self, input: Tensor) -> tuple[Tensor, Tensor]:
         first, second = input.split((self.in1_features, self.in2_features), dim=-1)
@@ -179,11 +216,15 @@ class Bilinear(_Features):
         )
 
 
+_CHANNELS = """
+in_channels, out_channels: of dimension 1 of input and output, at least 1.
+kernel_size, stride, padding, dilation, groups, padding_mode: as in torch.nn.
+"""
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class _Convolution(BayesianLayer):
-    """What convolutions and transposed ones share; a subclass sets ``spatial`` and ``transposed``."""
+    """What convolutions and transposed ones share; a subclass sets ``spatial`` and ``_shape_name``."""
 
     spatial: int
     transposed: bool
@@ -204,10 +245,10 @@ class _Convolution(BayesianLayer):
         variance_dtype: VarianceDtype,
     ) -> None:
         name = type(self).__name__
-        given, groups = groups, integer(groups)
-        if groups is None or groups < 1:
-            raise ValueError(f"{name}: groups must be an int >= 1, got {given!r}")
-        self.groups = groups
+        count = integer(groups)
+        if count is None or count < 1:
+            raise ValueError(f"{name}: groups must be an int >= 1, got {groups!r}")
+        self.groups = count
         self.in_channels = self._checked_size("in_channels", in_channels)
         self.out_channels = self._checked_size("out_channels", out_channels)
         self.kernel_size = self._numbers("kernel_size", kernel_size, 1)
@@ -215,7 +256,7 @@ class _Convolution(BayesianLayer):
         if self.transposed:
             first, second = second, first
         super().__init__(
-            (first, second // groups, *self.kernel_size),
+            (first, second // self.groups, *self.kernel_size),
             self.out_channels if bias else None,
             priors,
             device,
@@ -230,22 +271,20 @@ class _Convolution(BayesianLayer):
     def _input_size(self) -> InputSize:
         return InputSize("in_channels", -1 - self.spatial, 0 if self.transposed else 1)
 
-    def _checked_size(self, label: str, value: Any) -> int:
+    def _checked_size(self, name: str, value: Any) -> int:
         count = integer(value)
         if count is None or count < 1 or count % self.groups:
             raise ValueError(
-                f"{type(self).__name__}: {label} must be positive and divisible by groups = {self.groups}, "
+                f"{type(self).__name__}: {name} must be positive and divisible by groups = {self.groups}, "
                 f"got {value!r}"
             )
         return count
 
-    @property
-    def _shape_name(self) -> str:
-        return f"{'conv_transpose' if self.transposed else 'conv'}{self.spatial}d"
-
-    def _numbers(self, label: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
-        several = isinstance(value, Iterable) and not isinstance(value, Tensor)
-        given = tuple(value) if several else (value,) * self.spatial
+    def _numbers(self, label: str, value: Any, least: int) -> tuple[int, ...]:
+        if isinstance(value, Iterable) and not isinstance(value, Tensor):
+            given = tuple(value)
+        else:
+            given = (value,) * self.spatial
         numbers = tuple(n for n in map(integer, given) if n is not None and n >= least)
         if len(given) != self.spatial or len(numbers) != self.spatial:
             raise ValueError(
@@ -273,6 +312,7 @@ class _Convolution(BayesianLayer):
 class Conv(_Convolution):
     """Shape and arithmetic of ``torch.nn.ConvNd``."""
 
+    _help = _help_of(_CHANNELS, "input [N, in_channels, ...] or [in_channels, ...]", "[N, out_channels, ...]")
     transposed = False
 
     def __init__(
@@ -343,14 +383,16 @@ class Conv(_Convolution):
     def _mean_output(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         input, padding = self._pad(input)
         conv = getattr(F, self._shape_name)
-        return conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        output: Tensor = conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return output
 
     def _draw_output(
         self, estimator: str, input: Tensor, parameters: _Parameters, rng: Tensor, **options: Any
     ) -> Tensor:
         input, padding = self._pad(input)
         geometry = (self.stride, padding, self.dilation, self.groups)
-        return self._function(estimator)(input, *parameters, rng, *geometry, **options)
+        output: Tensor = self._function(estimator)(input, *parameters, rng, *geometry, **options)
+        return output
 
     def _draw_at_once(self, native: Any, input: Tensor) -> tuple[Tensor, Any] | None:
         padding = self.padding
@@ -365,6 +407,11 @@ class Conv(_Convolution):
 class ConvTranspose(_Convolution):
     """Shape and arithmetic of ``torch.nn.ConvTransposeNd``."""
 
+    _help = _help_of(
+        _CHANNELS.replace("padding_mode", "output_padding, padding_mode"),
+        "input [N, in_channels, ...] or [in_channels, ...]",
+        "[N, out_channels, ...]",
+    )
     transposed = True
 
     def __init__(
@@ -406,7 +453,7 @@ class ConvTranspose(_Convolution):
         self.padding = self._numbers("padding", padding, 0)
         self.output_padding = self._numbers("output_padding", output_padding, 0)
 
-    def forward(
+    def forward(  # type: ignore[override]  # in torch.nn's order, where output_size is the second
         self, input: Tensor, output_size: Sequence[int] | bool | None = None, sample: bool = True
     ) -> Tensor:
         """As ``torch.nn.ConvTransposeNd``'s: ``output_size``, if given, chooses the ``output_padding``.
@@ -415,8 +462,9 @@ class ConvTranspose(_Convolution):
         ``output_size`` that no ``output_padding`` gives.
         """
         if isinstance(output_size, bool):
-            output_size, sample = None, output_size
-        padding = self.output_padding if output_size is None else self._padding_for(input, output_size)
+            sample = output_size
+            output_size = None
+        padding = None if output_size is None else self._padding_for(input, output_size)
         return self._output(input, sample, output_padding=padding)
 
     def _padding_for(self, input: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
@@ -446,12 +494,19 @@ class ConvTranspose(_Convolution):
         return tuple(n - low for n, low in zip(sizes, least, strict=True))
 
     def _mean_output(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, output_padding: tuple[int, ...]
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        output_padding: tuple[int, ...] | None = None,
     ) -> Tensor:
         conv = getattr(F, self._shape_name)
-        return conv(
-            input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        extra = output_padding or self.output_padding
+        output: Tensor = conv(
+            input, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation
         )
+        return output
 
     def _draw_output(
         self,
@@ -459,40 +514,49 @@ class ConvTranspose(_Convolution):
         input: Tensor,
         parameters: _Parameters,
         rng: Tensor,
-        output_padding: tuple[int, ...],
+        output_padding: tuple[int, ...] | None = None,
         **options: Any,
     ) -> Tensor:
-        geometry = (self.stride, self.padding, output_padding, self.groups, self.dilation)
-        return self._function(estimator)(input, *parameters, rng, *geometry, **options)
+        extra = output_padding or self.output_padding
+        geometry = (self.stride, self.padding, extra, self.groups, self.dilation)
+        output: Tensor = self._function(estimator)(input, *parameters, rng, *geometry, **options)
+        return output
 
     def _draw_at_once(
-        self, native: Any, input: Tensor, output_padding: tuple[int, ...]
+        self, native: Any, input: Tensor, output_padding: tuple[int, ...] | None = None
     ) -> tuple[Tensor, Any] | None:
         if input.dim() != self.spatial + 2:
             return None
-        geometry = (self.stride, self.padding, self.dilation, True, output_padding, self.groups)
+        extra = output_padding or self.output_padding
+        geometry = (self.stride, self.padding, self.dilation, True, extra, self.groups)
         return self._call_native(native, input, geometry)
 
 
 class Conv1d(Conv):
     spatial = 1
+    _shape_name = "conv1d"
 
 
 class Conv2d(Conv):
     spatial = 2
+    _shape_name = "conv2d"
 
 
 class Conv3d(Conv):
     spatial = 3
+    _shape_name = "conv3d"
 
 
 class ConvTranspose1d(ConvTranspose):
     spatial = 1
+    _shape_name = "conv_transpose1d"
 
 
 class ConvTranspose2d(ConvTranspose):
     spatial = 2
+    _shape_name = "conv_transpose2d"
 
 
 class ConvTranspose3d(ConvTranspose):
     spatial = 3
+    _shape_name = "conv_transpose3d"

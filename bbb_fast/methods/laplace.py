@@ -59,6 +59,7 @@ class LaplaceLinear(RandomModule):
             raise TypeError(f"LaplaceLinear: layer must be a torch.nn.Linear, got {type(layer).__name__}")
         out_features, in_features = layer.weight.shape
         square = {"U": (out_features, weight_vectors[0]), "V": (in_features, weight_vectors[1])}
+        shapes: dict[str, tuple[Tensor, tuple[int, ...]]]
         shapes = {name: (given, (n, n)) for name, (n, given) in square.items()}
         shapes["weight_scale"] = (weight_scale, (out_features, in_features))
         if layer.bias is not None:

@@ -54,11 +54,12 @@ def mc_dropout(model: nn.Module, p: float | None = None) -> nn.Module:
         _checks.probability("mc_dropout", "p", p)
     _refuse_unreachable(model)
     copied = rules.copy_of(model)
+    own: list[Any]
     own = [m for m in copied.modules() if type(m) in rules.DROPOUT or isinstance(m, MCDropout)]
     if p is None and not any(m.p > 0 for m in own):
         has = "drop nothing (p = 0)" if own else "are none"
         raise ValueError(f"mc_dropout: the model's own dropout modules {has}: say p, for it to get some")
-    if own:
+    if own or p is None:
         return _turned_on(copied, p)
     _insert(copied, p)
     return copied
@@ -88,7 +89,7 @@ def _turned_on(model: nn.Module, p: float | None) -> nn.Module:
 
     def twin(module: Any) -> MCDropout:
         kind = rules.DROPOUT.get(type(module), type(module))
-        made = kind(module.p if p is None else p).train(module.training)
+        made: MCDropout = kind(module.p if p is None else p).train(module.training)
         rules.move_hooks(module, made)
         replaced.setdefault(id(module), made)
         return made

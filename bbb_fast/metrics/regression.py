@@ -73,9 +73,10 @@ def _check_gaussian(mean: object, variance: object, y: object) -> _Gaussian:
 
 
 def _check_level(level: object) -> float:
-    if isinstance(level, bool) or not isinstance(level, Real) or not 0.0 < level < 1.0:
+    value = float(level) if isinstance(level, Real) and not isinstance(level, bool) else math.nan
+    if not 0.0 < value < 1.0:
         raise ValueError(f"level must be a number above 0 and below 1, got {level!r}")
-    return float(level)
+    return value
 
 
 def _half_width(level: float) -> float:

@@ -38,8 +38,8 @@ class _AlexNet(Architecture):
 
 
 class BBBAlexNet(_AlexNet, BayesianModel):
-    __doc__ = f"AlexNet of Bayesian layers.\n\n{BayesianModel.__doc__}"
+    __doc__ = f"AlexNet of Bayesian layers (after Krizhevsky et al. 2012).\n\n{BayesianModel.__doc__}"
 
 
 class AlexNet(_AlexNet, PointModel):
-    __doc__ = f"AlexNet.\n\n{PointModel.__doc__}"
+    __doc__ = f"AlexNet (after Krizhevsky et al. 2012).\n\n{PointModel.__doc__}"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..layers import BBB, BBB_LRT, Flipout
 from ..layers.misc import ModuleWrapper
 
-LAYER_TYPES = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}
+T = TypeVar("T")
+
+LAYER_TYPES: dict[str, ModuleType] = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"softplus": nn.Softplus, "relu": nn.ReLU}
 
 
-def choose(kind: str, value: str, allowed: Mapping[str, Any]) -> Any:
+def choose(kind: str, value: str, allowed: Mapping[str, T]) -> T:
     """Looks a named option up, or says which names there are."""
     try:
         return allowed[value]
@@ -41,10 +44,14 @@ class Architecture:
 
 
 class BayesianModel(ModuleWrapper, Architecture):
-    """A model of Bayesian layers; returns ``(output, kl)``.
+    """A model of Bayesian layers: images [N, inputs, 32, 32] to ``(output, kl)``, [N, outputs] and a scalar.
+
+    ``output`` holds logits, in the type of the images and parameters. ``model(x, sample=False)`` uses the
+    posterior means.
 
     Args: ``outputs`` classes; ``inputs`` channels of a 32 x 32 image; ``priors`` as the layers take them
     (None: defaults); ``layer_type`` "lrt", "bbb" or "flipout"; ``activation_type`` "softplus" or "relu".
+    Raises ValueError for another layer_type or activation_type, and in forward for images of another size.
     """
 
     def __init__(
@@ -64,16 +71,24 @@ class BayesianModel(ModuleWrapper, Architecture):
         self.priors = priors
 
         def conv(*args: Any, **options: Any) -> nn.Module:
-            return layers.BBBConv2d(*args, priors=priors, **options)
+            layer: nn.Module = layers.BBBConv2d(*args, priors=priors, **options)
+            return layer
 
         def linear(*args: Any) -> nn.Module:
-            return layers.BBBLinear(*args, priors=priors)
+            layer: nn.Module = layers.BBBLinear(*args, priors=priors)
+            return layer
 
         self._build(outputs, inputs, conv, linear, act)
 
 
 class PointModel(nn.Module, Architecture):
-    """The frequentist twin: torch.nn layers under the same names; returns the output alone."""
+    """The frequentist twin: torch.nn layers under the same names, [N, inputs, 32, 32] to logits [N, outputs].
+
+    A ``state_dict`` of the Bayesian model loads into it: it takes the posterior means.
+
+    Args: ``outputs`` classes; ``inputs`` channels of a 32 x 32 image; ``activation_type`` "softplus" or
+    "relu". Raises ValueError for another activation_type, and in forward for images of another size.
+    """
 
     def __init__(self, outputs: int, inputs: int = 3, activation_type: str = "softplus") -> None:
         super().__init__()
@@ -81,10 +96,11 @@ class PointModel(nn.Module, Architecture):
         self.num_classes = outputs
         self.activation_type = activation_type
         self._build(outputs, inputs, nn.Conv2d, nn.Linear, act)
-        self.register_load_state_dict_pre_hook(_means_from_bayesian)
+        register: Any = self.register_load_state_dict_pre_hook
+        register(_means_from_bayesian)
 
     def forward(self, x: Tensor) -> Tensor:
-        for module in self._modules.values():
+        for module in self.children():
             x = module(x)
         return x
 
@@ -92,7 +108,7 @@ class PointModel(nn.Module, Architecture):
 _POSTERIOR_NAMES = {"weight": ("W_mu", "W_rho"), "bias": ("bias_mu", "bias_rho")}
 
 
-def _means_from_bayesian(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _means_from_bayesian(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Lets a point model load a Bayesian state_dict: it takes the posterior means."""
     for name in list(module.state_dict()):
         owner, _, kind = (prefix + name).rpartition(".")

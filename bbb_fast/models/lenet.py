@@ -35,8 +35,8 @@ class _LeNet(Architecture):
 
 
 class BBBLeNet(_LeNet, BayesianModel):
-    __doc__ = f"LeNet of Bayesian layers.\n\n{BayesianModel.__doc__}"
+    __doc__ = f"LeNet of Bayesian layers (LeCun, Bottou, Bengio and Haffner 1998).\n\n{BayesianModel.__doc__}"
 
 
 class LeNet(_LeNet, PointModel):
-    __doc__ = f"LeNet.\n\n{PointModel.__doc__}"
+    __doc__ = f"LeNet (LeCun, Bottou, Bengio and Haffner 1998).\n\n{PointModel.__doc__}"

@@ -43,12 +43,15 @@ class MaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        y: Tensor
         if not self._is_faster_rearranged(input):
-            return super().forward(input)
-        if not (torch.is_grad_enabled() and input.requires_grad):
-            return super().forward(input.contiguous(memory_format=torch.channels_last)).contiguous()
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-        y, _ = _Rearranged.apply(input, *([n, n] if type(n) is int else n for n in geometry))
+            y = super().forward(input)
+        elif not (torch.is_grad_enabled() and input.requires_grad):
+            y = super().forward(input.contiguous(memory_format=torch.channels_last)).contiguous()
+        else:
+            geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+            pairs = ([n, n] if type(n) is int else n for n in geometry)
+            y, _ = _Rearranged.apply(input, *pairs)  # type: ignore[no-untyped-call]  # torch gives it no types
         return y
 
     def _is_faster_rearranged(self, x: Tensor) -> bool:

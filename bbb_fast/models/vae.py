@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +53,16 @@ class GaussianSample(RandomModule):
         if draw.means:
             return mu
         if draw.pinned is None:
-            return functional.sample_weight(mu, rho, draw_rng(mu.device))
+            return _draw(mu, rho, draw_rng(mu.device))
         rng = draw.pinned.rng(self, mu.device)
         if draw.pinned.draw == "activations":
-            return functional.sample_weight(mu, rho, rng)
+            return _draw(mu, rho, rng)
         return mu + softplus(rho) * functional.normal(mu.shape[1:], rng, dtype=mu.dtype)
+
+
+def _draw(mu: Tensor, rho: Tensor, rng: Tensor) -> Tensor:
+    (drawn,), _ = functional.sample_weights([mu], [rho], rng)
+    return drawn
 
 
 class VAE(nn.Module):
@@ -85,7 +90,7 @@ class VAE(nn.Module):
         self.inputs, self.latent = inputs, latent
         wide = 2 * width
         flat = wide * _CODE * _CODE
-        half = {"kernel_size": 4, "stride": 2, "padding": 1}
+        half: dict[str, Any] = {"kernel_size": 4, "stride": 2, "padding": 1}
         self.encoder = nn.Sequential(
             nn.Conv2d(inputs, width, **half), nn.ReLU(),
             nn.Conv2d(width, wide, **half), nn.ReLU(),
@@ -113,7 +118,8 @@ class VAE(nn.Module):
         """The pixels' logits, [N, inputs, 32, 32], of codes [N, latent]; ValueError for another shape."""
         if z.dim() != 2 or z.shape[1] != self.latent:
             raise ValueError(f"VAE.decode: z must have shape [N, {self.latent}], got {list(z.shape)}")
-        return self.decoder(z)
+        logits: Tensor = self.decoder(z)
+        return logits
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, mu, rho): the images' q(z|x), and the pixels' logits for one draw of it each."""
