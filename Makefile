@@ -119,7 +119,7 @@ PACKAGE_SOURCES := $(shell find bbb_fast -name '*.py')
 
 build/tutorials/%.ipynb: docs/tutorials/%.py docs/site/matplotlibrc $(PACKAGE_SOURCES) $(VENV)/.docs | setup
 	mkdir -p $(@D)
-	MATPLOTLIBRC=docs/site $(PY) -m jupytext --quiet --to ipynb --set-kernel - --execute --output $@ $<
+	MATPLOTLIBRC=docs/site $(PY) -m jupytext --quiet --to ipynb --set-kernel python3 --execute --output $@ $<
 
 docs: setup $(VENV)/.docs $(patsubst docs/%.py,build/%.ipynb,$(wildcard docs/tutorials/*.py))
 	$(PY) -m mkdocs build --strict --quiet
