@@ -358,13 +358,11 @@ def predictive(
 
     Args:
         data: the model's input, a tensor or NumPy array [N, ...] or dicts of such; or batches: a DataLoader,
-        a
-            map-style Dataset, or any iterable of inputs or of pairs (input, target). A tuple or list of
+            a map-style Dataset, or any iterable of inputs or of pairs (input, target). A tuple or list of
             tensors is a list of batches.
         samples: T, how many draws.
         likelihood: "categorical": the model returns one number a class before the softmax, [N, C].
-        "gaussian":
-            it returns the mean, [N, ...], and ``noise_std`` is the standard deviation of a target around it.
+            "gaussian": it returns the mean, [N, ...], and ``noise_std`` is the standard deviation of a target around it.
             "heteroscedastic": mean and log variance in a last dimension of 2, [N, ..., 2].
         noise_std: of "gaussian" alone, >= 0: a number, or a tensor of the shape of a row's output; None: 0.
             For MC dropout it is tau^(-1/2) (:func:`bbb_fast.methods.model_precision`).

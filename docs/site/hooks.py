@@ -93,6 +93,8 @@ def _link(match: re.Match[str], here: Path, source: str) -> str:
         uri = "index.md"
     elif path.is_relative_to(ROOT / "docs"):
         uri = path.relative_to(ROOT / "docs").as_posix()
+        if uri.startswith("tutorials/") and path.suffix == ".py" and not source.startswith("tutorials/"):
+            uri = uri.removesuffix(".py") + ".md"
     else:
         return label[1:-1]
     return f"{label}({posixpath.relpath(uri, posixpath.dirname(source) or '.')}{anchor})"
