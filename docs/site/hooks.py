@@ -24,6 +24,17 @@ from nbconvert.exporters import MarkdownExporter
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 NOTEBOOKS = ROOT / "build" / "tutorials"  # executed by make docs
+# nbconvert's template, but for text that a cell has printed: a block that site.css can tell from code.
+OUTPUT = """
+{%- extends "markdown/index.md.j2" -%}
+{%- macro text(lines) %}
+``` { .text .output }
+{{ lines | strip_ansi | trim }}
+```
+{% endmacro -%}
+{%- block stream %}{{ text(output.text) }}{% endblock -%}
+{%- block data_text %}{{ text(output.data["text/plain"]) }}{% endblock -%}
+"""
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -62,7 +73,8 @@ def _tutorial(script: Path) -> tuple[str, dict[str, bytes]]:
     notebook = NOTEBOOKS / f"{script.stem}.ipynb"
     if not notebook.exists():
         raise PluginError(f"{notebook.relative_to(ROOT)} is missing: run `make docs`, which executes the tutorials")
-    text, resources = MarkdownExporter().from_notebook_node(nbformat.read(notebook, as_version=4))
+    exporter = MarkdownExporter(raw_template=OUTPUT)
+    text, resources = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
     text = text.replace("![png](", f"![Figure]({script.stem}/")
     title, _, rest = text.lstrip().partition("\n")
     note = f"*This page is a script, [{script.name}]({script.name}), with what it printed and drew.*"
@@ -90,7 +102,7 @@ def _link(match: re.Match[str], here: Path, source: str) -> str:
         name = path.relative_to(RESULTS)
         uri = f"results/{'README.md' if path == RESULTS else name}"
     elif path == ROOT / "README.md":
-        uri = "index.md"
+        uri, anchor = "index.md", ""
     elif path.is_relative_to(ROOT / "docs"):
         uri = path.relative_to(ROOT / "docs").as_posix()
         if uri.startswith("tutorials/") and path.suffix == ".py" and not source.startswith("tutorials/"):
