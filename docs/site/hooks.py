@@ -1,5 +1,5 @@
-"""What the site needs that mkdocs does not do: formulas without a script, tutorials with their output, the command
-line's help, and links that hold in the repository and on the site.
+"""What the site needs that mkdocs does not do: formulas without a script, tutorials with their output, the
+command line's help, and links that hold in the repository and on the site.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 from contextlib import redirect_stdout, suppress
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import nbformat
 from latex2mathml.converter import convert
@@ -72,7 +71,8 @@ def _tutorial(script: Path) -> tuple[str, dict[str, bytes]]:
     """Its page in Markdown, and the figures by name."""
     notebook = NOTEBOOKS / f"{script.stem}.ipynb"
     if not notebook.exists():
-        raise PluginError(f"{notebook.relative_to(ROOT)} is missing: run `make docs`, which executes the tutorials")
+        name = notebook.relative_to(ROOT)
+        raise PluginError(f"{name} is missing: run `make docs`, which executes the tutorials")
     exporter = MarkdownExporter(raw_template=OUTPUT)
     text, resources = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
     text = text.replace("![png](", f"![Figure]({script.stem}/")
