@@ -111,7 +111,8 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	$(PY) -m pip install -q ruff==0.8.4 clang-format==18.1.8
 	touch $@
 
-$(VENV)/.docs: $(VENV)/.torch docs/site/tools.txt
+# With ruff, by which signatures are broken into lines.
+$(VENV)/.docs: $(VENV)/.lint docs/site/tools.txt
 	$(PY) -m pip install -q -r docs/site/tools.txt
 	touch $@
 
@@ -122,7 +123,7 @@ build/tutorials/%.ipynb: docs/tutorials/%.py docs/site/matplotlibrc $(PACKAGE_SO
 	MATPLOTLIBRC=docs/site $(PY) -m jupytext --quiet --to ipynb --set-kernel python3 --execute --output $@ $<
 
 docs: setup $(VENV)/.docs $(patsubst docs/%.py,build/%.ipynb,$(wildcard docs/tutorials/*.py))
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')

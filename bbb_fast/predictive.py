@@ -41,8 +41,7 @@ class Predictive:
         seed: theirs: draw k is ``fixed_noise(seed, sample=k)``.
         targets: the targets that came with the data, [N, ...], or None.
         log_likelihood: with targets, [N]: ln 1/T sum_t p(y_n | x_n, draw t), the predictive density of the
-        mixture
-            of all draws (Gal and Ghahramani 2016, arXiv:1506.02142, eq. 8); else None.
+            mixture of all draws (Gal and Ghahramani 2016, arXiv:1506.02142, eq. 8); else None.
     """
 
     samples: int
@@ -72,11 +71,9 @@ class CategoricalPredictive(Predictive):
         expected_entropy: [N], the mean of the draws' entropies: the aleatoric part of it.
         mutual_information: [N], the rest: the epistemic part (Houlsby et al. 2011, arXiv:1112.5745, eq. 2).
         epistemic, aleatoric: [N], the two parts of the variance of the one-hot label, summed over the classes
-        (Kwon
-            et al. 2018; :func:`bbb_fast.metrics.decompose`).
+            (Kwon et al. 2018; :func:`bbb_fast.metrics.decompose`).
         epistemic_normalized, aleatoric_normalized: [N], the same with softplus outputs divided by their sum
-        in
-            place of the softmax (Shridhar et al. 2018, arXiv:1806.05978).
+            in place of the softmax (Shridhar et al. 2018, arXiv:1806.05978).
     """
 
     probs: Tensor
@@ -358,13 +355,12 @@ def predictive(
 
     Args:
         data: the model's input, a tensor or NumPy array [N, ...] or dicts of such; or batches: a DataLoader,
-        a
-            map-style Dataset, or any iterable of inputs or of pairs (input, target). A tuple or list of
+            a map-style Dataset, or any iterable of inputs or of pairs (input, target). A tuple or list of
             tensors is a list of batches.
         samples: T, how many draws.
         likelihood: "categorical": the model returns one number a class before the softmax, [N, C].
-        "gaussian":
-            it returns the mean, [N, ...], and ``noise_std`` is the standard deviation of a target around it.
+            "gaussian": it returns the mean, [N, ...], and ``noise_std`` is the standard deviation of a target
+            around it.
             "heteroscedastic": mean and log variance in a last dimension of 2, [N, ..., 2].
         noise_std: of "gaussian" alone, >= 0: a number, or a tensor of the shape of a row's output; None: 0.
             For MC dropout it is tau^(-1/2) (:func:`bbb_fast.methods.model_precision`).

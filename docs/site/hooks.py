@@ -1,5 +1,5 @@
-"""What the site needs that mkdocs does not do: formulas without a script, tutorials with their output, the command
-line's help, and links that hold in the repository and on the site.
+"""What the site needs that mkdocs does not do: formulas without a script, tutorials with their output, the
+command line's help, and links that hold in the repository and on the site.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 from contextlib import redirect_stdout, suppress
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import nbformat
 from latex2mathml.converter import convert
@@ -24,6 +23,17 @@ from nbconvert.exporters import MarkdownExporter
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 NOTEBOOKS = ROOT / "build" / "tutorials"  # executed by make docs
+# nbconvert's template, but for text that a cell has printed: a block that site.css can tell from code.
+OUTPUT = """
+{%- extends "markdown/index.md.j2" -%}
+{%- macro text(lines) %}
+``` { .text .output }
+{{ lines | strip_ansi | trim }}
+```
+{% endmacro -%}
+{%- block stream %}{{ text(output.text) }}{% endblock -%}
+{%- block data_text %}{{ text(output.data["text/plain"]) }}{% endblock -%}
+"""
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -61,8 +71,10 @@ def _tutorial(script: Path) -> tuple[str, dict[str, bytes]]:
     """Its page in Markdown, and the figures by name."""
     notebook = NOTEBOOKS / f"{script.stem}.ipynb"
     if not notebook.exists():
-        raise PluginError(f"{notebook.relative_to(ROOT)} is missing: run `make docs`, which executes the tutorials")
-    text, resources = MarkdownExporter().from_notebook_node(nbformat.read(notebook, as_version=4))
+        name = notebook.relative_to(ROOT)
+        raise PluginError(f"{name} is missing: run `make docs`, which executes the tutorials")
+    exporter = MarkdownExporter(raw_template=OUTPUT)
+    text, resources = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
     text = text.replace("![png](", f"![Figure]({script.stem}/")
     title, _, rest = text.lstrip().partition("\n")
     note = f"*This page is a script, [{script.name}]({script.name}), with what it printed and drew.*"
@@ -90,9 +102,11 @@ def _link(match: re.Match[str], here: Path, source: str) -> str:
         name = path.relative_to(RESULTS)
         uri = f"results/{'README.md' if path == RESULTS else name}"
     elif path == ROOT / "README.md":
-        uri = "index.md"
+        uri, anchor = "index.md", ""
     elif path.is_relative_to(ROOT / "docs"):
         uri = path.relative_to(ROOT / "docs").as_posix()
+        if uri.startswith("tutorials/") and path.suffix == ".py" and not source.startswith("tutorials/"):
+            uri = uri.removesuffix(".py") + ".md"
     else:
         return label[1:-1]
     return f"{label}({posixpath.relpath(uri, posixpath.dirname(source) or '.')}{anchor})"

@@ -21,8 +21,7 @@ class Roles(Extension):
             for name in map(str, module.exports or ())
             if not module[name].is_module
         }
-        paths = {path: path for path in (*places.values(), *(module.path for module in modules))}
-        self._visit(pkg, {**places, **paths})
+        self._visit(pkg, {**places, **{path: path for path in places.values()}})
 
     def _visit(self, scope: Object, places: dict[str, str]) -> None:
         if scope.docstring:

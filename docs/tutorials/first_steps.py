@@ -1,8 +1,8 @@
 # %% [markdown]
 # # First steps
 #
-# A model that is sure of what it has seen, and says so where it has seen nothing. The layer is linear in bumps that lie
-# side by side along the input, so that each weight speaks for one place.
+# A model that is sure of what it has seen, and says so where it has seen nothing. The layer is linear in bumps
+# that lie side by side along the input, so that each weight speaks for one place.
 
 # %%
 import matplotlib.pyplot as plt
@@ -26,8 +26,8 @@ def bumps(x: Tensor) -> Tensor:
 layer = BBB_LRT_Linear(33, 1, bias=False, priors={"prior_sigma": 1.0})
 
 # %% [markdown]
-# The loss is that of one example: the mean negative log likelihood, here of a Gaussian whose standard deviation is
-# 0.1, and the KL divided by the number of training examples.
+# The loss is that of one example: the mean negative log likelihood, here of a Gaussian whose standard deviation
+# is 0.1, and the KL divided by the number of training examples.
 
 # %%
 optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
@@ -40,8 +40,8 @@ for _ in range(400):
 print(f"loss {loss.item():.2f}")
 
 # %% [markdown]
-# `predictive` draws the weights many times. Where the draws disagree the model does not know: epistemic uncertainty is
-# larger in the gap than among the data.
+# `predictive` draws the weights many times. Where the draws disagree the model does not know: epistemic
+# uncertainty is larger in the gap than among the data.
 
 # %%
 grid = torch.linspace(-4, 4, 200)
