@@ -22,9 +22,7 @@ def test_runs_without_a_warning_and_leaves_nothing(script: Path, tmp_path: Path)
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
     environment["MPLBACKEND"] = "Agg"
     command = [sys.executable, "-W", "error::UserWarning", "-W", "error::RuntimeWarning", str(script)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout

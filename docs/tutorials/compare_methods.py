@@ -8,12 +8,12 @@
 # - **LRT**: the weights. They have a Gaussian posterior, trained with the local reparameterization trick.
 # - **Ensemble**: which of several networks answers. Each is trained from its own random start.
 #
-# Whatever is random, a draw is a function, and `predictive` averages draws. So one piece of code trains, asks and judges
-# them all.
+# Whatever is random, a draw is a function, and `predictive` averages draws. So one piece of code trains, asks
+# and judges them all.
 #
-# The task: 800 images of the digits 0 to 7 to train on. New images of these digits measure accuracy and calibration, the
-# same images turned by 30 degrees how it fares when the data change. The digits 8 and 9, which no network has seen,
-# measure whether it notices.
+# The task: 800 images of the digits 0 to 7 to train on. New images of these digits measure accuracy and
+# calibration, the same images turned by 30 degrees how it fares when the data change. The digits 8 and 9,
+# which no network has seen, measure whether it notices.
 
 # %%
 import matplotlib.pyplot as plt
@@ -50,8 +50,8 @@ print(f"{len(train_x)} images to train on, {len(test_x)} to test on, {len(unknow
 # %% [markdown]
 # ## One network, one loop
 #
-# `kl_loss` is 0 for a model without Bayesian layers, so that the loss is the cross-entropy there. The KL counts with a
-# weight of 0.1 ([the first tutorial](first_model.md) explains the loss).
+# `kl_loss` is 0 for a model without Bayesian layers, so that the loss is the cross-entropy there. The KL
+# counts with a weight of 0.1 ([the first tutorial](first_model.md) explains the loss).
 
 
 # %%
@@ -82,8 +82,8 @@ def train(model: nn.Module, number: int = 0) -> None:
 # %% [markdown]
 # ## Four models
 #
-# `mc_dropout` puts dropout before every layer but the first. `convert` makes the weights Gaussian. `train_members` makes
-# and trains five networks and returns one `Ensemble`.
+# `mc_dropout` puts dropout before every layer but the first. `convert` makes the weights Gaussian.
+# `train_members` makes and trains five networks and returns one `Ensemble`.
 
 # %%
 torch.manual_seed(1)
@@ -99,12 +99,14 @@ models["ensemble"] = bbb_fast.methods.train_members(make, train, members=5, seed
 # %% [markdown]
 # ## One judgement
 #
-# Twenty draws of each. (Of a point estimate they are all the same, and the ensemble's five members have four turns each.)
+# Twenty draws of each. (Of a point estimate they are all the same, and the ensemble's five members have four
+# turns each.)
 #
 # - **NLL** is the mean of $-\ln p$ of the true class: lower is better. It is a *proper score*: only the true
 #   probabilities minimise it.
 # - **ECE** is the expected calibration error: how far confidence and accuracy are apart.
-# - **AUROC** is the probability that an unknown digit has a higher entropy than a known one: 0.5 is guessing, 1 perfect.
+# - **AUROC** is the probability that an unknown digit has a higher entropy than a known one: 0.5 is guessing,
+#   1 perfect.
 
 # %%
 scores, entropies = {}, {}

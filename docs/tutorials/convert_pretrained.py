@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A trained network becomes Bayesian, loses weights, and is plain again
 #
-# You have a trained network and would like to know how sure it is, without training from scratch. This page takes one
-# through four steps: conversion around the trained weights, a short fine-tuning, pruning of the weights that turn out to
-# be noise, and the way back to `torch.nn`.
+# You have a trained network and would like to know how sure it is, without training from scratch. This page
+# takes one through four steps: conversion around the trained weights, a short fine-tuning, pruning of the
+# weights that turn out to be noise, and the way back to `torch.nn`.
 
 # %%
 import copy
@@ -51,14 +51,17 @@ trained = make()
 train(trained, epochs=40, lr=0.005)
 with torch.no_grad():
     probs = trained(test_x).softmax(-1)
-print(f"trained network: accuracy {metrics.accuracy(probs, test_y):.3f}, NLL {metrics.nll(probs, test_y):.3f}")
+print(
+    f"trained network: accuracy {metrics.accuracy(probs, test_y):.3f}, NLL {metrics.nll(probs, test_y):.3f}"
+)
 
 # %% [markdown]
 # ## Conversion
 #
-# A posterior with the default prior, $N(0, 0.1^2)$ for every weight, would pull the trained weights to 0. MOPED
-# (Krishnan, Subedar and Tickoo 2020) takes the prior from the network instead: $N(w, (\delta |w|)^2)$ for a trained
-# weight $w$. The posterior starts there, too. So the KL is 0 at first, and grows only as far as the data ask for it.
+# A posterior with the default prior, $N(0, 0.1^2)$ for every weight, would pull the trained weights to 0.
+# MOPED (Krishnan, Subedar and Tickoo 2020) takes the prior from the network instead: $N(w, (\delta |w|)^2)$
+# for a trained weight $w$. The posterior starts there, too. So the KL is 0 at first, and grows only as far as
+# the data ask for it.
 #
 # The means are the trained weights: under `posterior_means` the copy is the network that you had.
 
@@ -72,9 +75,9 @@ print("the copy's means are the trained weights, and its KL is 0")
 # %% [markdown]
 # ## Fine-tuning
 #
-# Ten epochs at a small learning rate fit means and standard deviations to each other. Accuracy stays, probabilities get
-# better, and each prediction comes with what it is worth: a wrong one nearly always has a higher entropy than a right one
-# (the AUROC is the probability of that).
+# Ten epochs at a small learning rate fit means and standard deviations to each other. Accuracy stays,
+# probabilities get better, and each prediction comes with what it is worth: a wrong one nearly always has a
+# higher entropy than a right one (the AUROC is the probability of that).
 
 # %%
 train(net, epochs=10, lr=0.002)
@@ -82,7 +85,7 @@ answer = bbb_fast.predictive(net, test_x, samples=100, seed=0)
 accuracy, nll = metrics.accuracy(answer.probs, test_y), metrics.nll(answer.probs, test_y)
 wrong = answer.prediction != test_y
 found = metrics.auroc(answer.entropy[~wrong], answer.entropy[wrong])
-print(f"Bayesian: accuracy {accuracy:.3f}, NLL {nll:.3f}, AUROC of mistakes {found:.3f}, KL {bbb_fast.kl_loss(net):.1f}")
+print(f"Bayesian: accuracy {accuracy:.3f}, NLL {nll:.3f}, AUROC of mistakes {found:.3f}")
 assert accuracy > metrics.accuracy(probs, test_y) - 0.01
 assert nll < metrics.nll(probs, test_y) + 0.01
 assert found > 0.85
@@ -90,16 +93,17 @@ assert found > 0.85
 # %% [markdown]
 # ## Which weights are noise?
 #
-# A weight whose standard deviation is larger than itself could as well be 0. Its *signal to noise*, $|\mu| / \sigma$, says
-# so; `summary` has the mean of each layer in its last column.
+# A weight whose standard deviation is larger than itself could as well be 0. Its *signal to noise*, $|\mu| /
+# \sigma$, says so; `summary` has the mean of each layer in its last column.
 
 # %%
 print(bbb_fast.summary(net))
 
 # %% [markdown]
-# Here it tells nothing: all are near $1 / \delta$. The MOPED prior believes in each trained weight, so no weight is called
-# noise. To find out which the data need, take a prior that believes in none: $N(0, 0.3^2)$ for all. Training starts from
-# the trained weights again. Weights that the data do not hold on to go to the prior, to mean 0 and a large $\sigma$.
+# Here it tells nothing: all are near $1 / \delta$. The MOPED prior believes in each trained weight, so no
+# weight is called noise. To find out which the data need, take a prior that believes in none: $N(0, 0.3^2)$
+# for all. Training starts from the trained weights again. Weights that the data do not hold on to go to the
+# prior, to mean 0 and a large $\sigma$.
 
 # %%
 net = bbb_fast.convert(trained, priors={"prior_sigma": 0.3, "posterior_rho_initial": (-4, 0.1)})
@@ -116,7 +120,9 @@ ratios = {f"layer {k}": signal_to_noise(net[k]) for k in (0, 2, 4)}
 figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
 bins = torch.logspace(-3, 2, 60)
 for (name, ratio), color in zip(ratios.items(), (BLUE, ORANGE, GREEN), strict=True):
-    axes.hist(ratio, bins, weights=torch.ones(len(ratio)) / len(ratio), histtype="step", color=color, label=name)
+    axes.hist(
+        ratio, bins, weights=torch.ones(len(ratio)) / len(ratio), histtype="step", color=color, label=name
+    )
 axes.set(xscale="log", xlabel="signal to noise of a weight", ylabel="share of the layer's weights")
 axes.legend()
 plt.show()
@@ -124,9 +130,9 @@ plt.show()
 # %% [markdown]
 # ## Pruning
 #
-# `prune` sets to 0 all weights whose $\ln(\sigma^2 / \mu^2)$ is above a threshold, which is a signal to noise below
-# $e^{-\text{threshold}/2}$. We take the threshold that removes a given share, and, for comparison, remove as many weights
-# of each layer at random.
+# `prune` sets to 0 all weights whose $\ln(\sigma^2 / \mu^2)$ is above a threshold, which is a signal to noise
+# below $e^{-\text{threshold}/2}$. We take the threshold that removes a given share, and, for comparison,
+# remove as many weights of each layer at random.
 
 # %%
 everything = torch.cat(list(ratios.values()))
@@ -174,8 +180,8 @@ assert by_ratio[shares.index(0.7)] > at_random[shares.index(0.7)] + 0.05
 # %% [markdown]
 # ## Back to torch.nn
 #
-# `to_deterministic` returns modules of `torch.nn`, which hold the means. Nothing of bbb_fast is left: the weights load
-# into the network that you started from, half of them 0.
+# `to_deterministic` returns modules of `torch.nn`, which hold the means. Nothing of bbb_fast is left: the
+# weights load into the network that you started from, half of them 0.
 
 # %%
 point = bbb_fast.to_deterministic(smaller[half])

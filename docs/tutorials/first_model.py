@@ -1,12 +1,13 @@
 # %% [markdown]
 # # A first Bayesian classifier
 #
-# A network of `torch.nn` has one number for each weight. Many other numbers would explain the training data as well, and
-# would answer differently where there were no data. A Bayesian network keeps a distribution over the weights instead. To
-# predict, it draws weights several times and averages the answers. Where the draws disagree, it does not know.
+# A network of `torch.nn` has one number for each weight. Many other numbers would explain the training data
+# as well, and would answer differently where there were no data. A Bayesian network keeps a distribution over
+# the weights instead. To predict, it draws weights several times and averages the answers. Where the draws
+# disagree, it does not know.
 #
-# This page takes a small convolutional network from start to end: make it Bayesian, train it, ask it, and see what it is
-# unsure about. The data are scikit-learn's digits, 1,797 images of 8 × 8 pixels.
+# This page takes a small convolutional network from start to end: make it Bayesian, train it, ask it, and see
+# what it is unsure about. The data are scikit-learn's digits, 1,797 images of 8 by 8 pixels.
 
 # %%
 import matplotlib.pyplot as plt
@@ -31,9 +32,9 @@ print(f"{len(train_x)} images to train on, {len(test_x)} to test on, of shape {l
 # %% [markdown]
 # ## Make it Bayesian
 #
-# Write the network as ever. `convert` returns a copy in which each weight has a mean $\mu$ and a standard deviation
-# $\sigma$: the weight is distributed as $N(\mu, \sigma^2)$. The means start from the network's own weights. The prior says
-# how large weights may be before any data are seen; here it is $N(0, 1)$.
+# Write the network as ever. `convert` returns a copy in which each weight has a mean $\mu$ and a standard
+# deviation $\sigma$: the weight is distributed as $N(\mu, \sigma^2)$. The means start from the network's own
+# weights. The prior says how large weights may be before any data are seen; here it is $N(0, 1)$.
 
 
 # %%
@@ -57,17 +58,18 @@ print(bbb_fast.summary(net))
 # ## Train it
 #
 # Two things pull at the weights. The likelihood wants them to explain the data. The KL divergence wants their
-# distribution to stay close to the prior, so that nothing is claimed that the data do not say. Their sum is the negative
-# *evidence lower bound*:
+# distribution to stay close to the prior, so that nothing is claimed that the data do not say. Their sum is
+# the negative *evidence lower bound*:
 #
 # $$\text{loss} = \frac{1}{n} \sum_{i=1}^{n} -\ln p(y_i \mid x_i, w) + \frac{\beta}{N} \text{KL}(q \| p)$$
 #
-# for a minibatch of $n$ examples out of $N$. **Mind the scale.** The bound is that of the whole data set: one KL for all
-# $N$ examples. Divided by $N$ it stands beside the mean cross-entropy, and learning rates are what you are used to. That
-# is `reduction="mean"`. Forgetting to divide is the most frequent mistake: the prior then drowns the data.
+# for a minibatch of $n$ examples out of $N$. **Mind the scale.** The bound is that of the whole data set: one
+# KL for all $N$ examples. Divided by $N$ it stands beside the mean cross-entropy, and learning rates are what
+# you are used to. That is `reduction="mean"`. Forgetting to divide is the most frequent mistake: the prior
+# then drowns the data.
 #
-# $\beta = 1$ is the exact bound. Small networks with few data often predict better with less; we take 0.1. It is a
-# choice, so report it.
+# $\beta = 1$ is the exact bound. Small networks with few data often predict better with less; we take 0.1. It
+# is a choice, so report it.
 
 
 # %%
@@ -89,8 +91,8 @@ print(f"loss {train(net, beta=0.1):.3f}")
 # %% [markdown]
 # ## Ask it
 #
-# Each forward draws weights, in train and in eval mode. `predictive` draws 50 networks, asks each about all images, and
-# keeps what they say together. The `seed` makes the answer the same each time.
+# Each forward draws weights, in train and in eval mode. `predictive` draws 50 networks, asks each about all
+# images, and keeps what they say together. The `seed` makes the answer the same each time.
 
 # %%
 answer = bbb_fast.predictive(net, test_x, samples=50, seed=0)
@@ -101,9 +103,9 @@ assert accuracy > 0.95
 # %% [markdown]
 # ## What is it unsure about?
 #
-# The entropy of the mean probabilities says how unsure the model is in all. Here are the six test images with the
-# highest. A bar is the mean probability of a class, dark for the true one; the line on it goes from the 10th to the 90th
-# percentile of the draws. Long lines are disagreement.
+# The entropy of the mean probabilities says how unsure the model is in all. Here are the six test images with
+# the highest. A bar is the mean probability of a class, dark for the true one; the line on it goes from the
+# 10th to the 90th percentile of the draws. Long lines are disagreement.
 
 # %%
 unsure = answer.entropy.topk(6).indices
@@ -125,8 +127,8 @@ for bars in axes[1, 1:]:
 plt.show()
 
 # %% [markdown]
-# Some of these are hard for people, too. Are the mistakes among such images? Then the model can leave a tenth of them to
-# somebody else, and be right more often about the rest.
+# Some of these are hard for people, too. Are the mistakes among such images? Then the model can leave a tenth
+# of them to somebody else, and be right more often about the rest.
 
 # %%
 wrong = answer.prediction != test_y
@@ -139,8 +141,8 @@ assert (wrong & ~keeps).sum() > 0.6 * wrong.sum()
 # %% [markdown]
 # ## Rotated digits
 #
-# Now we show it what it has never seen: the test images, turned. An ordinary network, trained by the same loop, stands
-# beside it (a model without Bayesian layers has a KL of 0).
+# Now we show it what it has never seen: the test images, turned. An ordinary network, trained by the same
+# loop, stands beside it (a model without Bayesian layers has a KL of 0).
 
 
 # %%
@@ -170,7 +172,9 @@ assert nll["Bayesian"][3] < 0.7 * nll["point estimate"][3]
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 for (name, row), color in zip(asked.items(), (RED, BLUE), strict=True):
-    left.plot(angles, [said.probs.max(-1).values.mean() for said in row], color=color, label=f"{name}: confidence")
+    left.plot(
+        angles, [said.probs.max(-1).values.mean() for said in row], color=color, label=f"{name}: confidence"
+    )
     right_answers = [metrics.accuracy(said.probs, some_y) for said in row]
     left.plot(angles, right_answers, color=color, linestyle="--", label=f"{name}: accuracy")
 left.set(xlabel="rotation in degrees", ylabel="mean over 300 images", ylim=(0, 1), xticks=angles)
@@ -179,7 +183,11 @@ bayesian = asked["Bayesian"]
 epistemic = torch.stack([said.mutual_information.mean() for said in bayesian])
 aleatoric = torch.stack([said.expected_entropy.mean() for said in bayesian])
 right.stackplot(
-    angles, epistemic, aleatoric, colors=(BLUE, ORANGE), labels=("epistemic: draws disagree", "aleatoric: draws unsure")
+    angles,
+    epistemic,
+    aleatoric,
+    colors=(BLUE, ORANGE),
+    labels=("epistemic: draws disagree", "aleatoric: draws unsure"),
 )
 right.set(xlabel="rotation in degrees", ylabel="entropy in nats", xticks=angles)
 right.legend(fontsize=8)
@@ -187,13 +195,14 @@ plt.show()
 assert (epistemic + aleatoric)[3] > 3 * (epistemic + aleatoric)[0]
 
 # %% [markdown]
-# The point estimate is as sure of what it has never seen as of what it knows. The Bayesian network becomes unsure as the
-# images turn, and is punished far less for its mistakes.
+# The point estimate is as sure of what it has never seen as of what it knows. The Bayesian network becomes
+# unsure as the images turn, and is punished far less for its mistakes.
 #
-# It is no guarantee. From 60 degrees on, the turned digits look like other digits to it (a 4, a 7), and it grows surer
-# again while it is wrong. Uncertainty says that an input is unlike the training data in a way that matters to the network;
-# it cannot see every way.
+# It is no guarantee. From 60 degrees on, the turned digits look like other digits to it (a 4, a 7), and it
+# grows surer again while it is wrong. Uncertainty says that an input is unlike the training data in a way
+# that matters to the network; it cannot see every way.
 #
-# On the right, the entropy in two parts: *epistemic* uncertainty, which more data would remove (turned digits in the
-# training set, say), and *aleatoric* uncertainty, which each draw has by itself. [Two kinds of
-# uncertainty](regression_uncertainty.md) explains them, and [the guide](../uncertainty.md) what else `predictive` tells.
+# On the right, the entropy in two parts: *epistemic* uncertainty, which more data would remove (turned digits
+# in the training set, say), and *aleatoric* uncertainty, which each draw has by itself. [Two kinds of
+# uncertainty](regression_uncertainty.md) explains them, and [the guide](../uncertainty.md) what else
+# `predictive` tells.

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Your own training loop
 #
-# Nothing here needs a trainer. Bayesian layers are modules, the KL is a scalar, and the rest is PyTorch. This page writes
-# the loop out and adds what you may want in it: several draws in a step, a KL that comes in slowly, a draw that can be
-# repeated, and a checkpoint from which training goes on bit for bit.
+# Nothing here needs a trainer. Bayesian layers are modules, the KL is a scalar, and the rest is PyTorch. This
+# page writes the loop out and adds what you may want in it: several draws in a step, a KL that comes in
+# slowly, a draw that can be repeated, and a checkpoint from which training goes on bit for bit.
 #
-# The data are scikit-learn's diabetes set: ten numbers of 442 patients, and how the disease went on a year later.
+# The data are scikit-learn's diabetes set: ten numbers of 442 patients, and how the disease went on a year
+# later.
 
 # %%
 import tempfile
@@ -44,12 +45,12 @@ def make() -> nn.Module:
 # %% [markdown]
 # ## Several draws in a step
 #
-# The loss is an expectation over the weights, and one draw is a noisy estimate of it. `multi_sample` draws S times in
-# one forward and returns [S, N, ...]. That is cheaper than S forwards: each layer reads its parameters once. It helps
-# where the noise of the draws, and not that of the minibatch, holds training up.
+# The loss is an expectation over the weights, and one draw is a noisy estimate of it. `multi_sample` draws S
+# times in one forward and returns [S, N, ...]. That is cheaper than S forwards: each layer reads its
+# parameters once. It helps where the noise of the draws, and not that of the minibatch, holds training up.
 #
-# How much noise is it? Here is the standard deviation of the gradient of the first layer's means, on one and the same
-# batch.
+# How much noise is it? Here is the standard deviation of the gradient of the first layer's means, on one and
+# the same batch.
 
 
 # %%
@@ -83,9 +84,9 @@ plt.show()
 # %% [markdown]
 # ## The loop, with annealing
 #
-# At the start the posterior says nothing yet, and a full KL may switch units off before they have learned. So its weight
-# rises from 0 to 1. `get_beta` knows the schedules of the literature; "Soenderby" is this warm-up, over the first quarter
-# of the epochs.
+# At the start the posterior says nothing yet, and a full KL may switch units off before they have learned. So
+# its weight rises from 0 to 1. `get_beta` knows the schedules of the literature; "Soenderby" is this warm-up,
+# over the first quarter of the epochs.
 #
 # All random numbers of an epoch, the order of the rows and the layers' noise, come from PyTorch's generator.
 
@@ -93,7 +94,9 @@ plt.show()
 EPOCHS = 60
 
 
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int) -> Iterator[dict[str, float]]:
+def train(
+    net: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int
+) -> Iterator[dict[str, float]]:
     for epoch in range(start, stop):
         beta = bbb_fast.get_beta(0, 1, "Soenderby", epoch, EPOCHS)
         for rows in torch.randperm(len(train_x)).split(50):
@@ -131,8 +134,8 @@ plt.show()
 # %% [markdown]
 # ## A draw that can be repeated
 #
-# `fixed_noise(seed, sample=k)` pins the weights: within it, the network is one ordinary function. It is the same for
-# every batch, in every later call, on every device. `predict` with that seed has it at place k.
+# `fixed_noise(seed, sample=k)` pins the weights: within it, the network is one ordinary function. It is the
+# same for every batch, in every later call, on every device. `predict` with that seed has it at place k.
 
 # %%
 with torch.no_grad(), bbb_fast.fixed_noise(7, sample=3):
@@ -147,8 +150,8 @@ print("one function, in one batch, in parts, and in predict")
 # %% [markdown]
 # ## Stop, and go on bit for bit
 #
-# A checkpoint needs the model, the optimizer, the generator's state and the epoch. The noise is never stored anywhere:
-# it follows from the generator. So a run that was interrupted ends with the very same bits.
+# A checkpoint needs the model, the optimizer, the generator's state and the epoch. The noise is never stored
+# anywhere: it follows from the generator. So a run that was interrupted ends with the very same bits.
 
 
 # %%
@@ -184,6 +187,6 @@ assert all(same)
 # %% [markdown]
 # ## Compiled
 #
-# `torch.compile(net)` works as for any model: the ops are known to the compiler, also with `fullgraph=True`, and each call
-# draws fresh noise. It may speed up what lies between the layers; the layers' own kernels are fused already. It is not
-# run here, as compiling takes longer than this page.
+# `torch.compile(net)` works as for any model: the ops are known to the compiler, also with `fullgraph=True`,
+# and each call draws fresh noise. It may speed up what lies between the layers; the layers' own kernels are
+# fused already. It is not run here, as compiling takes longer than this page.
