@@ -11,6 +11,7 @@
 #                  spills, run the CPU tests through that build; sets up build/cuda-check (5 GB a release)
 # make gpu-report  on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizers, benchmarks
 # make lint        ruff, clang-format and mypy, checking only;  make format  changes the files
+# make docs        build the documentation's site into build/site; executes the tutorials that have changed
 # make stubs       write bbb_fast/functional.pyi and reference.pyi anew, after a change of a function's arguments
 # make bench       the benchmark of the layers, against torch.nn, torch.compile and other libraries, which it
 #                  installs; ten minutes or so (BENCH_ARGS=--quick: that it runs; --compare OLD.json)
@@ -33,7 +34,7 @@ NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csr
 OP_TESTS := $(addprefix python_tests/test_,noise.py dropout.py sample_weights.py kl_divergence.py bbb.py lrt.py flipout.py \
   conv_transpose.py multi_sample.py priors.py layer_table.py layers.py memory.py losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
 
-.PHONY: demo test test-slow fuzz test-cpp test-blocks portability cuda-check gpu-report lint format stubs bench setup clean
+.PHONY: demo test test-slow fuzz test-cpp test-blocks portability cuda-check gpu-report lint format docs stubs bench setup clean
 
 demo: setup
 	$(PY) benchmarks/demo.py
@@ -109,6 +110,21 @@ $(INSTALLED): $(VENV)/.tools setup.py $(NATIVE_SOURCES)
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	$(PY) -m pip install -q ruff==0.8.4 clang-format==18.1.8 mypy==2.4.1
 	touch $@
+
+# With ruff, by which signatures are broken into lines.
+$(VENV)/.docs: $(VENV)/.lint docs/site/tools.txt
+	$(PY) -m pip install -q -r docs/site/tools.txt
+	touch $@
+
+PACKAGE_SOURCES := $(shell find bbb_fast -name '*.py')
+
+build/tutorials/%.ipynb: docs/tutorials/%.py docs/site/matplotlibrc $(PACKAGE_SOURCES) $(VENV)/.docs | setup
+	mkdir -p $(@D)
+	MATPLOTLIBRC=docs/site $(PY) -m jupytext --quiet --to ipynb --set-kernel python3 --execute --output $@ $<
+
+docs: setup $(VENV)/.docs $(patsubst docs/%.py,build/%.ipynb,$(wildcard docs/tutorials/*.py))
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 

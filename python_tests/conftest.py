@@ -11,7 +11,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import browser
 import helpers
 import pytest
 import torch
@@ -236,3 +238,17 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def opened() -> Iterator[browser.Browser]:
+    """A headless Chromium, for the pages that are made here."""
+    program = browser.find()
+    if program is None or os.name != "posix":
+        pytest.skip("needs Chromium (Debian: apt-get install chromium), or CHROMIUM=its path")
+    # Of its own: the browser may still write to it when the test is over.
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        browser.Browser(program, Path(profile)) as running,
+    ):
+        yield running

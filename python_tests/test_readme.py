@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,34 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 
 
 # How many Python blocks each document has that are run.
-EXAMPLES = {"faq.md": 3, "layers.md": 1, "export.md": 3, "uncertainty.md": 9, "vae.md": 1}
+EXAMPLES = {
+    "docs/develop.md": 1,
+    "docs/export.md": 3,
+    "docs/faq.md": 3,
+    "docs/guides/bayesian.md": 6,
+    "docs/guides/priors.md": 4,
+    "docs/guides/processes.md": 1,
+    "docs/guides/speed.md": 4,
+    "docs/guides/train.md": 4,
+    "docs/index.md": 1,
+    "docs/layers.md": 1,
+    "docs/methods/decomposition.md": 1,
+    "docs/methods/posteriors.md": 1,
+    "docs/uncertainty.md": 9,
+    "docs/vae.md": 1,
+}
 
 
 def run_examples(document: Path, mark: str = "", **names: object) -> dict[str, object]:
     """Runs a document's Python blocks of a mark one after the other, each with the names of those before."""
-    blocks = re.findall(rf"```python{mark}\n(.*?)```", document.read_text(), flags=re.S)
+    blocks = re.findall(rf"^ *```python{mark}\n(.*?)```", document.read_text(), flags=re.M | re.S)
     for block in blocks:
-        exec(compile(block, str(document), "exec"), names)
+        exec(compile(textwrap.dedent(block), str(document), "exec"), names)
     return {**names, "blocks": len(blocks)}
 
 
@@ -35,14 +52,14 @@ def test_example(backend: str) -> None:
     assert names["answer"].probs.shape == (5, 10) and (names["answer"].mutual_information > 0).all()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=NAMES[1:])
 def test_examples_of_the_other_documents(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They assert themselves what they claim."""
     monkeypatch.chdir(tmp_path)
     names = run_examples(document)
-    assert names["blocks"] == EXAMPLES.get(document.name, 0)
+    assert names["blocks"] == EXAMPLES.get(document.relative_to(ROOT).as_posix(), 0)
 
 
 @pytest.mark.cpu_only("the page's models are on the CPU")
@@ -55,7 +72,7 @@ def test_examples_of_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert run_examples(page, " onnx", **run_examples(page))["blocks"] == 1
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_links_lead_somewhere(document: Path) -> None:
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)#]+)\)", text):

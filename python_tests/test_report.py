@@ -8,9 +8,7 @@ import json
 import os
 import re
 import struct
-import tempfile
 import zlib
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -406,19 +404,6 @@ class TestErrors:
         assert "No space left" in one_line(capsys, run, "--out", out, "--title", "New")
         assert out.read_bytes() == first
         assert sorted(os.listdir(tmp_path)) == ["r.html", "run"]
-
-
-@pytest.fixture(scope="module")
-def opened() -> Iterator[browser.Browser]:
-    program = browser.find()
-    if program is None or os.name != "posix":
-        pytest.skip("needs Chromium (Debian: apt-get install chromium), or CHROMIUM=its path")
-    # Of its own: the browser may still write to it when the test is over.
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        browser.Browser(program, Path(profile)) as running,
-    ):
-        yield running
 
 
 @pytest.mark.slow

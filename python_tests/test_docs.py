@@ -1,0 +1,180 @@
+"""The site: every page has its place, every public name and command is shown, the built pages hold together.
+
+What needs mkdocs is not here: `make docs` builds strictly. The slow tests open what it has built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import re
+import shlex
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import browser
+import pytest
+
+from bbb_fast import cli, functional, reference
+
+pytestmark = pytest.mark.cpu_only("documents know no device")
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+SITE = ROOT / "build" / "site"
+CONFIG = (ROOT / "mkdocs.yml").read_text()
+MODULES = (
+    "bbb_fast", "bbb_fast.functional", "bbb_fast.layers", "bbb_fast.layers.BBB", "bbb_fast.layers.BBB_LRT",
+    "bbb_fast.layers.Flipout", "bbb_fast.methods", "bbb_fast.metrics", "bbb_fast.models", "bbb_fast.priors",
+)  # fmt: skip
+# Of a desktop's screen and a phone's.
+WIDTHS = (1300, 400)
+
+
+def pages() -> list[str]:
+    """Those that are written, as the navigation names them."""
+    written = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    tutorials = [f"tutorials/{path.stem}.md" for path in (DOCS / "tutorials").glob("*.py")]
+    return sorted([*written, *tutorials, "results/README.md"])
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    navigation = CONFIG[CONFIG.index("\nnav:") :]
+    assert sorted(re.findall(r"^ +- (?:.*: )?(\S+\.md)$", navigation, flags=re.M)) == pages()
+
+
+def documented() -> Iterator[object]:
+    """What the pages of the reference show: objects, and what modules export."""
+    for page in (DOCS / "reference").glob("*.md"):
+        for path, options in re.findall(r"^::: (\S+)\n((?: +.*\n)*)", page.read_text(), flags=re.M):
+            thing, members = pkgutil.resolve_name(path), re.search(r"members: \[(.*)\]", options)
+            if path not in MODULES:
+                yield thing
+                continue
+            for name in members[1].split(", ") if members else thing.__all__:
+                yield getattr(thing, name)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pytest.importorskip("sklearn")
+    shown = {id(thing) for thing in documented()}
+    modules = [pkgutil.resolve_name(path) for path in MODULES]
+    for module in modules:
+        public = {name: getattr(module, name) for name in module.__all__}
+        missing = [k for k, v in public.items() if id(v) not in shown and v not in (*modules, reference)]
+        assert not missing, (module.__name__, missing)
+    assert [name for name in functional.__all__ if not hasattr(reference, name)] == ["draw_rng"]
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    (commands,) = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return commands.choices
+
+
+def test_the_help_of_every_command_is_shown() -> None:
+    page = (DOCS / "reference" / "commands.md").read_text()
+    shown = re.findall(r"^## (\w+)\n\n<!-- bbb-fast (\w+) --help -->$", page, flags=re.M)
+    assert shown == [(name, name) for name in parsers()]
+
+
+def blocks_of_commands() -> Iterator[tuple[str, str]]:
+    for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
+        for _, kind, block in re.findall(
+            r"^( *)```([^\n]*)\n(.*?)^\1```$", path.read_text(), flags=re.M | re.S
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                if not kind:
+                    yield path.name, line
+
+
+# What stands in commands for something of the reader's; None: a folder.
+WORDS = {"DIR": None, "FOLDER": None, "TYPE": "lrt", "BETA": "0.1", "SEED": "0"}
+COMMANDS = [
+    pytest.param(found[1].partition("#")[0], id=f"{page}: {found[1][:60]}")
+    for page, line in blocks_of_commands()
+    if (found := re.search(r"(?:^bbb-fast|-m bbb_fast) (.*)", line))
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_pages_show_are_understood(command: str, tmp_path: Path) -> None:
+    """Their options are; what they name need not be there."""
+    for word, value in WORDS.items():
+        command = re.sub(rf"\b{word}\b", value or str(tmp_path), command.replace("...", ""))
+    cli._parser().parse_args(shlex.split(command))
+
+
+def test_make_has_the_targets_that_pages_show() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    shown = [line.split()[1] for _, line in blocks_of_commands() if re.match(r"make [\w-]+", line)]
+    assert shown and set(shown) <= targets
+    assert "docs" in targets
+
+
+def test_the_tools_are_pinned() -> None:
+    lines = (DOCS / "site" / "tools.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"#.*|[\w-]+==[\d.]+", line) for line in lines)
+
+
+class Anchors(HTMLParser):
+    """Where a page's links lead, and the places in it that links may lead to."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.ids.add(values.get("id") or "")
+        for name in ("href", "src"):
+            if values.get(name):
+                self.links.append(values[name] or "")
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[Path, Anchors]:
+    found = {page.resolve(): Anchors(page) for page in SITE.rglob("*.html") if page.name != "404.html"}
+    if not found:
+        pytest.skip("the site is not built: make docs")
+    return found
+
+
+@pytest.mark.slow
+def test_links_of_the_built_site_lead_somewhere(built: dict[Path, Anchors]) -> None:
+    assert {page.relative_to(SITE).as_posix() for page in built} >= {
+        re.sub(r"README\.md$", "index.md", name).removesuffix("md") + "html" for name in pages()
+    }
+    for page, anchors in built.items():
+        for link in anchors.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                assert parts.scheme in ("https", "data") and "src=" not in link, (page, link)
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            assert target.exists(), (page, link)
+            if parts.fragment and target in built:
+                assert unquote(parts.fragment) in built[target].ids, (page, link)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pages_of_the_built_site_in_a_browser(
+    built: dict[Path, Anchors], opened: browser.Browser, width: int
+) -> None:
+    """From their folder, with the network off: nothing goes wrong or is asked for, nothing is too wide."""
+    opened.messages.clear()
+    opened.requests.clear()
+    formulas = 0
+    for page in built:
+        opened.open(page, width=width)
+        assert opened.messages == [], page
+        assert opened.run("document.documentElement.scrollWidth <= innerWidth"), page
+        assert opened.run("[...document.images].every(i => i.loading == 'lazy' || i.naturalWidth > 0)"), page
+        assert not opened.run("document.querySelector('article').innerText.includes('$$')"), page
+        formulas += opened.run("document.querySelectorAll('math').length")
+    assert formulas > 50
+    assert all(urlsplit(address).scheme in ("file", "data") for address in opened.requests)

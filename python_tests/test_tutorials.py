@@ -1,0 +1,40 @@
+"""Each tutorial runs as the script that it is, and asserts itself what it claims."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = sorted((Path(__file__).parent.parent / "docs" / "tutorials").glob("*.py"))
+pytestmark = pytest.mark.cpu_only("the tutorials are processes of their own, on the CPU")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_runs_without_a_warning_and_leaves_nothing(script: Path, tmp_path: Path) -> None:
+    for package in ("matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    # Where there is a display, pyplot warns that Agg does not show on it.
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    environment["MPLBACKEND"] = "Agg"
+    command = [sys.executable, "-W", "error::UserWarning", "-W", "error::RuntimeWarning", str(script)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_is_a_page(script: Path) -> None:
+    """It begins with a title, states claims, shows what it draws, and fixes every random number."""
+    text = script.read_text()
+    assert text.startswith("# %% [markdown]\n# # ")
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(text)))
+    assert calls.count("plt.subplots") == calls.count("plt.show") > 0
+    assert "torch.manual_seed" in calls
