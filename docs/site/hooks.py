@@ -85,7 +85,7 @@ def _help(arguments: list[str]) -> str:
     """What the command line says with these arguments, as a block of text."""
     from bbb_fast.cli import main
 
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "90"
     text = io.StringIO()
     with redirect_stdout(text), suppress(SystemExit):
         main(arguments)
