@@ -38,7 +38,7 @@ def measure(points: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 x, y = measure(200, seed=0)
-grid = torch.linspace(-5, 5, 201)
+grid = torch.linspace(-4.5, 4.5, 181)
 on_data = (grid.abs() >= 1) & (grid.abs() <= 3)
 gap, outside = grid.abs() < 0.5, grid.abs() > 4
 
@@ -131,7 +131,7 @@ def ask(net: nn.Module, x: Tensor) -> GaussianPredictive:
 def draw_data(axes: Axes, x: Tensor, y: Tensor) -> None:
     axes.plot(grid, truth(grid), color="0.35", linestyle="--", linewidth=1, label="true function")
     axes.plot(x, y, ".", color="black", markersize=3, label="data")
-    axes.set(xlabel="x", xlim=(-5, 5), ylim=(-4, 4))
+    axes.set(xlabel="x", xlim=(-4.5, 4.5), ylim=(-4, 4))
 
 
 answer = ask(net, grid)
@@ -148,7 +148,7 @@ for std, color, label in ((total, SKY, "all: ± 2 standard deviations"), (episte
 right.plot(grid, answer.mean, color=RED, label="mean")
 draw_data(right, x, y)
 right.set(title="what 200 draws say together")
-right.legend(fontsize=8, loc="lower right")
+figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
 plt.show()
 
 # %% [markdown]
