@@ -122,18 +122,25 @@ def entropies(labels: Mapping[str, str], found: Results, names: tuple[str, str])
 def shifts(labels: Mapping[str, str], curves: Mapping[str, Results], drawn: Mapping[str, str]) -> bytes:
     """A PNG of all entries under all corruptions: a column a corruption, a row a score, a line an entry.
 
-    ``drawn``: the scores and their names.
+    Of one corruption the scores are side by side. ``drawn``: the scores and their names.
     """
-    figure = Figure(figsize=(2.9 * len(curves) + 1, 2.3 * len(drawn) + 0.8), layout="constrained")
-    axes = figure.subplots(len(drawn), len(curves), sharex="col", sharey="row", squeeze=False)
+    alone = len(curves) == 1
+    down, across = (1, len(drawn)) if alone else (len(drawn), len(curves))
+    figure = Figure(figsize=(2.9 * across + 1, 2.3 * down + 0.8), layout="constrained")
+    axes = figure.subplots(down, across, sharex="col", sharey="none" if alone else "row", squeeze=False)
+    axes = axes.T if alone else axes
     for column, (kind, of_kind) in zip(axes.T, curves.items(), strict=True):
         corruption = CORRUPTIONS[kind]
         for axis, key in zip(column, drawn, strict=True):
             for k, (name, of_seeds) in enumerate(of_kind.items()):
                 strengths = [point["strength"] for point in of_seeds[0]]
                 _curve(axis, strengths, of_seeds, key, k, labels[name])
-        column[0].set_title(corruption.label, fontsize=10)
-        column[-1].set_xlabel(corruption.unit, fontsize=9)
+        if not alone:
+            column[0].set_title(corruption.label, fontsize=10)
+        for axis in column if alone else column[-1:]:
+            axis.set_xlabel(
+                f"{corruption.label}, {corruption.unit}" if alone else corruption.unit, fontsize=9
+            )
     for row, (key, name) in zip(axes, drawn.items(), strict=True):
         row[0].set_ylabel(name, fontsize=9)
         if key == "nll":
