@@ -39,8 +39,11 @@ def test_runs_are_gathered_and_go_on(
     assert rmse["mean"] == pytest.approx(sum(values) / 2)
     assert rmse["published"] == 5.67
     assert str(tmp_path) not in out.read_text()
-    printed = capsys.readouterr().out
-    assert f"| concrete | {rmse['mean']:.2f} ± {rmse['error']:.2f} | 5.67 |" in printed
+    (table,) = json.loads(out.read_text())["tables"]
+    cell = f"{rmse['mean']:.2f} ± {rmse['error']:.2f}"
+    (row,) = [row for row in table["rows"] if row[0] == "concrete"]
+    assert row[1:3] == [cell, "5.67"]
+    assert cell in capsys.readouterr().out
 
 
 def test_worse_is_counted_in_standard_errors() -> None:

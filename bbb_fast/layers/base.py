@@ -301,7 +301,8 @@ class BayesianLayer(BayesianModule):
             return self.W_mu, self.W_rho, self.bias_mu, self.bias_rho
 
     def _drawn_parameters(self) -> Sequence[Tensor]:
-        return [p for name in ("W_mu", "bias_mu") if (p := self._parameters.get(name)) is not None]
+        means = (self._parameters.get(name) for name in ("W_mu", "bias_mu"))
+        return [mean for mean in means if mean is not None]
 
     def _prior_names(self) -> list[str]:
         return ["prior_mu", "prior_sigma", *BIAS_KEYS]
@@ -492,10 +493,11 @@ def kl_of_layers(layers: Sequence[BayesianLayer]) -> Tensor:
     """The sum of the KLs of layers (one or more) whose parameters have one device and dtype, in one call."""
     native = None if is_compiling() else _backend.native_module()
     if native is not None:
+        with_priors = [(layer, layer._prior_numbers()) for layer in layers]
         of_numbers = [
             (*layer._parameters_in_order(), *prior, layer._trace)
-            for layer in layers
-            if (prior := layer._prior_numbers()) is not None
+            for layer, prior in with_priors
+            if prior is not None
         ]
         if len(of_numbers) == len(layers):
             kl: Tensor | None = native.kl(of_numbers)
