@@ -235,6 +235,16 @@ class TestArchitecture:
         assert set(models.__all__) == {m.__name__ for m in BAYESIAN + POINT} | {"VAE"}
 
 
+def test_a_module_under_two_names_runs_twice() -> None:
+    """As in the Bayesian twin, a ModuleWrapper."""
+    model = models.LeNet(3, 1, activation_type="relu")
+    model.act1 = model.act2 = nn.ReLU()
+    calls: list[Tensor] = []
+    model.act1.register_forward_hook(lambda module, args, output: calls.append(output))
+    model(torch.randn(2, 1, 32, 32))
+    assert [output.shape[1] for output in calls] == [6, 16]
+
+
 class TestStateDict:
     @pytest.mark.parametrize("layer_type", LAYER_TYPES)
     @pytest.mark.parametrize("model_type", BAYESIAN)

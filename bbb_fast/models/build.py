@@ -100,7 +100,9 @@ class PointModel(nn.Module, Architecture):
         register(_means_from_bayesian)
 
     def forward(self, x: Tensor) -> Tensor:
-        for module in self.children():
+        # Not children(), which has a module under two names once.
+        for module in self._modules.values():
+            assert module is not None
             x = module(x)
         return x
 
