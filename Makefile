@@ -120,7 +120,7 @@ PACKAGE_SOURCES := $(shell find bbb_fast -name '*.py')
 
 build/tutorials/%.ipynb: docs/tutorials/%.py docs/site/matplotlibrc $(PACKAGE_SOURCES) $(VENV)/.docs | setup
 	mkdir -p $(@D)
-	MATPLOTLIBRC=docs/site $(PY) -m jupytext --quiet --to ipynb --set-kernel python3 --execute --output $@ $<
+	OMP_NUM_THREADS=1 MATPLOTLIBRC=docs/site $(PY) -m jupytext --quiet --to ipynb --set-kernel python3 --execute --output $@ $<
 
 docs: setup $(VENV)/.docs $(patsubst docs/%.py,build/%.ipynb,$(wildcard docs/tutorials/*.py))
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
