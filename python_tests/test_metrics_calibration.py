@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_metrics import DTYPES, F64, LABELS, PROBS, f64, random_labels, random_probs
+from test_metrics import BAD_PROBS, DTYPES, F64, LABELS, PROBS, f64, random_labels, random_probs
 from torch import Tensor
 
 from bbb_fast import metrics
@@ -123,6 +123,65 @@ def test_calibrated_predictions_have_no_error():
     assert metrics.adaptive_ece(probs, labels) == 0.0
     assert metrics.classwise_ece(probs, labels) == 0.0 == metrics.classwise_ece(probs, labels, adaptive=True)
     assert metrics.mce(probs, labels) == 0.0
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_calibrated_ece_is_that_of_labels_drawn_from_the_probabilities(adaptive: bool):
+    probs = random_probs(400, 5, seed=3)
+    function = metrics.adaptive_ece if adaptive else metrics.ece
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.multinomial(probs, 1, generator=generator).squeeze(1) for _ in range(500))
+    expected = torch.tensor([function(probs, labels) for labels in drawn], dtype=F64)
+    sample = metrics.calibrated_ece(probs, adaptive=adaptive, repeats=500, seed=1)
+    assert sample.shape == (500,) and sample.dtype == F64
+    error = (expected.var() + sample.var()).div(500).sqrt()
+    assert (sample.mean() - expected.mean()).abs() < 4 * error
+    assert sample.std().item() == pytest.approx(expected.std().item(), rel=0.15)
+
+
+def test_calibrated_ece_tells_the_miscalibrated():
+    probs = random_probs(2000, 4)
+    sharpened = probs**3 / (probs**3).sum(-1, keepdim=True)
+    generator = torch.Generator().manual_seed(1)
+    of_probs, of_sharpened = (torch.multinomial(p, 1, generator=generator)[:, 0] for p in (probs, sharpened))
+    chance = metrics.calibrated_ece(sharpened, repeats=200)
+    assert metrics.ece(sharpened, of_probs) > chance.max()
+    assert metrics.ece(sharpened, of_sharpened) < chance.max()
+
+
+def test_calibrated_ece_hangs_on_its_seed_alone():
+    probs = random_probs(50, 3)
+    expected = metrics.calibrated_ece(probs, repeats=5, seed=7)
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        assert metrics.calibrated_ece(probs.T.contiguous().T, repeats=5, seed=7).equal(expected)
+    assert torch.get_rng_state().equal(state)
+    assert not metrics.calibrated_ece(probs, repeats=5, seed=8).equal(expected)
+    # One probability of 1: nothing can be wrong.
+    assert metrics.calibrated_ece(f64([1.0, 0.0]).expand(3, 2), repeats=2).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("repeats", 0),
+        ("repeats", 1.5),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", None),
+        ("bins", 0),
+        ("adaptive", 1),
+    ],
+)
+def test_calibrated_ece_refuses(option: str, value: object):
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        metrics.calibrated_ece(PROBS, **{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("probs", "message"), BAD_PROBS)
+def test_calibrated_ece_of_bad_probabilities(probs: Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        metrics.calibrated_ece(probs, repeats=1)
 
 
 def test_classwise_sees_what_the_top_label_hides():

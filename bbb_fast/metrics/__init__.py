@@ -30,7 +30,7 @@ Conventions that hold for every function here:
   names the offending value and what is allowed.
 """
 
-from .calibration import Reliability, adaptive_ece, classwise_ece, ece, mce, reliability
+from .calibration import Reliability, adaptive_ece, calibrated_ece, classwise_ece, ece, mce, reliability
 from .classification import accuracy, brier, classification_report, nll
 from .decomposition import (
     Decomposition,
@@ -66,6 +66,7 @@ __all__ = [
     "aurc",
     "auroc",
     "brier",
+    "calibrated_ece",
     "classification_report",
     "classwise_ece",
     "crps_gaussian",

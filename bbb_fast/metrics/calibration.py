@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .._checks import integer
-from ._inputs import check_classification, check_count, float64
+from ._inputs import check_classification, check_count, check_probs, float64
 
-__all__ = ["Reliability", "adaptive_ece", "classwise_ece", "ece", "mce", "reliability"]
+__all__ = ["Reliability", "adaptive_ece", "calibrated_ece", "classwise_ece", "ece", "mce", "reliability"]
 
 
 class Reliability(NamedTuple):
@@ -151,6 +151,54 @@ def adaptive_ece(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
     """
     bins = check_count("bins", bins)
     return top_label_error(*check_classification(probs, labels), bins, adaptive=True)
+
+
+@torch.no_grad()
+def calibrated_ece(
+    probs: Tensor, bins: int = 15, *, adaptive: bool = False, repeats: int = 1000, seed: int = 0
+) -> Tensor:
+    """What :func:`ece` would measure of these probabilities if they were right: labels drawn from them.
+
+    A finite number of examples has an error above 0 however well calibrated a model is, and the more so
+    the more bins hold few of them. An ECE within this sample says no more than that::
+
+        chance = calibrated_ece(probs)
+        ece(probs, labels) <= chance.quantile(0.95)  # no miscalibration to be seen
+
+    Source: consistency resampling: Bröcker and Smith 2007, "Increasing the reliability of reliability
+    diagrams", section 3; Vaicenavicius et al. 2019, "Evaluating model calibration in classification"
+    (arXiv:1902.06977), section 5.
+
+    Args:
+        probs: floating ``[N, C]``. The most probable class is right with its probability.
+        bins: number of bins, at least 1.
+        adaptive: bins of equal mass, as of :func:`adaptive_ece`, instead of equal width.
+        repeats: how many times all N labels are drawn, at least 1.
+        seed: of the labels, from 0 to 2**63 - 1; the global random state is not involved.
+
+    Returns:
+        float64 ``[repeats]`` on the device of ``probs``, errors from 0 to 1, in the order they were drawn.
+
+    Raises:
+        TypeError: ``probs`` is not a tensor.
+        ValueError: ``bins``, ``repeats`` or ``seed`` is out of range, ``adaptive`` is not a bool, or
+            ``probs`` breaks the rules of :mod:`bbb_fast.metrics`.
+    """
+    bins, adaptive = check_count("bins", bins), _check_adaptive(adaptive)
+    repeats = check_count("repeats", repeats)
+    number = integer(seed)
+    if number is None or not 0 <= number < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+    x = check_probs("probs", probs, "N, C")
+    # On the CPU, where the same seed draws the same labels for every device.
+    confidence = x.max(-1).values.cpu()
+    generator = torch.Generator("cpu").manual_seed(number)
+    errors = []
+    for _ in range(repeats):
+        uniform = torch.rand(confidence.shape, generator=generator, dtype=torch.float64, device="cpu")
+        binned = _binned(confidence, uniform < confidence, bins, adaptive)
+        errors.append(binned.weighted_gaps().sum() / len(confidence))
+    return torch.stack(errors).to(x.device)
 
 
 @torch.no_grad()
