@@ -24,6 +24,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
+# No step of the installation is silent for long; all of its output is shown if it fails.
+STEP := $(PYTHON) .ci/progress.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # One stamp for each way of installing; taking one way removes the other's stamp, so that the two never mix.
@@ -88,27 +90,27 @@ setup: $(INSTALLED)
 # torch of the active interpreter is taken through a .pth file, which works where that interpreter is a
 # virtual environment itself.
 $(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
+	@$(STEP) "making $(VENV)" $(PYTHON) -m venv $(VENV)
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 	  $(PYTHON) -c 'import site, sys, torch, os; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
 	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_the_active_interpreter.pth"; \
 	else \
-	  $(PY) -m pip install -q torch==2.13.0; \
+	  $(STEP) "installing torch 2.13.0" $(PY) -m pip install torch==2.13.0; \
 	fi
-	$(PY) -c 'import torch; print("torch", torch.__version__)'
-	touch $@
+	@$(PY) -W ignore -c 'import torch; print("torch", torch.__version__)'
+	@touch $@
 
 $(VENV)/.tools: $(VENV)/.torch pyproject.toml
-	$(PY) -m pip install -q "setuptools>=68,<81" wheel ninja pybind11 numpy
-	touch $@
+	@$(STEP) "installing what builds the extension" $(PY) -m pip install "setuptools>=68,<81" wheel ninja pybind11 numpy
+	@touch $@
 
 $(INSTALLED): $(VENV)/.tools setup.py $(NATIVE_SOURCES)
-	rm -f $(OTHER)
-	$(PY) -m pip install -q --no-build-isolation -e ".[experiments,test]"
-	touch $@
+	@rm -f $(OTHER)
+	@$(STEP) "building and installing bbb_fast" $(PY) -m pip install -v --no-build-isolation -e ".[experiments,test]"
+	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(PY) -m pip install -q ruff==0.8.4 clang-format==18.1.8 mypy==2.4.1
+	@$(STEP) "installing what checks the style" $(PY) -m pip install ruff==0.8.4 clang-format==18.1.8 mypy==2.4.1
 	touch $@
 
 # With ruff, by which signatures are broken into lines.
