@@ -28,6 +28,11 @@ NATIVE = _backend.native_available()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# Processes that tests start import the package that is tested here, in whatever folder they start.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(helpers.PACKAGE.parent), os.environ.get("PYTHONPATH")])
+)
+
 _device = pytest.StashKey[str]()
 _launched_before = pytest.StashKey[int]()
 _launched_by_workers = pytest.StashKey[int]()
@@ -148,6 +153,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    path = "native" if NATIVE else f"reference ({_backend.why_not_native()})"
+    terminalreporter.write_line(f"tested: {helpers.PACKAGE}, torch {torch.__version__}, {path}")
     if config.stash[_device] == "cuda":
         native = "native kernels and reference" if NATIVE else "reference alone"
         terminalreporter.write_line(f"on {torch.cuda.get_device_name(helpers.DEVICE)}: {native}")

@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PACKAGE
 
 import bbb_fast
 from bbb_fast import _backend, functional
 from bbb_fast.layers import BBB
 
 pytestmark = pytest.mark.cpu_only("about loading and choosing, not about devices")
-
-ROOT = Path(bbb_fast.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def automatic() -> Iterator[None]:
     bbb_fast.set_backend("auto")
 
 
-def run(code: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, root: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a fresh process that finds the package below ``root``."""
     variables = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-c", code]
@@ -232,8 +231,8 @@ def test_with_the_extension(native: None) -> None:
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     """The package's Python files alone, in a folder."""
-    for source in (ROOT / "bbb_fast").rglob("*.py"):
-        target = tmp_path / source.relative_to(ROOT)
+    for source in PACKAGE.rglob("*.py"):
+        target = tmp_path / source.relative_to(PACKAGE.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
     return tmp_path

@@ -14,12 +14,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import setuptools
 import torch
-
-import bbb_fast
+from helpers import repository_root
 
 pytestmark = pytest.mark.cpu_only("about building")
 
-ROOT = Path(bbb_fast.__file__).parents[1]
+ROOT = repository_root()
 VARIABLES = ("BBB_FAST_NO_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import repository_root
 from torch import Tensor
 
 from bbb_fast import _backend, layers, posterior_means
@@ -24,7 +25,7 @@ from bbb_fast.models import BBBLeNet
 
 pytestmark = pytest.mark.cpu_only("the page's scripts choose their device themselves")
 
-PAGE = Path(__file__).parent.parent / "docs" / "migrate.md"
+PAGE = repository_root() / "docs" / "migrate.md"
 NAMES = ["torch.nn", "bayesian-torch", "blitz", "torchbnn", "PyTorch-BayesianCNN"]
 
 
