@@ -10,6 +10,7 @@ Environment:
   FORCE_CUDA=1           stop with an error where they cannot be built
   TORCH_CUDA_ARCH_LIST   architectures, as torch reads it (default: those of the GPUs at hand, or else
                          WITHOUT_A_GPU below, and PTX for later ones)
+  BBB_FAST_WHEEL         a tag that the version gets, as pt214cpu, where a wheel is made to be given away
   MAX_JOBS               files compiled at a time (default: as many as there are cores)
   CXX, CFLAGS            as usual
 
@@ -62,6 +63,11 @@ def switched_on(name: str) -> bool:
     return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
+def wheel_tag() -> str:
+    """What a wheel that is given away is for: a release of torch, and devices."""
+    return os.environ.get("BBB_FAST_WHEEL", "").strip()
+
+
 def why_no_extension() -> str | None:
     """The reason to install the reference path alone, or None."""
     if switched_on("BBB_FAST_NO_EXT"):
@@ -109,7 +115,7 @@ def toolkit_version(toolkit: Path) -> str:
 def why_no_cuda() -> str | None:
     """The reason to build no CUDA kernels, or None; FORCE_CUDA=1 turns all but an explicit no into errors."""
     if switched_on("BBB_FAST_NO_CUDA"):
-        return "it was installed with BBB_FAST_NO_CUDA=1"
+        return "it was built with BBB_FAST_NO_CUDA=1"
     import torch
 
     toolkit = find_toolkit()
@@ -169,6 +175,8 @@ def build_record() -> dict[str, object]:
     record: dict[str, object] = {"native": reason is None, "reason": reason, "devices": "cpu"}
     if switched_on("BBB_FAST_NO_EXT"):
         record["reference_asked_for"] = True
+    if wheel_tag():
+        record["wheel"] = wheel_tag()
     try:
         import torch
 
@@ -266,4 +274,6 @@ if why_no_extension() is None:
 else:
     print(f"bbb_fast: installing the reference path only: {why_no_extension()}")
 
-setup(ext_modules=extensions, cmdclass=commands)
+# A local version, after a plus: the same release of this package, built for one of torch.
+local = {"egg_info": {"tag_build": f"+{wheel_tag()}"}} if wheel_tag() else {}
+setup(ext_modules=extensions, cmdclass=commands, options=local)

@@ -136,8 +136,18 @@ class TestLoading:
         self.importing(monkeypatch, AssertionError("must not import"))
         module, reason = _backend._load()
         assert module is None
-        assert "built for torch 1.4.0+cu92" in reason and torch.__version__ in reason
-        assert "pip install" in reason
+        assert f"the extension was built for torch 1.4 and this is torch {torch.__version__};" in reason
+        assert "pip install --no-build-isolation" in reason and "\n" not in reason
+
+    def test_a_wheel_names_the_one_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.record(monkeypatch, native=True, reason=None, torch="1.13.1+cu117", wheel="pt113cpu")
+        self.importing(monkeypatch, AssertionError("must not import"))
+        monkeypatch.setattr(torch, "__version__", "2.15.0+cu130")
+        assert _backend._load() == (
+            None,
+            "this wheel (+pt113cpu) was built for torch 1.13 and this is torch 2.15.0+cu130; install the one for "
+            f"it, bbb_fast-{bbb_fast.__version__}+pt215cpu",
+        )
 
     @pytest.mark.parametrize("suffix", ["", "+cpu", "+cu130"])
     def test_a_patch_release_is_no_other_torch(self, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import runpy
 import subprocess
@@ -15,6 +15,8 @@ import pytest
 import setuptools
 import torch
 from helpers import repository_root
+
+import bbb_fast
 
 pytestmark = pytest.mark.cpu_only("about building")
 
@@ -79,7 +81,7 @@ class TestCuda:
         """It counts even beside FORCE_CUDA."""
         monkeypatch.setenv("BBB_FAST_NO_CUDA", "1")
         monkeypatch.setenv("FORCE_CUDA", "1")
-        assert build.why_no_cuda() == "it was installed with BBB_FAST_NO_CUDA=1"
+        assert build.why_no_cuda() == "it was built with BBB_FAST_NO_CUDA=1"
         assert build.build_record()["devices"] == "cpu"
 
     def test_the_compiler_on_the_path_says_where_it_lives(
@@ -164,23 +166,42 @@ class TestReference:
         assert record["reason"].startswith("no C++ compiler was found at installation (looked for c++, g++")
 
 
-def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
-    """What building, testing and the README need is in it; what was built here is not."""
-    command = ["setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path, "--formats=tar"]
+def run_setup(folder: Path, *command: str | Path, **environment: str) -> None:
+    """Runs commands of setup.py that compile nothing, with what they write about the package in a folder."""
+    words = ["setup.py", "-q", "egg_info", "--egg-base", folder, *command]
     subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, command)], cwd=ROOT, check=True, capture_output=True,
-        env={**os.environ, "BBB_FAST_NO_EXT": "1"}, timeout=120,
+        [sys.executable, "-W", "ignore", *map(str, words)], cwd=ROOT, check=True, capture_output=True,
+        env={**os.environ, "BBB_FAST_NO_EXT": "1", **environment}, timeout=120,
     )  # fmt: skip
+
+
+def test_a_wheel_to_give_away_has_a_name_of_its_own(
+    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In its version, and in the record that the loader reads."""
+    assert "wheel" not in build.build_record()
+    monkeypatch.setenv("BBB_FAST_WHEEL", "pt214cpu")
+    assert build.build_record()["wheel"] == "pt214cpu"
+    run_setup(tmp_path)
+    text = (tmp_path / "bbb_fast.egg-info" / "PKG-INFO").read_text()
+    assert f"\nVersion: {bbb_fast.__version__}+pt214cpu\n" in text
+
+
+def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
+    """What building, testing and the documents need is in it; what was built here is not."""
+    run_setup(tmp_path, "sdist", "-d", tmp_path, "--formats=tar")
     with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "bbb_fast" / "py.typed"]
-    for pattern in (
-        "bbb_fast/**/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "python_tests/*.py", "docs/*.md",
-        "benchmarks/*.py", "benchmarks/*.txt", "benchmarks/results/*",
-    ):  # fmt: skip
-        needed += ROOT.glob(pattern)
-    assert {str(path.relative_to(ROOT)) for path in needed} <= names
-    assert not [name for name in names if name.endswith((".so", "_build_info.json"))]
+    built = (".so", ".pyc", "_build_info.json")
+    needed = {path.name for pattern in ("*.md", "*.py", "*.toml", "*.yml") for path in ROOT.glob(pattern)}
+    needed |= {"CMakeLists.txt", "LICENSE", "Makefile", ".clang-format", ".gitignore"}
+    for folder in ("bbb_fast", "csrc", "python_tests", "benchmarks", "docs", ".ci"):
+        files = (
+            path for path in (ROOT / folder).rglob("*") if path.is_file() and not path.name.endswith(built)
+        )
+        needed |= {path.relative_to(ROOT).as_posix() for path in files}
+    assert needed <= names
+    assert not [name for name in names if name.endswith(built)]
 
 
 REPORT = """ptxas info    : Compiling entry function '_Z1aPf' for 'sm_80'
@@ -195,11 +216,9 @@ ptxas info    : Used 96 registers, used 1 barriers, 64 bytes smem
 
 
 @pytest.fixture
-def cuda_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_check", ROOT / ".ci" / "cuda_check.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def cuda_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    return importlib.import_module("cuda_check")
 
 
 class TestReport:
