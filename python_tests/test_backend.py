@@ -145,8 +145,8 @@ class TestLoading:
         monkeypatch.setattr(torch, "__version__", "2.15.0+cu130")
         assert _backend._load() == (
             None,
-            "this wheel (+pt113cpu) was built for torch 1.13 and this is torch 2.15.0+cu130; install the one for "
-            f"it, bbb_fast-{bbb_fast.__version__}+pt215cpu",
+            "this wheel (+pt113cpu) was built for torch 1.13 and this is torch 2.15.0+cu130; "
+            f"install the one for it, bbb_fast-{bbb_fast.__version__}+pt215cpu",
         )
 
     @pytest.mark.parametrize("suffix", ["", "+cpu", "+cu130"])

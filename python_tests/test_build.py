@@ -196,11 +196,8 @@ def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
     needed = {path.name for pattern in ("*.md", "*.py", "*.toml", "*.yml") for path in ROOT.glob(pattern)}
     needed |= {"CMakeLists.txt", "LICENSE", "Makefile", ".clang-format", ".gitignore"}
     for folder in ("bbb_fast", "csrc", "python_tests", "benchmarks", "docs", ".ci"):
-        files = (
-            path for path in (ROOT / folder).rglob("*") if path.is_file() and not path.name.endswith(built)
-        )
-        needed |= {path.relative_to(ROOT).as_posix() for path in files}
-    assert needed <= names
+        needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
+    assert {name for name in needed if not name.endswith(built)} <= names
     assert not [name for name in names if name.endswith(built)]
 
 
