@@ -60,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only(reason): skipped with --device cuda")
+    config.addinivalue_line("markers", "inductor: skipped without a compiler for what inductor writes")
     config.addinivalue_line("markers", "cuda_only: skipped without --device cuda")
     config.addinivalue_line("markers", "blocks_only: skipped without --kernels-on-cpu")
     config.addinivalue_line("markers", "kernels: skipped without either, for the CUDA kernels' text")
@@ -177,6 +178,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             skip(item, "slow: run with --run-slow")
         if "native" in fixtures and not NATIVE:
             skip(item, f"native extension: {_backend.why_not_native()}")
+        if helpers.COMPILER is None and item.get_closest_marker("inductor"):
+            skip(item, "inductor needs a C++ compiler")
         if cuda and "threads" in fixtures:
             skip(item, "threads of the CPU kernels")
         if cuda and (marker := item.get_closest_marker("cpu_only")):

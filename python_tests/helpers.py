@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +22,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Where the tests' tensors are; conftest.py sets it before any test module is imported (--device).
 DEVICE = torch.device("cpu")
+
+# What inductor calls to compile C++, or None.
+COMPILER = shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 # The folder of the tested package: the repository's, or where it was installed.
 PACKAGE = Path(bbb_fast.__file__).parent

@@ -26,9 +26,10 @@ VARIABLES = ("BBB_FAST_NO_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOM
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The functions of setup.py, in an environment that asks for nothing."""
+    """The functions of setup.py, in an environment that asks for nothing, with something for a compiler."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CXX", sys.executable)
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     monkeypatch.setenv("BBB_FAST_NO_EXT", "1")
     names = runpy.run_path(str(ROOT / "setup.py"))

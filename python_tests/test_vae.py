@@ -232,6 +232,7 @@ class TestDraws:
         torch.testing.assert_close(pinned, vae.decode(z).sigmoid().detach())
 
     @pytest.mark.slow
+    @pytest.mark.inductor
     def test_compiled(self) -> None:
         vae, x = small(), images(4)
         compiled = torch.compile(vae, fullgraph=True)
