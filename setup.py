@@ -31,6 +31,7 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent
 # Code for 8.0 runs on every 8.x, PTX of 9.0 on whatever comes after it.
@@ -224,6 +225,15 @@ class BuildPy(build_py):
         write_record(ROOT if self.editable_mode else Path(self.build_lib), build_record())
 
 
+class EggInfo(egg_info):
+    """Also gives a wheel its local version, after a plus: this release of ours, built for one of torch."""
+
+    def finalize_options(self) -> None:
+        if wheel_tag():
+            self.tag_build = f"+{wheel_tag()}"
+        super().finalize_options()
+
+
 def extension() -> object:
     """The extension bbb_fast._C, with CUDA kernels or without."""
     sources = files("csrc/*.cpp", "csrc/cpu/*.cpp")
@@ -253,7 +263,7 @@ def extension() -> object:
     )
 
 
-commands: dict[str, type] = {"build_py": BuildPy}
+commands: dict[str, type] = {"build_py": BuildPy, "egg_info": EggInfo}
 extensions = []
 if why_no_extension() is None:
     extensions.append(extension())
@@ -274,6 +284,4 @@ if why_no_extension() is None:
 else:
     print(f"bbb_fast: installing the reference path only: {why_no_extension()}")
 
-# A local version, after a plus: the same release of this package, built for one of torch.
-local = {"egg_info": {"tag_build": f"+{wheel_tag()}"}} if wheel_tag() else {}
-setup(ext_modules=extensions, cmdclass=commands, options=local)
+setup(ext_modules=extensions, cmdclass=commands)

@@ -167,39 +167,54 @@ class TestReference:
         assert record["reason"].startswith("no C++ compiler was found at installation (looked for c++, g++")
 
 
-def run_setup(folder: Path, *command: str | Path, **environment: str) -> None:
-    """Runs commands of setup.py that compile nothing, with what they write about the package in a folder."""
-    words = ["setup.py", "-q", "egg_info", "--egg-base", folder, *command]
+def run_setup(root: Path, *command: str | Path, **environment: str) -> None:
+    """Runs commands of setup.py that compile nothing."""
     subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, words)], cwd=ROOT, check=True, capture_output=True,
-        env={**os.environ, "BBB_FAST_NO_EXT": "1", **environment}, timeout=120,
+        [sys.executable, "-W", "ignore", "setup.py", "-q", *map(str, command)],
+        cwd=root, check=True, capture_output=True, timeout=120,
+        env={**os.environ, "BBB_FAST_NO_EXT": "1", **environment},
     )  # fmt: skip
 
 
-def test_a_wheel_to_give_away_has_a_name_of_its_own(
-    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """In its version, and in the record that the loader reads."""
-    assert "wheel" not in build.build_record()
-    monkeypatch.setenv("BBB_FAST_WHEEL", "pt214cpu")
-    assert build.build_record()["wheel"] == "pt214cpu"
-    run_setup(tmp_path)
-    text = (tmp_path / "bbb_fast.egg-info" / "PKG-INFO").read_text()
-    assert f"\nVersion: {bbb_fast.__version__}+pt214cpu\n" in text
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sources")
+    run_setup(ROOT, "egg_info", "--egg-base", folder, "sdist", "-d", folder, "--formats=tar")
+    with tarfile.open(next(folder.glob("*.tar"))) as archive:
+        archive.extractall(folder)
+    return next(folder.glob("*/setup.py")).parent
 
 
-def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
-    """What building, testing and the documents need is in it; what was built here is not."""
-    run_setup(tmp_path, "sdist", "-d", tmp_path, "--formats=tar")
-    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    built = (".so", ".pyc", "_build_info.json")
-    needed = {path.name for pattern in ("*.md", "*.py", "*.toml", "*.yml") for path in ROOT.glob(pattern)}
-    needed |= {"CMakeLists.txt", "LICENSE", "Makefile", ".clang-format", ".gitignore"}
-    for folder in ("bbb_fast", "csrc", "python_tests", "benchmarks", "docs", ".ci"):
-        needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
-    assert {name for name in needed if not name.endswith(built)} <= names
-    assert not [name for name in names if name.endswith(built)]
+def files_of(root: Path, *folders: str) -> set[str]:
+    """The names of files of a tree, without what building and running leave there."""
+    left = (".so", ".pyc", "_build_info.json")
+    found = {path for folder in folders for path in (root / folder).rglob("*") if path.is_file()}
+    found |= {path for pattern in ("*.md", "*.py", "*.toml", "*.yml") for path in root.glob(pattern)}
+    found |= {
+        root / name for name in ("CMakeLists.txt", "LICENSE", "Makefile", ".clang-format", ".gitignore")
+    }
+    return {path.relative_to(root).as_posix() for path in found if not path.name.endswith(left)}
+
+
+class TestSourceDistribution:
+    def test_is_complete(self, sources: Path) -> None:
+        """It has what building, testing and the documents need, and nothing that was built here."""
+        folders = ("bbb_fast", "csrc", "python_tests", "benchmarks", "docs", ".ci")
+        assert files_of(sources, *folders) == files_of(ROOT, *folders)
+        assert all((sources / name).is_file() for name in files_of(sources))
+        assert not [path for path in sources.rglob("*") if path.name.endswith((".so", "_build_info.json"))]
+
+    def test_a_wheel_of_it_has_a_name_of_its_own(
+        self, sources: Path, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """In its version, and in the record that the loader reads."""
+        run_setup(sources, "egg_info", "--egg-base", tmp_path, BBB_FAST_WHEEL="pt214cpu")
+        text = (tmp_path / "bbb_fast.egg-info" / "PKG-INFO").read_text()
+        assert f"\nVersion: {bbb_fast.__version__}+pt214cpu\n" in text
+        assert "wheel" not in build.build_record()
+        monkeypatch.setenv("BBB_FAST_WHEEL", "pt214cpu")
+        assert build.build_record()["wheel"] == "pt214cpu"
 
 
 REPORT = """ptxas info    : Compiling entry function '_Z1aPf' for 'sm_80'
