@@ -55,7 +55,7 @@ def unpack(archive: Path, folder: Path) -> Path:
     """The tree of an archive of sources, in a fresh folder."""
     shutil.rmtree(folder, ignore_errors=True)
     with tarfile.open(archive) as opened:
-        opened.extractall(folder)
+        opened.extractall(folder, filter="data")
     return next(folder.iterdir())
 
 

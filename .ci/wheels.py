@@ -25,8 +25,8 @@ WORK = ROOT / "build" / "wheels"
 DIST = ROOT / "dist"
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 # They are torch's. Its OpenMP runtime too: torch/lib has one, which is loaded by then and serves whoever
-# needs a libgomp.so.1. A copy in the wheel would be a second runtime, with threads of its own that
-# torch.set_num_threads does not reach.
+# needs a libgomp.so.1. A copy in the wheel would need this machine's glibc, and where torch's symbols are not
+# global it would be a second runtime, with threads of its own that torch.set_num_threads does not reach.
 NOT_OURS = ("libc10.so", "libtorch*.so", "libgomp.so.1")
 LARGEST_BYTES = 3_000_000
 

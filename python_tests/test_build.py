@@ -182,7 +182,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     run_setup(ROOT, "egg_info", "--egg-base", folder, "sdist", "-d", folder, "--formats=tar")
     with tarfile.open(next(folder.glob("*.tar"))) as archive:
-        archive.extractall(folder)
+        archive.extractall(folder, filter="data")
     return next(folder.glob("*/setup.py")).parent
 
 
