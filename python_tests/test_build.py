@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -229,8 +230,13 @@ ptxas info    : Used 96 registers, used 1 barriers, 64 bytes smem
 
 
 @pytest.fixture
-def cuda_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in .ci can be imported."""
     monkeypatch.syspath_prepend(ROOT / ".ci")
+
+
+@pytest.fixture
+def cuda_check(scripts: None) -> ModuleType:
     return importlib.import_module("cuda_check")
 
 
@@ -247,3 +253,27 @@ class TestReport:
     def test_a_missing_architecture_fails(self, cuda_check: ModuleType) -> None:
         with pytest.raises(SystemExit, match="no kernel was compiled for sm_90"):
             cuda_check.report(REPORT.format(spill=0), ["8.0", "9.0"])
+
+
+class TestReleases:
+    """Which releases of torch are promised, and what CI tests of them."""
+
+    def test_ci_has_the_oldest_and_the_newest(self) -> None:
+        oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+        text = (ROOT / ".ci" / "run").read_text()
+        assert oldest and f"--torch {oldest[1]}." in text
+        assert "make wheels TORCH=newest" in text
+
+    def test_wheels_are_for_four_in_a_row(self, scripts: None) -> None:
+        supported = importlib.import_module("wheels").SUPPORTED
+        minor = [int(release.split(".")[1]) for release in supported]
+        assert minor == list(range(minor[0], minor[0] + 4))
+        whole = re.search(r"torch==([\d.]+)", (ROOT / "Makefile").read_text())
+        assert whole and whole[1] in supported
+
+    def test_names_of_tests(self, scripts: None) -> None:
+        tests_of = importlib.import_module("environments").tests_of
+        assert tests_of("all", ROOT) == [ROOT / "python_tests"]
+        found = tests_of("ops,layers", ROOT)
+        assert found[-1] == ROOT / "python_tests" / "test_layers.py" and len(found) > 5
+        assert all(path.is_file() for path in found)
