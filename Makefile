@@ -9,6 +9,8 @@
 #                  takes emulators and compilers from Debian's packages (PORTABILITY_ARGS="--only avx2" chooses)
 # make cuda-check  without a GPU: build for sm_80 and sm_90 against PyPI's CUDA torch, list registers, fail on
 #                  spills, run the CPU tests through that build; sets up build/cuda-check (5 GB a release)
+# make wheels      wheels with the CPU's kernels, into dist, for each supported release of torch (TORCH=2.13.0: for
+#                  one) and the Python that PYTHON= names; sets up build/wheels (up to 5 GB a release)
 # make gpu-report  on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizers, benchmarks
 # make lint        ruff, clang-format and mypy, checking only;  make format  changes the files
 # make docs        build the documentation's site into build/site; executes the tutorials that have changed
@@ -36,7 +38,7 @@ NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csr
 OP_TESTS := $(addprefix python_tests/test_,noise.py dropout.py sample_weights.py kl_divergence.py bbb.py lrt.py flipout.py \
   conv_transpose.py multi_sample.py priors.py layer_table.py layers.py memory.py losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
 
-.PHONY: demo test test-slow fuzz test-cpp test-blocks portability cuda-check gpu-report lint format docs stubs bench setup clean
+.PHONY: demo test test-slow fuzz test-cpp test-blocks portability cuda-check wheels gpu-report lint format docs stubs bench setup clean
 
 demo: setup
 	$(PY) benchmarks/demo.py
@@ -72,6 +74,9 @@ portability: setup
 
 cuda-check:
 	$(PYTHON) .ci/cuda_check.py $(CUDA_CHECK_ARGS)
+
+wheels:
+	$(PYTHON) .ci/wheels.py $(if $(TORCH),--torch $(TORCH)) $(WHEELS_ARGS)
 
 gpu-report:
 	$(PYTHON) benchmarks/gpu_report.py $(GPU_REPORT_ARGS)

@@ -10,6 +10,7 @@ Environment:
   FORCE_CUDA=1           stop with an error where they cannot be built
   TORCH_CUDA_ARCH_LIST   architectures, as torch reads it (default: those of the GPUs at hand, or else
                          WITHOUT_A_GPU below, and PTX for later ones)
+  BBB_FAST_WHEEL         a tag that the version gets, as pt214cpu, where a wheel is made to be given away
   MAX_JOBS               files compiled at a time (default: as many as there are cores)
   CXX, CFLAGS            as usual
 
@@ -30,6 +31,7 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent
 # Code for 8.0 runs on every 8.x, PTX of 9.0 on whatever comes after it.
@@ -60,6 +62,11 @@ def files(*patterns: str) -> list[str]:
 
 def switched_on(name: str) -> bool:
     return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def wheel_tag() -> str:
+    """What a wheel that is given away is for: a release of torch, and devices."""
+    return os.environ.get("BBB_FAST_WHEEL", "").strip()
 
 
 def why_no_extension() -> str | None:
@@ -109,7 +116,7 @@ def toolkit_version(toolkit: Path) -> str:
 def why_no_cuda() -> str | None:
     """The reason to build no CUDA kernels, or None; FORCE_CUDA=1 turns all but an explicit no into errors."""
     if switched_on("BBB_FAST_NO_CUDA"):
-        return "it was installed with BBB_FAST_NO_CUDA=1"
+        return "it was built with BBB_FAST_NO_CUDA=1"
     import torch
 
     toolkit = find_toolkit()
@@ -169,6 +176,8 @@ def build_record() -> dict[str, object]:
     record: dict[str, object] = {"native": reason is None, "reason": reason, "devices": "cpu"}
     if switched_on("BBB_FAST_NO_EXT"):
         record["reference_asked_for"] = True
+    if wheel_tag():
+        record["wheel"] = wheel_tag()
     try:
         import torch
 
@@ -216,6 +225,15 @@ class BuildPy(build_py):
         write_record(ROOT if self.editable_mode else Path(self.build_lib), build_record())
 
 
+class EggInfo(egg_info):
+    """Also gives a wheel its local version, after a plus: this release of ours, built for one of torch."""
+
+    def finalize_options(self) -> None:
+        if wheel_tag():
+            self.tag_build = f"+{wheel_tag()}"
+        super().finalize_options()
+
+
 def extension() -> object:
     """The extension bbb_fast._C, with CUDA kernels or without."""
     sources = files("csrc/*.cpp", "csrc/cpu/*.cpp")
@@ -245,7 +263,7 @@ def extension() -> object:
     )
 
 
-commands: dict[str, type] = {"build_py": BuildPy}
+commands: dict[str, type] = {"build_py": BuildPy, "egg_info": EggInfo}
 extensions = []
 if why_no_extension() is None:
     extensions.append(extension())

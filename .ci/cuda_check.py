@@ -1,8 +1,8 @@
 """Checks the CUDA build where there is no GPU; what ``make cuda-check`` runs.
 
 For each release of torch asked for: an environment of its own with PyPI's CUDA build of torch, the package
-built in a copy of the tree for the architectures asked for, the registers of every kernel listed, an error
-if one spills, the build imported, and the CPU tests run through it. Needs Python, a C++ compiler, and
+built of its source distribution for the architectures asked for, the registers of every kernel listed, an
+error if one spills, the build imported, and the CPU tests run through it. Needs Python, a C++ compiler, and
 either a CUDA toolkit or access to PyPI, which has the compiler too.
 """
 
@@ -13,56 +13,29 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from environments import (
+    NEEDED_BYTES,
+    ROOT,
+    TESTS,
+    TOOLS,
+    environment,
+    run,
+    source_distribution,
+    tests_of,
+    unpack,
+)
+
 WORK = ROOT / "build" / "cuda-check"
-FOLDERS = ("bbb_fast", "csrc", "python_tests", "benchmarks", "docs", ".ci")
-FILES = ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE", "Makefile", "CMakeLists.txt")
-TOOLS = ("setuptools>=68,<81", "wheel", "ninja", "pybind11", "numpy")
-TESTS = ("pytest", "scipy", "scikit-learn", "matplotlib", "tqdm", "expecttest")
-OP_TESTS = "noise,dropout,sample_weights,kl_divergence,bbb,lrt,flipout,conv_transpose"
-# An environment with torch's CUDA packages takes 5 GB, and half as much again while they are unpacked.
-NEEDED_BYTES = 10 << 30
 
 
-def run(*command: object, quiet: bool = True, **options: Any) -> str:
-    """Runs a command and returns what it printed; stops with that if it fails."""
-    pipe = subprocess.PIPE if quiet else None
-    words = [str(c) for c in command]
-    done = subprocess.run(words, text=True, stdout=pipe, stderr=subprocess.STDOUT, check=False, **options)
-    if done.returncode:
-        raise SystemExit(f"{done.stdout or ''}\ncuda-check: failed: {' '.join(words)}")
-    return done.stdout or ""
-
-
-def environment(release: str) -> Path:
+def environment_of(release: str) -> Path:
     """The Python of a virtual environment with PyPI's CUDA build of this torch."""
-    folder = WORK / f"torch-{release}"
-    python = folder / "bin" / "python"
-    if not (folder / ".ready").exists():
-        run(sys.executable, "-m", "venv", "--clear", folder)
-        # "===": never a CPU build, whose version has a suffix.
-        run(python, "-m", "pip", "install", "-q", f"torch==={release}")
-        run(python, "-m", "pip", "install", "-q", *TOOLS, *TESTS)
-        (folder / ".ready").touch()
-    return python
-
-
-def copy_of_the_tree(release: str) -> Path:
-    """A fresh copy, so that no build in the tree itself is touched."""
-    folder = WORK / f"tree-{release}"
-    shutil.rmtree(folder, ignore_errors=True)
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in FILES:
-        shutil.copy(ROOT / name, folder / name)
-    return folder
+    # "===": never a CPU build, whose version has a suffix.
+    return environment(WORK / f"torch-{release}", f"torch==={release}", *TOOLS, *TESTS)
 
 
 def ensure_toolkit(python: Path, tree: Path, env: dict[str, str]) -> None:
@@ -128,9 +101,9 @@ def check(release: str, architectures: list[str], tests: str) -> None:
     def done(what: str) -> None:
         print(f"[{time.monotonic() - start:4.0f} s] torch {release}: {what}", flush=True)
 
-    python = environment(release)
+    python = environment_of(release)
     done("environment ready")
-    tree = copy_of_the_tree(release)
+    tree = unpack(source_distribution(python, WORK / "source"), WORK / f"tree-{release}")
     env = {
         **os.environ,
         "FORCE_CUDA": "1",
@@ -150,8 +123,7 @@ def check(release: str, architectures: list[str], tests: str) -> None:
         raise SystemExit(f"cuda-check: the build has no CUDA kernels:\n{info}")
     print(info.strip())
     if tests != "none":
-        chosen = [] if tests == "all" else [f"python_tests/test_{t}.py" for t in tests.split(",")]
-        run(python, "-m", "pytest", *chosen, quiet=False, cwd=tree, env=env)
+        run(python, "-m", "pytest", *tests_of(tests, tree), quiet=False, cwd=tree, env=env)
         done("CPU tests passed")
 
 
@@ -172,7 +144,7 @@ def main() -> None:
         if k > 0 and not ready and shutil.disk_usage(WORK).free < NEEDED_BYTES:
             print(f"torch {release} left out: less than {NEEDED_BYTES >> 30} GiB of disk are free")
             continue
-        tests = OP_TESTS if args.tests == "ops" or (k > 0 and args.tests == "all") else args.tests
+        tests = "ops" if k > 0 and args.tests == "all" else args.tests
         check(release, args.architectures.split(","), tests)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch.compiler import is_compiling
+
+from ._version import __version__
 
 BackendName = Literal["auto", "native", "reference"]
 _BACKENDS = ("auto", "native", "reference")
@@ -33,6 +36,16 @@ def _release(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
+def _another_torch(record: dict[str, Any]) -> str:
+    """What to say where the extension was built for another release of torch: which, and what to install."""
+    said = f"was built for torch {_release(record['torch'])} and this is torch {torch.__version__}"
+    if tag := record.get("wheel"):
+        wanted = re.sub(r"pt\d+", "pt" + _release(torch.__version__).replace(".", ""), tag)
+        return f"this wheel (+{tag}) {said}; install the one for it, bbb_fast-{__version__}+{wanted}"
+    how = "pip install --no-build-isolation --force-reinstall --no-deps ."
+    return f"the extension {said}; build it again from its sources: {how}"
+
+
 def _load() -> tuple[Any, str | None]:
     """Returns the ``_C`` module, or None and the reason."""
     record = read_build_record()
@@ -41,10 +54,7 @@ def _load() -> tuple[Any, str | None]:
     built_for = record.get("torch")
     # An extension of another torch release may import and then crash; refuse before trying.
     if record.get("native") and built_for and _release(built_for) != _release(torch.__version__):
-        return None, (
-            f"the extension was built for torch {built_for} and this is torch {torch.__version__}; "
-            "reinstall with: pip install --no-build-isolation --force-reinstall --no-deps ."
-        )
+        return None, _another_torch(record)
     try:
         return importlib.import_module("bbb_fast._C"), None
     except ModuleNotFoundError as error:
@@ -148,8 +158,6 @@ def use_native(device: torch.device) -> bool:
 
 def build_info() -> dict[str, Any]:
     """Versions, what was built, what loaded, the instruction set in use, and the reason if not."""
-    from ._version import __version__
-
     info: dict[str, Any] = {
         "bbb_fast": __version__,
         "torch": torch.__version__,

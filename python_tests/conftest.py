@@ -28,6 +28,11 @@ NATIVE = _backend.native_available()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# Processes that tests start import the package that is tested here, in whatever folder they start.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(helpers.PACKAGE.parent), os.environ.get("PYTHONPATH")])
+)
+
 _device = pytest.StashKey[str]()
 _launched_before = pytest.StashKey[int]()
 _launched_by_workers = pytest.StashKey[int]()
@@ -55,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only(reason): skipped with --device cuda")
+    config.addinivalue_line("markers", "inductor: skipped without a compiler for what inductor writes")
     config.addinivalue_line("markers", "cuda_only: skipped without --device cuda")
     config.addinivalue_line("markers", "blocks_only: skipped without --kernels-on-cpu")
     config.addinivalue_line("markers", "kernels: skipped without either, for the CUDA kernels' text")
@@ -148,6 +154,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    path = "native" if NATIVE else f"reference ({_backend.why_not_native()})"
+    terminalreporter.write_line(f"tested: {helpers.PACKAGE}, torch {torch.__version__}, {path}")
     if config.stash[_device] == "cuda":
         native = "native kernels and reference" if NATIVE else "reference alone"
         terminalreporter.write_line(f"on {torch.cuda.get_device_name(helpers.DEVICE)}: {native}")
@@ -170,6 +178,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             skip(item, "slow: run with --run-slow")
         if "native" in fixtures and not NATIVE:
             skip(item, f"native extension: {_backend.why_not_native()}")
+        if helpers.COMPILER is None and item.get_closest_marker("inductor"):
+            skip(item, "inductor needs a C++ compiler")
         if cuda and "threads" in fixtures:
             skip(item, "threads of the CPU kernels")
         if cuda and (marker := item.get_closest_marker("cpu_only")):

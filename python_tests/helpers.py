@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +22,20 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Where the tests' tensors are; conftest.py sets it before any test module is imported (--device).
 DEVICE = torch.device("cpu")
+
+# What inductor calls to compile C++, or None.
+COMPILER = shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+
+# The folder of the tested package: the repository's, or where it was installed.
+PACKAGE = Path(bbb_fast.__file__).parent
+
+
+def repository_root() -> Path:
+    """The repository that these tests are a part of; where they lie alone, skips who asks, test or module."""
+    root = Path(__file__).parents[1]
+    if not (root / "setup.py").is_file():
+        pytest.skip("reads the repository, which is not around these tests", allow_module_level=True)
+    return root
 
 
 def rng(seed: int = 1234, stream: int = 5) -> Tensor:

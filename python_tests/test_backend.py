@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PACKAGE
 
 import bbb_fast
 from bbb_fast import _backend, functional
 from bbb_fast.layers import BBB
 
 pytestmark = pytest.mark.cpu_only("about loading and choosing, not about devices")
-
-ROOT = Path(bbb_fast.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def automatic() -> Iterator[None]:
     bbb_fast.set_backend("auto")
 
 
-def run(code: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, root: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a fresh process that finds the package below ``root``."""
     variables = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-c", code]
@@ -137,8 +136,18 @@ class TestLoading:
         self.importing(monkeypatch, AssertionError("must not import"))
         module, reason = _backend._load()
         assert module is None
-        assert "built for torch 1.4.0+cu92" in reason and torch.__version__ in reason
-        assert "pip install" in reason
+        assert f"the extension was built for torch 1.4 and this is torch {torch.__version__};" in reason
+        assert "pip install --no-build-isolation" in reason and "\n" not in reason
+
+    def test_a_wheel_names_the_one_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.record(monkeypatch, native=True, reason=None, torch="1.13.1+cu117", wheel="pt113cpu")
+        self.importing(monkeypatch, AssertionError("must not import"))
+        monkeypatch.setattr(torch, "__version__", "2.15.0+cu130")
+        assert _backend._load() == (
+            None,
+            "this wheel (+pt113cpu) was built for torch 1.13 and this is torch 2.15.0+cu130; "
+            f"install the one for it, bbb_fast-{bbb_fast.__version__}+pt215cpu",
+        )
 
     @pytest.mark.parametrize("suffix", ["", "+cpu", "+cu130"])
     def test_a_patch_release_is_no_other_torch(self, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
@@ -232,8 +241,8 @@ def test_with_the_extension(native: None) -> None:
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     """The package's Python files alone, in a folder."""
-    for source in (ROOT / "bbb_fast").rglob("*.py"):
-        target = tmp_path / source.relative_to(ROOT)
+    for source in PACKAGE.rglob("*.py"):
+        target = tmp_path / source.relative_to(PACKAGE.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
     return tmp_path

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import repository_root
 from torch import nn
 
 from bbb_fast import _backend, functional
 from bbb_fast._noise import posterior_means
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = repository_root() / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -14,20 +15,22 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import setuptools
 import torch
+from helpers import repository_root
 
 import bbb_fast
 
 pytestmark = pytest.mark.cpu_only("about building")
 
-ROOT = Path(bbb_fast.__file__).parents[1]
+ROOT = repository_root()
 VARIABLES = ("BBB_FAST_NO_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
 
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The functions of setup.py, in an environment that asks for nothing."""
+    """The functions of setup.py, in an environment that asks for nothing, with something for a compiler."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CXX", sys.executable)
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     monkeypatch.setenv("BBB_FAST_NO_EXT", "1")
     names = runpy.run_path(str(ROOT / "setup.py"))
@@ -80,7 +83,7 @@ class TestCuda:
         """It counts even beside FORCE_CUDA."""
         monkeypatch.setenv("BBB_FAST_NO_CUDA", "1")
         monkeypatch.setenv("FORCE_CUDA", "1")
-        assert build.why_no_cuda() == "it was installed with BBB_FAST_NO_CUDA=1"
+        assert build.why_no_cuda() == "it was built with BBB_FAST_NO_CUDA=1"
         assert build.build_record()["devices"] == "cpu"
 
     def test_the_compiler_on_the_path_says_where_it_lives(
@@ -165,23 +168,54 @@ class TestReference:
         assert record["reason"].startswith("no C++ compiler was found at installation (looked for c++, g++")
 
 
-def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
-    """What building, testing and the README need is in it; what was built here is not."""
-    command = ["setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path, "--formats=tar"]
+def run_setup(root: Path, *command: str | Path, **environment: str) -> None:
+    """Runs commands of setup.py that compile nothing."""
     subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, command)], cwd=ROOT, check=True, capture_output=True,
-        env={**os.environ, "BBB_FAST_NO_EXT": "1"}, timeout=120,
+        [sys.executable, "-W", "ignore", "setup.py", "-q", *map(str, command)],
+        cwd=root, check=True, capture_output=True, timeout=120,
+        env={**os.environ, "BBB_FAST_NO_EXT": "1", **environment},
     )  # fmt: skip
-    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "bbb_fast" / "py.typed"]
-    for pattern in (
-        "bbb_fast/**/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "python_tests/*.py", "docs/*.md",
-        "benchmarks/*.py", "benchmarks/*.txt", "benchmarks/results/*",
-    ):  # fmt: skip
-        needed += ROOT.glob(pattern)
-    assert {str(path.relative_to(ROOT)) for path in needed} <= names
-    assert not [name for name in names if name.endswith((".so", "_build_info.json"))]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sources")
+    run_setup(ROOT, "egg_info", "--egg-base", folder, "sdist", "-d", folder, "--formats=tar")
+    with tarfile.open(next(folder.glob("*.tar"))) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.glob("*/setup.py")).parent
+
+
+def files_of(root: Path, *folders: str) -> set[str]:
+    """The names of files of a tree, without what building and running leave there."""
+    left = (".so", ".pyc", "_build_info.json")
+    found = {path for folder in folders for path in (root / folder).rglob("*") if path.is_file()}
+    found |= {path for pattern in ("*.md", "*.py", "*.toml", "*.yml") for path in root.glob(pattern)}
+    found |= {
+        root / name for name in ("CMakeLists.txt", "LICENSE", "Makefile", ".clang-format", ".gitignore")
+    }
+    return {path.relative_to(root).as_posix() for path in found if not path.name.endswith(left)}
+
+
+class TestSourceDistribution:
+    def test_is_complete(self, sources: Path) -> None:
+        """It has what building, testing and the documents need, and nothing that was built here."""
+        folders = ("bbb_fast", "csrc", "python_tests", "benchmarks", "docs", ".ci")
+        assert files_of(sources, *folders) == files_of(ROOT, *folders)
+        assert all((sources / name).is_file() for name in files_of(sources))
+        assert not [path for path in sources.rglob("*") if path.name.endswith((".so", "_build_info.json"))]
+
+    def test_a_wheel_of_it_has_a_name_of_its_own(
+        self, sources: Path, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """In its version, and in the record that the loader reads."""
+        run_setup(sources, "egg_info", "--egg-base", tmp_path, BBB_FAST_WHEEL="pt214cpu")
+        text = (tmp_path / "bbb_fast.egg-info" / "PKG-INFO").read_text()
+        assert f"\nVersion: {bbb_fast.__version__}+pt214cpu\n" in text
+        assert "wheel" not in build.build_record()
+        monkeypatch.setenv("BBB_FAST_WHEEL", "pt214cpu")
+        assert build.build_record()["wheel"] == "pt214cpu"
 
 
 REPORT = """ptxas info    : Compiling entry function '_Z1aPf' for 'sm_80'
@@ -196,11 +230,14 @@ ptxas info    : Used 96 registers, used 1 barriers, 64 bytes smem
 
 
 @pytest.fixture
-def cuda_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_check", ROOT / ".ci" / "cuda_check.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in .ci can be imported."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+
+
+@pytest.fixture
+def cuda_check(scripts: None) -> ModuleType:
+    return importlib.import_module("cuda_check")
 
 
 class TestReport:
@@ -216,3 +253,27 @@ class TestReport:
     def test_a_missing_architecture_fails(self, cuda_check: ModuleType) -> None:
         with pytest.raises(SystemExit, match="no kernel was compiled for sm_90"):
             cuda_check.report(REPORT.format(spill=0), ["8.0", "9.0"])
+
+
+class TestReleases:
+    """Which releases of torch are promised, and what CI tests of them."""
+
+    def test_ci_has_the_oldest_and_the_newest(self) -> None:
+        oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+        text = (ROOT / ".ci" / "run").read_text()
+        assert oldest and f"--torch {oldest[1]}." in text
+        assert "make wheels TORCH=newest" in text
+
+    def test_wheels_are_for_four_in_a_row(self, scripts: None) -> None:
+        supported = importlib.import_module("wheels").SUPPORTED
+        minor = [int(release.split(".")[1]) for release in supported]
+        assert minor == list(range(minor[0], minor[0] + 4))
+        whole = re.search(r"torch==([\d.]+)", (ROOT / "Makefile").read_text())
+        assert whole and whole[1] in supported
+
+    def test_names_of_tests(self, scripts: None) -> None:
+        tests_of = importlib.import_module("environments").tests_of
+        assert tests_of("all", ROOT) == [ROOT / "python_tests"]
+        found = tests_of("ops,layers", ROOT)
+        assert found[-1] == ROOT / "python_tests" / "test_layers.py" and len(found) > 5
+        assert all(path.is_file() for path in found)

@@ -24,7 +24,6 @@ from bbb_fast.experiments import checkpoint, training
 
 pytestmark = pytest.mark.cpu_only("the command line names its device itself")
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
     "train", "--train-size", "200", "--valid-size", "80", "--batch-size", "64", "--threads", "1",
     "--valid-samples", "2", "--test-samples", "2", "--activation", "relu", "--quiet",
@@ -32,11 +31,10 @@ SMALL = [
 
 
 def start(*args: str | Path, **options: Any) -> subprocess.Popen[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "bbb_fast", *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": path}, preexec_fn=heed_ctrl_c, **options,
+        preexec_fn=heed_ctrl_c, **options,
     )  # fmt: skip
 
 
@@ -309,11 +307,10 @@ class TestOutput:
 
     @staticmethod
     def run(redirection: str, *args: str | Path, **environment: str) -> tuple[int, str, str]:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         command = shlex.join([sys.executable, "-W", "ignore", "-m", "bbb_fast", *map(str, args)])
         result = subprocess.run(
             ["sh", "-c", f"{command} {redirection}"], capture_output=True, text=True, timeout=120,
-            env={**os.environ, "PYTHONPATH": path, **environment}, check=False,
+            env={**os.environ, **environment}, check=False,
         )  # fmt: skip
         return result.returncode, result.stdout, result.stderr
 

@@ -314,6 +314,7 @@ def _compare_with_eager(cases: list[tuple[Tensor, ...]], calls: list[Callable[..
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 def test_inductor_compiles_convolutions() -> None:
     """All in one graph, with the eager numbers forward and backward."""
     tables = [
@@ -327,6 +328,7 @@ def test_inductor_compiles_convolutions() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: str(dtypes[0])[6:])
 @pytest.mark.parametrize("estimator", ["bbb", "lrt", "flipout"])
@@ -412,6 +414,7 @@ def test_compiled_model_trains(layers: ModuleType) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_inductor_trains_a_model(layers: ModuleType, mode: str) -> None:
@@ -471,6 +474,7 @@ def test_export_of_layers_and_the_kl() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_ahead_of_time(layers: ModuleType, tmp_path: Path) -> None:
     model, x = _network(layers), _images()
@@ -494,6 +498,7 @@ def _formats() -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("build", "last", "layer_type"), _formats())
 def test_inductor_compiles_the_bound(
@@ -524,6 +529,7 @@ def test_inductor_compiles_the_bound(
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 def test_inductor_predicts(layers: ModuleType) -> None:
     """The draws that fixed_noise pins are the same, compiled or not."""

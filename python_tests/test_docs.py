@@ -16,12 +16,13 @@ from urllib.parse import unquote, urlsplit
 
 import browser
 import pytest
+from helpers import repository_root
 
 from bbb_fast import cli, functional, reference
 
 pytestmark = pytest.mark.cpu_only("documents know no device")
 
-ROOT = Path(__file__).parent.parent
+ROOT = repository_root()
 DOCS = ROOT / "docs"
 SITE = ROOT / "build" / "site"
 CONFIG = (ROOT / "mkdocs.yml").read_text()

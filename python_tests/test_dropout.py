@@ -396,6 +396,7 @@ def test_compiled(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 def test_inductor_takes_another_rate(backend: str) -> None:
     """In the graph that a first change of the rate makes of it."""
     torch._dynamo.reset()

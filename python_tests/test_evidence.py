@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers import repository_root
 
-ROOT = Path(__file__).parent.parent
+ROOT = repository_root()
 PAGE = ROOT / "docs" / "evidence.md"
 ROWS = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
 PROMISES = [row.strip("| ").split(" | ") for row in ROWS if not row.startswith("| promise")]

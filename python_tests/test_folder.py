@@ -30,11 +30,8 @@ def hold(path: Path) -> subprocess.Popen[str]:
         "import sys, time; from pathlib import Path; from bbb_fast.experiments.folder import OwnedFolder\n"
         "with OwnedFolder(Path(sys.argv[1]), 'training', ()): print('ready', flush=True); time.sleep(100)"
     )
-    root = Path(folder.__file__).parents[1]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    command = [sys.executable, "-c", code, str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     return process
 

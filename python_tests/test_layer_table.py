@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import repository_root
 from torch import Tensor, nn
 
 import bbb_fast
@@ -32,7 +33,6 @@ from bbb_fast.layers import (
     dropout,
 )
 
-PAGE = Path(__file__).parent.parent / "docs" / "layers.md"
 BEGIN, END = "<!-- table: written by python_tests/test_layer_table.py -->\n", "<!-- end of the table -->\n"
 
 
@@ -273,14 +273,19 @@ def table() -> str:
     return "\n".join([*lines, "", *(f"{k}. {note}" for k, note in enumerate(notes, 1)), ""])
 
 
-def page() -> str:
+def page() -> Path:
+    return repository_root() / "docs" / "layers.md"
+
+
+def with_the_table(text: str) -> str:
     """The page with the table as it is now."""
-    before, rest = PAGE.read_text().split(BEGIN)
+    before, rest = text.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]
 
 
 def test_the_page_has_this_table() -> None:
-    assert PAGE.read_text() == page(), f"run python {Path(__file__).name}"
+    text = page().read_text()
+    assert text == with_the_table(text), f"run python {Path(__file__).name}"
 
 
 def test_every_public_layer_is_in_the_table() -> None:
@@ -293,5 +298,5 @@ def test_every_public_layer_is_in_the_table() -> None:
 
 if __name__ == "__main__":
     with warnings.catch_warnings():
-        PAGE.write_text(page())
+        page().write_text(with_the_table(page().read_text()))
     sys.exit(0)

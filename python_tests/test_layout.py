@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PACKAGE
 
-import bbb_fast
-
-PACKAGE = Path(bbb_fast.__file__).parent
 # From what uses others to what is used. A module may import those of its own row and of the rows below.
 ROWS = (
     ("__main__",),

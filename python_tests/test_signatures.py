@@ -8,17 +8,15 @@ import inspect
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from helpers import linear_case, rng
+from helpers import PACKAGE, linear_case, repository_root, rng
 
 from bbb_fast import functional, reference
 from bbb_fast._layer_functions import ESTIMATORS
 
-ROOT = Path(__file__).parent.parent
 SHAPES = ["linear", *(f"{kind}{d}d" for kind in ("conv", "conv_transpose") for d in (1, 2, 3))]
 NAMES = [f"{estimator}_{shape}" for estimator in ESTIMATORS for shape in SHAPES]
 OPERANDS = ["input", "W_mu", "W_rho", "bias_mu", "bias_rho", "rng"]
@@ -96,10 +94,10 @@ def test_the_reference_by_itself() -> None:
 def test_stubs_are_those_of_the_code(name: str) -> None:
     """``python .ci/stubs.py`` writes what static tools read; its formatting alone may differ."""
     made = subprocess.run(
-        [sys.executable, str(ROOT / ".ci" / "stubs.py"), "--print", name],
+        [sys.executable, str(repository_root() / ".ci" / "stubs.py"), "--print", name],
         capture_output=True,
         text=True,
         check=True,
     )
-    kept = (ROOT / "bbb_fast" / f"{name}.pyi").read_text()
+    kept = (PACKAGE / f"{name}.pyi").read_text()
     assert ast.dump(ast.parse(made.stdout)) == ast.dump(ast.parse(kept)), "run make stubs"

@@ -35,7 +35,6 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="POSIX signals"),
 ]
 
-ROOT = Path(__file__).parents[1]
 QUICK = TrainConfig(activation="relu", epochs=2, batch_size=64, valid_samples=2, test_samples=3, threads=1)
 SMALL = [
     "train", "--train-size", "200", "--valid-size", "81", "--batch-size", "63", "--threads", "1",
@@ -459,7 +458,6 @@ def torchrun(*args: str | Path, processes: int = 2, restarts: int = 0) -> subpro
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [
             sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
@@ -467,7 +465,7 @@ def torchrun(*args: str | Path, processes: int = 2, restarts: int = 0) -> subpro
             "--master-port", str(port), "-m", "bbb_fast", *map(str, args),
         ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import repository_root
 
-SCRIPTS = sorted((Path(__file__).parent.parent / "docs" / "tutorials").glob("*.py"))
+SCRIPTS = sorted((repository_root() / "docs" / "tutorials").glob("*.py"))
 pytestmark = pytest.mark.cpu_only("the tutorials are processes of their own, on the CPU")
 
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import repository_root
 from test_tabular import make_set
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(repository_root() / "benchmarks"))
 
 import uci
 

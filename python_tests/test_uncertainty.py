@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import repository_root
 
 from bbb_fast import cli, metrics, predict
 from bbb_fast.experiments import checkpoint, uncertainty
@@ -364,7 +365,7 @@ def test_roc_curve_has_the_area_of_auroc() -> None:
 
 
 def test_demo_spares_other_peoples_files(tmp_path: Path) -> None:
-    path = Path(__file__).parent.parent / "benchmarks" / "demo.py"
+    path = repository_root() / "benchmarks" / "demo.py"
     spec = importlib.util.spec_from_file_location("demo", path)
     assert spec is not None and spec.loader is not None
     demo = importlib.util.module_from_spec(spec)
