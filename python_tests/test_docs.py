@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import browser
 import pytest
 
-from bbb_fast import cli, functional, reference
+from bbb_fast import cli, functional, layers, reference
 
 pytestmark = pytest.mark.cpu_only("documents know no device")
 
@@ -30,7 +30,7 @@ MODULES = (
     "bbb_fast.layers.Flipout", "bbb_fast.methods", "bbb_fast.metrics", "bbb_fast.models", "bbb_fast.priors",
 )  # fmt: skip
 # Of a desktop's screen and a phone's.
-WIDTHS = (1300, 400)
+WIDTHS = (1280, 390)
 
 
 def pages() -> list[str]:
@@ -170,7 +170,10 @@ def test_pages_of_the_built_site_in_a_browser(
     opened.requests.clear()
     formulas = 0
     for page in built:
-        opened.open(page, width=width)
+        opened.open(page, width=width, dark=width == WIDTHS[1])
+        assert opened.run("getComputedStyle(document.body).colorScheme") == (
+            "dark" if width == WIDTHS[1] else "light"
+        )
         assert opened.messages == [], page
         assert opened.run("document.documentElement.scrollWidth <= innerWidth"), page
         assert opened.run("[...document.images].every(i => i.loading == 'lazy' || i.naturalWidth > 0)"), page
@@ -178,3 +181,41 @@ def test_pages_of_the_built_site_in_a_browser(
         formulas += opened.run("document.querySelectorAll('math').length")
     assert formulas > 50
     assert all(urlsplit(address).scheme in ("file", "data") for address in opened.requests)
+
+
+@pytest.mark.slow
+def test_layers_of_the_built_site_have_their_whole_text(built: dict[Path, Anchors]) -> None:
+    """It is put together when a class is made (docs/site/docstrings.py)."""
+    page = (SITE / "reference" / "layers.html").read_text()
+    for module in (layers.BBB, layers.BBB_LRT, layers.Flipout):
+        for name in module.__all__:
+            _, _, text = page.partition(f'id="{module.__name__}.{name}"')
+            text = text.partition("<h3")[0]
+            assert "Parameters:" in text and "Error" in text and "201" in text, (module.__name__, name)
+
+
+SEARCH = """
+(async () => {
+  document.querySelector("#__search").click();
+  const field = document.querySelector(".md-search__input");
+  field.focus();
+  field.value = "flipout";
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+  const found = () => [...document.querySelectorAll(".md-search-result__link")].map((link) => link.href);
+  for (let k = 0; k < 100 && !found().length; k++) await new Promise((done) => setTimeout(done, 100));
+  return found();
+})()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_search_of_the_built_site(
+    built: dict[Path, Anchors], opened: browser.Browser, width: int
+) -> None:
+    """In a folder too, where a browser starts no worker."""
+    opened.messages.clear()
+    opened.open(SITE / "guides" / "train.html", width=width)
+    found = {urlsplit(link).path for link in opened.run(SEARCH)}
+    assert {str(SITE / name) for name in ("methods/posteriors.html", "reference/functional.html")} <= found
+    assert opened.messages == []
