@@ -10,7 +10,9 @@ from griffe import Extension, Module, Object, dynamic_import
 
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
 # Those whose public names have a place on the pages of reference/.
-_DOCUMENTED = ("functional", "layers.BBB", "layers", "methods", "metrics", "models", "priors")
+_DOCUMENTED = (
+    "conversion", "functional", "layers.BBB", "layers", "losses", "methods", "metrics", "models", "priors",
+)  # fmt: skip
 
 
 class Assembled(Extension):
