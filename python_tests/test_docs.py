@@ -6,19 +6,23 @@ What needs mkdocs is not here: `make docs` builds strictly. The slow tests open 
 from __future__ import annotations
 
 import argparse
+import ast
 import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import browser
 import pytest
 from helpers import repository_root
+import test_docstrings
+from torch.distributed.run import get_args_parser
 
-from bbb_fast import cli, functional, reference
+from bbb_fast import cli, functional, layers, reference
 
 pytestmark = pytest.mark.cpu_only("documents know no device")
 
@@ -26,12 +30,8 @@ ROOT = repository_root()
 DOCS = ROOT / "docs"
 SITE = ROOT / "build" / "site"
 CONFIG = (ROOT / "mkdocs.yml").read_text()
-MODULES = (
-    "bbb_fast", "bbb_fast.functional", "bbb_fast.layers", "bbb_fast.layers.BBB", "bbb_fast.layers.BBB_LRT",
-    "bbb_fast.layers.Flipout", "bbb_fast.methods", "bbb_fast.metrics", "bbb_fast.models", "bbb_fast.priors",
-)  # fmt: skip
-# Of a desktop's screen and a phone's.
-WIDTHS = (1300, 400)
+# A desktop's width, and a phone's at night.
+SCREENS = ((1280, False), (390, True))
 
 
 def pages() -> list[str]:
@@ -51,20 +51,19 @@ def documented() -> Iterator[object]:
     for page in (DOCS / "reference").glob("*.md"):
         for path, options in re.findall(r"^::: (\S+)\n((?: +.*\n)*)", page.read_text(), flags=re.M):
             thing, members = pkgutil.resolve_name(path), re.search(r"members: \[(.*)\]", options)
-            if path not in MODULES:
+            if not isinstance(thing, ModuleType):
                 yield thing
                 continue
-            for name in members[1].split(", ") if members else thing.__all__:
+            for name in re.findall(r"\w+", members[1]) if members else thing.__all__:
                 yield getattr(thing, name)
 
 
 def test_every_public_name_is_in_the_reference() -> None:
     pytest.importorskip("sklearn")
     shown = {id(thing) for thing in documented()}
-    modules = [pkgutil.resolve_name(path) for path in MODULES]
-    for module in modules:
+    for module in test_docstrings.MODULES:
         public = {name: getattr(module, name) for name in module.__all__}
-        missing = [k for k, v in public.items() if id(v) not in shown and v not in (*modules, reference)]
+        missing = [k for k, v in public.items() if id(v) not in shown and not isinstance(v, ModuleType)]
         assert not missing, (module.__name__, missing)
     assert [name for name in functional.__all__ if not hasattr(reference, name)] == ["draw_rng"]
 
@@ -80,23 +79,58 @@ def test_the_help_of_every_command_is_shown() -> None:
     assert shown == [(name, name) for name in parsers()]
 
 
-def blocks_of_commands() -> Iterator[tuple[str, str]]:
-    for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
-        for _, kind, block in re.findall(
+WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def blocks() -> Iterator[tuple[str, str, str]]:
+    """The page, the kind and the text of each block of code."""
+    for path in WRITTEN:
+        for _, kind, text in re.findall(
             r"^( *)```([^\n]*)\n(.*?)^\1```$", path.read_text(), flags=re.M | re.S
         ):
-            for line in block.replace("\\\n", " ").splitlines():
-                if not kind:
-                    yield path.name, line
+            yield path.relative_to(ROOT).as_posix(), kind, text
+
+
+# What runs the blocks of each kind; commands (no kind) are read here.
+RUN_BY = {"python": "test_readme.py", "python onnx": "test_readme.py", "python run": "test_migrate.py"}
+RUN_BY["diff"] = "test_migrate.py"
+
+
+def test_every_block_is_run_or_read() -> None:
+    """What is neither says so by its kind: pictures, formulas, and code for libraries that are not here."""
+    for page, kind, text in blocks():
+        if kind in RUN_BY:
+            here = "test_migrate.py" if page == "docs/migrate.md" else "test_readme.py"
+            assert RUN_BY[kind] == here, (page, kind)
+        elif kind == "text":
+            theirs = "import" in text
+            assert theirs == (page == "docs/migrate.md" and "KL(p‖q)" not in text), (page, text)
+            if theirs:
+                ast.parse(text)
+        else:
+            assert kind == "", (page, kind)
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """The page and the text of each command in a block."""
+    for page, kind, text in blocks():
+        for line in text.replace("\\\n", " ").splitlines() if not kind else ():
+            if command := line.partition("#")[0].strip():
+                yield page, command
 
 
 # What stands in commands for something of the reader's; None: a folder.
-WORDS = {"DIR": None, "FOLDER": None, "TYPE": "lrt", "BETA": "0.1", "SEED": "0"}
-COMMANDS = [
-    pytest.param(found[1].partition("#")[0], id=f"{page}: {found[1][:60]}")
-    for page, line in blocks_of_commands()
-    if (found := re.search(r"(?:^bbb-fast|-m bbb_fast) (.*)", line))
-]
+WORDS = {
+    "DIR": None,
+    "FOLDER": None,
+    "FILE": None,
+    "UCI": None,
+    "N": "2",
+    "TYPE": "lrt",
+    "BETA": "0.1",
+    "SEED": "0",
+}
+COMMANDS = [pytest.param(text, id=f"{page}: {text[:60]}") for page, text in commands()]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -104,14 +138,44 @@ def test_commands_that_pages_show_are_understood(command: str, tmp_path: Path) -
     """Their options are; what they name need not be there."""
     for word, value in WORDS.items():
         command = re.sub(rf"\b{word}\b", value or str(tmp_path), command.replace("...", ""))
-    cli._parser().parse_args(shlex.split(command))
+    before, _, ours = f" {command} ".replace(" bbb-fast ", " python -m bbb_fast ").partition(" -m bbb_fast ")
+    program, *arguments = shlex.split(before)
+    if ours:
+        cli._parser().parse_args(shlex.split(ours))
+        if program == "torchrun":
+            launcher = get_args_parser()
+            assert launcher.parse_args([*arguments, "script"]).training_script == "script"
+        else:
+            assert (program, arguments) == ("python", [])
+    elif program == "--set":  # lines of options alone
+        cli._parser().parse_args(["compare", program, *arguments])
+    elif program == "python":
+        script, *options = arguments
+        text = (ROOT / script).read_text()
+        assert [o for o in options if o.startswith("--") and f'add_argument("{o}"' not in text] == []
+    elif program == "pip":
+        assert arguments[0] == "install"
+    else:
+        assert program == "make" and set(arguments) <= targets()
 
 
-def test_make_has_the_targets_that_pages_show() -> None:
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    shown = [line.split()[1] for _, line in blocks_of_commands() if re.match(r"make [\w-]+", line)]
-    assert shown and set(shown) <= targets
-    assert "docs" in targets
+def targets() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+
+
+def test_commands_within_sentences_exist() -> None:
+    ours, extras = parsers(), re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M)
+    for path in WRITTEN:
+        for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.S)):
+            if found := re.fullmatch(r"make ([\w-]+).*", code):
+                assert found[1] in targets(), (path, code)
+            elif found := re.fullmatch(r".*\bbbb(?:-|_)fast ([a-z]+)( .*)?", code):
+                known = ours[found[1]]._option_string_actions
+                assert set(re.findall(r"--[\w-]+", found[2] or "")) <= set(known), (path, code)
+            elif found := re.search(r"(?:bbb_fast|\.)\[(\w+)\]", code):
+                assert found[1] in extras, (path, code)
+            elif found := re.fullmatch(r"python (\S+\.py).*", code):
+                assert (ROOT / found[1]).exists(), (path, code)
 
 
 def test_the_tools_are_pinned() -> None:
@@ -162,16 +226,17 @@ def test_links_of_the_built_site_lead_somewhere(built: dict[Path, Anchors]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "dark"), SCREENS)
 def test_pages_of_the_built_site_in_a_browser(
-    built: dict[Path, Anchors], opened: browser.Browser, width: int
+    built: dict[Path, Anchors], opened: browser.Browser, width: int, dark: bool
 ) -> None:
     """From their folder, with the network off: nothing goes wrong or is asked for, nothing is too wide."""
     opened.messages.clear()
     opened.requests.clear()
     formulas = 0
     for page in built:
-        opened.open(page, width=width)
+        opened.open(page, width=width, dark=dark)
+        assert opened.run("getComputedStyle(document.body).colorScheme") == ("dark" if dark else "light")
         assert opened.messages == [], page
         assert opened.run("document.documentElement.scrollWidth <= innerWidth"), page
         assert opened.run("[...document.images].every(i => i.loading == 'lazy' || i.naturalWidth > 0)"), page
@@ -179,3 +244,41 @@ def test_pages_of_the_built_site_in_a_browser(
         formulas += opened.run("document.querySelectorAll('math').length")
     assert formulas > 50
     assert all(urlsplit(address).scheme in ("file", "data") for address in opened.requests)
+
+
+@pytest.mark.slow
+def test_layers_of_the_built_site_have_their_whole_text(built: dict[Path, Anchors]) -> None:
+    """It is put together when a class is made (docs/site/docstrings.py)."""
+    page = (SITE / "reference" / "layers.html").read_text()
+    for module in (layers.BBB, layers.BBB_LRT, layers.Flipout):
+        for name in module.__all__:
+            _, _, text = page.partition(f'id="{module.__name__}.{name}"')
+            text = text.partition("<h3")[0]
+            assert "Parameters:" in text and "Error" in text and "201" in text, (module.__name__, name)
+
+
+SEARCH = """
+(async () => {
+  document.querySelector("#__search").click();
+  const field = document.querySelector(".md-search__input");
+  field.focus();
+  field.value = "flipout";
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+  const found = () => [...document.querySelectorAll(".md-search-result__link")].map((link) => link.href);
+  for (let k = 0; k < 100 && !found().length; k++) await new Promise((done) => setTimeout(done, 100));
+  return found();
+})()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), SCREENS)
+def test_the_search_of_the_built_site(
+    built: dict[Path, Anchors], opened: browser.Browser, width: int, dark: bool
+) -> None:
+    """In a folder too, where a browser starts no worker."""
+    opened.messages.clear()
+    opened.open(SITE / "guides" / "train.html", width=width, dark=dark)
+    found = {urlsplit(link).path for link in opened.run(SEARCH)}
+    assert {str(SITE / name) for name in ("methods/posteriors.html", "reference/functional.html")} <= found
+    assert opened.messages == []

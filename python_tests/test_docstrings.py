@@ -190,6 +190,22 @@ def test_shapes_are_given(name: str) -> None:
     assert SHAPE.search(text_of(CALLABLES[name]))
 
 
+LAYERS = [name for name in CLASSES if name.startswith(("bbb_fast.layers.BBB", "bbb_fast.layers.Flipout"))]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layers_own_text_says_everything(name: str) -> None:
+    """As ``help`` and the reference show it: nobody has to look for what it inherits."""
+    layer = CLASSES[name]
+    text = inspect.getdoc(layer) or ""
+    text = "\n".join([text, *(inspect.getdoc(other) or "" for other in referred(text, layer.__module__))])
+    assert names_without_a_word(layer, text) == []
+    assert SHAPE.search(text) and "Raises" in text and "Error" in text
+    for word in ("Args:", "dtype", "bfloat16"):
+        assert word in text
+    assert re.search(r"(Blundell|Kingma|Wen)\b.*201\d", text)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_methods(name: str) -> None:
     cls = CLASSES[name]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import repository_root
 
 ROOT = repository_root()
@@ -44,13 +44,32 @@ def run_examples(document: Path, mark: str = "", **names: object) -> dict[str, o
 
 
 def test_example(backend: str) -> None:
-    names = run_examples(README, x=torch.randn(8, 784), y=torch.randint(10, (8,)), x_test=torch.randn(5, 784))
+    pytest.importorskip("sklearn")
+    names = run_examples(README)
+    assert names["blocks"] == 1
+    answer, truth = names["answer"], names["y"][1500:]
+    assert answer.probs.shape == (297, 10) and (answer.mutual_information > 0).all()
+    assert (answer.prediction == truth).double().mean() > 0.7  # after one epoch
     assert names["loss"] < 10  # a loss of one example
-    assert torch.equal(names["point"][0].weight, names["model"][0].weight)
-    assert all(p.grad is not None for p in names["net"].parameters())
-    assert names["probs"].shape == (5, 10)
-    torch.testing.assert_close(names["probs"].sum(-1), torch.ones(5))
-    assert names["answer"].probs.shape == (5, 10) and (names["answer"].mutual_information > 0).all()
+
+
+def test_the_example_is_a_whole_loop_in_ten_lines() -> None:
+    (block,) = re.findall(r"^```python\n(.*?)```", README.read_text(), flags=re.M | re.S)
+    lines = block[block.index("net = ") : block.index("print(")].splitlines()
+    assert len(lines) <= 10
+    for part in (
+        "DataLoader(",
+        "optim.",
+        "kl_loss(net) / len(data)",
+        ".backward()",
+        ".step()",
+        "predictive(",
+    ):
+        assert sum(part in line for line in lines) == 1, part
+
+
+def test_it_is_short() -> None:
+    assert len(README.read_text().splitlines()) < 150
 
 
 @pytest.mark.parametrize("document", DOCUMENTS[1:], ids=NAMES[1:])
@@ -61,6 +80,12 @@ def test_examples_of_the_other_documents(
     monkeypatch.chdir(tmp_path)
     names = run_examples(document)
     assert names["blocks"] == EXAMPLES.get(document.relative_to(ROOT).as_posix(), 0)
+    # DistributedDataParallel, if it is the last to hold its group, frees it under the GIL and waits there for
+    # gloo's threads, one of which may be waiting for the GIL. A group that is freed by itself lets go of it.
+    group = getattr(names.get("run"), "process_group", None)
+    names.clear()
+    gc.collect()
+    del group
 
 
 @pytest.mark.cpu_only("the page's models are on the CPU")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,20 @@ def test_runs_without_a_warning_and_leaves_nothing(script: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_is_a_page(script: Path) -> None:
-    """It begins with a title, states claims, shows what it draws, and fixes every random number."""
+    """It begins with a title, states claims, shows what it draws, and fixes every random number.
+
+    It names the colours of what it draws, and takes them from the package.
+    """
     text = script.read_text()
     assert text.startswith("# %% [markdown]\n# # ")
-    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(text)))
-    assert calls.count("plt.subplots") == calls.count("plt.show") > 0
-    assert "torch.manual_seed" in calls
+    nodes = list(ast.walk(ast.parse(text)))
+    calls = {node: ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    names = list(calls.values())
+    assert any(isinstance(node, ast.Assert) for node in nodes)
+    assert names.count("plt.subplots") == names.count("plt.show") > 0
+    assert "torch.manual_seed" in names
+    for call, name in calls.items():
+        if name.rpartition(".")[2] in ("bar", "fill_between", "hist", "plot", "scatter", "stackplot"):
+            assert {"color", "colors"} & {keyword.arg for keyword in call.keywords}, ast.unparse(call)
+    assert "from bbb_fast.experiments.drawing import" in text
+    assert not re.search(r"[\"']#[0-9a-fA-F]{3,8}[\"']", text)

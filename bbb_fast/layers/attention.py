@@ -10,11 +10,12 @@ __all__ = ["BBBMultiheadAttention"]
 
 
 class BBBMultiheadAttention(Around):
-    """``torch.nn.MultiheadAttention`` with a posterior over its weights: its arguments, and ``priors``.
+    """``torch.nn.MultiheadAttention`` with a posterior over its weights.
 
-    One draw a forward for the whole batch; the product inside is ``scaled_dot_product_attention``
-    (``need_weights=False``). The means start as torch.nn's weights, unless ``priors`` has a
-    ``posterior_mu_initial``.
+    ``layer(query, key, value, ...)``: query [L, N, embed_dim], key [S, N, kdim] and value [S, N, vdim], with
+    batch_first [N, L, embed_dim] and so on; returns the output, shaped as the query, and the attention's
+    weights [N, L, S] or, with ``need_weights=False``, None: then the product inside is
+    ``scaled_dot_product_attention``.
     """
 
     kind = nn.MultiheadAttention

@@ -90,6 +90,16 @@ class BayesianModule(RandomModule):
     posterior_rho_initial: tuple[float, float]
     # Of another kind than N(prior_mu, prior_sigma^2).
     prior: Prior | None = None
+    # What the help of a layer says of its arguments, its input and its output; of a shape.
+    _help: str
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # What it is, in its own words; how it is drawn, in the estimator's; what it takes, in the shape's.
+        own = vars(cls).get("__doc__")
+        draws = next((vars(base).get("__doc__") for base in cls.__mro__ if "estimator" in vars(base)), None)
+        if own and draws and own is not draws and hasattr(cls, "_help"):
+            cls.__doc__ = "\n\n".join((inspect.cleandoc(own), inspect.cleandoc(draws), cls._help))
 
     def posterior(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The (mu, rho) pairs of the module itself."""
@@ -173,20 +183,10 @@ class BayesianLayer(BayesianModule):
     variance_dtype: VarianceDtype = None
     # What the layer's functions are called behind the estimator's name.
     _shape_name: str
-    # What the help of a layer says of its arguments, its input and its output; of a shape.
-    _help: str
     # Whether the product with a drawn weight is one that sparse inputs have too.
     _takes_any_layout: bool = False
     # What the last forward left for the KL's backward (csrc/layer_calls.h); keeps nothing alive.
     _trace: Any = None
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        # What it is, in its own words; how it is drawn, in the estimator's; what it takes, in the shape's.
-        own = vars(cls).get("__doc__")
-        draws = next((vars(base).get("__doc__") for base in cls.__mro__ if "estimator" in vars(base)), None)
-        if own and draws and hasattr(cls, "_help"):
-            cls.__doc__ = "\n\n".join((inspect.cleandoc(own), inspect.cleandoc(draws), cls._help))
 
     def __init__(
         self,

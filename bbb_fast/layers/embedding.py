@@ -115,8 +115,9 @@ class BBBEmbedding(_Rows):
     """``torch.nn.Embedding`` with a posterior over its rows; each forward draws those it looks up.
 
     Noise is a function of the place in the table, so that a row is the same wherever a batch has it, and the
-    same that a draw of the whole table would have. input: integers [...]; returns [..., embedding_dim].
-    There is no ``max_norm``, which would scale the means alone.
+    same that a draw of the whole table would have (Blundell et al., ICML 2015). input: integers [...];
+    returns [..., embedding_dim] in the parameters' dtype. There is no ``max_norm``, which would scale the
+    means alone.
 
     Args:
         num_embeddings, embedding_dim: the table's rows and their width, at least 1.
@@ -126,7 +127,8 @@ class BBBEmbedding(_Rows):
         priors: see :func:`bbb_fast.priors.resolve_priors`.
         device, dtype: of the parameters; float32, float64, bfloat16 or float16.
 
-    Raises ValueError for sizes, a padding_idx or priors out of range, TypeError for another dtype or device.
+    Raises ValueError for sizes, a padding_idx or priors out of range, TypeError for another dtype or device;
+    in a forward what torch.nn raises.
     """
 
     def forward(self, input: Tensor, sample: bool = True) -> Tensor:
@@ -145,10 +147,15 @@ class BBBEmbeddingBag(_Rows):
     """``torch.nn.EmbeddingBag`` with a posterior over its rows: as :class:`BBBEmbedding`.
 
     ``layer(input, offsets, per_sample_weights)`` as in torch.nn: input integers [N, L], or [L] with offsets
-    [N]; returns [N, embedding_dim].
+    [N]; returns [N, embedding_dim] (Blundell et al., ICML 2015).
 
-    Args: those of :class:`BBBEmbedding`; ``mode``: "mean", "sum" or "max", ValueError for another;
-    ``include_last_offset`` as in torch.nn.
+    Args:
+        num_embeddings, embedding_dim, scale_grad_by_freq, sparse, padding_idx, priors, device, dtype: as of
+            :class:`BBBEmbedding`.
+        mode: "mean", "sum" or "max".
+        include_last_offset: as in torch.nn.
+
+    Raises what :class:`BBBEmbedding` raises, and ValueError for another mode.
     """
 
     def __init__(

@@ -10,43 +10,58 @@ __all__ = ["BBBGRU", "BBBLSTM", "BBBRNN", "BBBGRUCell", "BBBLSTMCell", "BBBRNNCe
 
 
 class BBBRNN(Around):
-    """``torch.nn.RNN`` with a posterior over its weights: the same arguments, and ``priors``.
+    """``torch.nn.RNN`` with a posterior over its weights, one draw for all steps of a sequence.
 
-    One draw a forward, for all steps of the sequence and the whole batch, which may be packed. The means
-    start as torch.nn's weights, unless ``priors`` has a ``posterior_mu_initial``.
+    ``layer(input, h)``: input [L, N, input_size], with batch_first [N, L, input_size], [L, input_size] of
+    one sequence, or packed; h [D * num_layers, N, hidden_size], D = 2 where bidirectional, or None: zeros.
+    Returns the output [L, N, D * hidden_size] and the last h.
     """
 
     kind = nn.RNN
 
 
 class BBBLSTM(Around):
-    """``torch.nn.LSTM`` with a posterior over its weights: as :class:`BBBRNN`."""
+    """``torch.nn.LSTM`` with a posterior over its weights, one draw for all steps of a sequence.
+
+    Shapes as of :class:`BBBRNN`; the state is a pair (h, c). With proj_size that is the width of h and of
+    the output.
+    """
 
     kind = nn.LSTM
 
 
 class BBBGRU(Around):
-    """``torch.nn.GRU`` with a posterior over its weights: as :class:`BBBRNN`."""
+    """``torch.nn.GRU`` with a posterior over its weights, one draw for all steps of a sequence.
+
+    Shapes as of :class:`BBBRNN`.
+    """
 
     kind = nn.GRU
 
 
 class BBBRNNCell(Around):
-    """``torch.nn.RNNCell`` with a posterior over its weights.
+    """``torch.nn.RNNCell`` with a posterior over its weights: one step, with a draw of its own.
 
-    Each call is a draw of its own: for one draw a sequence, call it under ``fixed_noise``.
+    ``layer(input, h)``: input [N, input_size], h [N, hidden_size] or None: zeros, both also without N.
+    Returns the next h. For one draw a sequence, call it under ``fixed_noise``.
     """
 
     kind = nn.RNNCell
 
 
 class BBBLSTMCell(Around):
-    """``torch.nn.LSTMCell`` with a posterior over its weights: as :class:`BBBRNNCell`."""
+    """``torch.nn.LSTMCell`` with a posterior over its weights: one step, with a draw of its own.
+
+    Shapes as of :class:`BBBRNNCell`; the state, given and returned, is a pair (h, c).
+    """
 
     kind = nn.LSTMCell
 
 
 class BBBGRUCell(Around):
-    """``torch.nn.GRUCell`` with a posterior over its weights: as :class:`BBBRNNCell`."""
+    """``torch.nn.GRUCell`` with a posterior over its weights: one step, with a draw of its own.
+
+    Shapes as of :class:`BBBRNNCell`.
+    """
 
     kind = nn.GRUCell

@@ -203,8 +203,19 @@ class WeightSpace(BayesianModule):
 
 
 class Around(WeightSpace):
-    """A torch.nn module of one kind in weight space, made with that kind's arguments and ``priors``."""
+    """One draw of all weights a forward, shared by the batch (Blundell et al., ICML 2015)."""
 
+    estimator = "bbb"
+    _help = """\
+Args:
+    *args, **options: as in torch.nn, device and dtype (float32, float64, bfloat16 or float16) among them.
+    priors: a mapping, see :func:`bbb_fast.priors.resolve_priors`, for all parameters alike; None: the
+        defaults. The means start as torch.nn's weights, unless it has a ``posterior_mu_initial``.
+
+All floating-point inputs have the parameters' dtype, as in torch.nn. With ``sample=False`` (a keyword) a
+forward uses the posterior means. Raises what torch.nn's module raises, ValueError for priors out of range or
+given as tensors, TypeError for what is no mapping."""
+    # What is built with those arguments.
     kind: type[nn.Module]
 
     def __init__(self, *args: Any, priors: Mapping[str, Any] | None = None, **options: Any) -> None:

@@ -52,12 +52,15 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     markdown = re.sub(r"^( *```\w+) \w+$", r"\1", markdown, flags=re.M)  # marks are for the tests
     markdown = re.sub(r"<!-- bbb-fast (.*?)-->", lambda m: _help(m[1].split()), markdown)
     source = page.file.src_uri
+    if source.startswith("reference/"):
+        page.meta["search"] = {"boost": 0.5}  # names have many matches; what explains them comes first
     here = Path(page.file.abs_src_path).parent if page.file.abs_src_path else ROOT / "docs" / "tutorials"
     return re.sub(r"(\[[^][]*\])\(([^)#\s]+)((?:#[^)]*)?)\)", lambda m: _link(m, here, source), markdown)
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas, which pymdownx.arithmatex has marked, become MathML."""
+    """Formulas, which pymdownx.arithmatex has marked, become MathML; the search leaves out signatures."""
+    html = html.replace('<div class="doc-signature', '<div data-search-exclude class="doc-signature')
     html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _mathml(m[1], "inline"), html)
     block = r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>'
     return re.sub(block, lambda m: f'<div class="formula">{_mathml(m[1], "block")}</div>', html, flags=re.S)

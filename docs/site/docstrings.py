@@ -1,18 +1,33 @@
-"""Docstrings name what they refer to as ``:func:`name` ``: on the site, a link to it, where it has a page."""
+"""What the site makes of docstrings, which griffe reads from the sources."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
-from griffe import Extension, Module, Object
+from griffe import Extension, Module, Object, dynamic_import
 
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
 # Those whose public names have a place on the pages of reference/.
-_DOCUMENTED = ("functional", "layers.BBB", "layers", "methods", "metrics", "models", "priors")
+_DOCUMENTED = (
+    "conversion", "functional", "layers.BBB", "layers", "losses", "methods", "metrics", "models", "priors",
+)  # fmt: skip
+
+
+class Assembled(Extension):
+    """A layer's docstring is put together when its class is made: that one is taken, not the source's."""
+
+    def on_package(self, *, pkg: Module, **_: Any) -> None:
+        for module in pkg["layers"].modules.values():
+            for layer in module.classes.values():
+                if not layer.is_alias and layer.docstring:
+                    layer.docstring.value = inspect.cleandoc(dynamic_import(layer.path).__doc__)
 
 
 class Roles(Extension):
+    """What a docstring refers to as ``:func:`name` `` becomes a link to it, where it has a page."""
+
     def on_package(self, *, pkg: Module, **_: Any) -> None:
         modules = [pkg, *(pkg[name] for name in _DOCUMENTED)]
         places = {
