@@ -41,8 +41,8 @@ def _with_flag(name: str, make: Callable[[str], nn.Module]) -> nn.Module:
 class Case:
     """A layer and its input: ``kernel`` 0 means linear, else a 2-d convolution on ``size``^2 images.
 
-    ``targets`` says by contender how many times torch.nn's step one may take; ``overhead_us`` how many
-    microseconds more. ``repeat``: calls in a row that are timed as one, where one is too short.
+    ``targets`` says by contender how many times torch.nn's step one may take. ``overhead``: starting the work
+    is most of the time. ``repeat``: calls in a row that are timed as one, where one is too short.
     ``compiled`` names the estimators whose textbook formulas are also timed under torch.compile, where a
     benchmark does that (it takes seconds each); ``autotuned`` also under its mode "max-autotune".
     """
@@ -59,7 +59,7 @@ class Case:
     compiled: tuple[str, ...] = ()
     autotuned: bool = False
     targets: Mapping[str, float] = field(default_factory=dict, hash=False)
-    overhead_us: float | None = None
+    overhead: bool = False
     repeat: int = 1
 
     def place(self, thing: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
@@ -99,34 +99,23 @@ class Case:
         """The same layer with a sixteenth of the batch, for a run that only shows that it runs."""
         batch = max(2, self.batch // 16)
         name = self.name.replace(f"batch {self.batch}", f"batch {batch}")
-        return replace(self, name=name, batch=batch, repeat=1, targets={}, overhead_us=None)
+        return replace(self, name=name, batch=batch, repeat=1, targets={}, overhead=False)
 
 
 def _targets(bbb: float, lrt: float, lrt_bf16: float) -> dict[str, float]:
     return {"bbb": bbb, "lrt": lrt, "lrt_bf16": lrt_bf16}
 
 
-# For benchmarks/layers.py: the sizes users meet, then one where nothing but overhead is left.
+# Of the layers' benchmark: the sizes users meet, then one where nothing but overhead is left.
 CASES = (
     Case("linear 1200x1200, batch 128", 1200, 1200, 128, targets=_targets(1.8, 2.6, 1.9)),
     Case("linear 784x400, batch 128", 784, 400, 128, targets=_targets(1.8, 2.6, 1.9)),
     Case("linear 1024x1024, batch 512", 1024, 1024, 512, targets=_targets(1.25, 2.25, 1.5)),
-    Case(
-        "conv 6-16 k5, 14^2, batch 256", 6, 16, 256,
-        kernel=5, size=14, targets=_targets(1.05, 2.3, 1.8),
-    ),
-    Case(
-        "conv 32-64 k5 p2, 15^2, batch 256", 32, 64, 256,
-        kernel=5, padding=2, size=15, targets=_targets(1.03, 2.15, 1.4),
-    ),
-    Case(
-        "conv 64-64 k3 p1, 32^2, batch 128", 64, 64, 128,
-        kernel=3, padding=1, size=32, targets=_targets(1.03, 2.15, 1.5),
-    ),
-    Case("linear 16x16, batch 8", 16, 16, 8, repeat=200, overhead_us=30.0),
-)  # fmt: skip
-# Milliseconds that sampling + KL of 10^6 weights may take on one thread, by instruction set.
-SAMPLING_TARGETS_MS = {"avx512": 2.0, "avx2": 3.0}
+    Case("conv 6-16 k5, 14^2, batch 256", 6, 16, 256, 5, 0, 14, targets=_targets(1.05, 2.3, 1.8)),
+    Case("conv 32-64 k5 p2, 15^2, batch 256", 32, 64, 256, 5, 2, 15, targets=_targets(1.03, 2.15, 1.4)),
+    Case("conv 64-64 k3 p1, 32^2, batch 128", 64, 64, 128, 3, 1, 32, targets=_targets(1.03, 2.15, 1.5)),
+    Case("linear 16x16, batch 8", 16, 16, 8, repeat=200, overhead=True),
+)
 
 
 def _linear(size: int, batch: int, precision: str, **options: Any) -> Case:
@@ -137,17 +126,9 @@ def _linear(size: int, batch: int, precision: str, **options: Any) -> Case:
 def _conv(channels: int, size: int, batch: int, precision: str, **options: Any) -> Case:
     last = precision != "float32"
     name = f"conv {channels}-{channels} k3 p1, {size}^2, batch {batch}, {PRECISIONS[precision]}"
+    name += " channels_last" if last else ""
     return Case(
-        name + (" channels_last" if last else ""),
-        channels,
-        channels,
-        batch,
-        kernel=3,
-        padding=1,
-        size=size,
-        precision=precision,
-        channels_last=last,
-        **options,
+        name, channels, channels, batch, 3, 1, size, precision=precision, channels_last=last, **options
     )
 
 
@@ -187,6 +168,9 @@ GPU_SMOKE_CASES = (
 GPU_SMOKE_AUTOTUNED_CASES = (_linear(32, 16, "float32", autotuned=True),)
 
 
+Arguments = Callable[[dict[str, Tensor]], tuple[Any, ...]]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """An elementwise pass: the bytes an element that it has to move, our op, and the textbook formula.
@@ -199,7 +183,7 @@ class Kernel:
     bytes_per_element: int
     tensors: Callable[[int, torch.device], dict[str, Tensor]]
     op: str
-    arguments: Callable[[dict[str, Tensor]], tuple[Any, ...]]
+    arguments: Arguments
     formula: Callable[..., Any] | None = None
     inputs: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
@@ -216,8 +200,13 @@ def _weights(n: int, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def _activations(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {
+def _moments(n: int, device: torch.device) -> dict[str, Tensor]:
+    more = ("grad_variance", "out", "out_rho")
+    return {**_weights(n, device), **{name: torch.randn(n, device=device) for name in more}}
+
+
+def _activations(dtype: torch.dtype) -> Callable[[int, torch.device], dict[str, Tensor]]:
+    return lambda n, device: {
         "m": torch.randn(n, device=device).to(dtype),
         "v": (torch.rand(n, device=device) + 0.1).to(dtype),
         "grad": torch.randn(n, device=device).to(dtype),
@@ -225,11 +214,16 @@ def _activations(n: int, device: torch.device, dtype: torch.dtype = torch.float3
     }
 
 
-def _narrow_activations(n: int, device: torch.device) -> dict[str, Tensor]:
-    return _activations(n, device, torch.bfloat16)
+def _sample(with_kl: bool, to: torch.dtype | None = None) -> Arguments:
+    return lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, with_kl, to)
 
 
-def _kl_formula(mu: Tensor, rho: Tensor) -> Tensor:
+def _backward(grad: str | None, kl: str | None, noise: str | None) -> Arguments:
+    """Of ``posterior_backward``: the tensors of these names, or none."""
+    return lambda t: ([t.get(grad)], t.get(kl), [t["mu"]], [t["rho"]], t.get(noise), [0.0], [0.1])
+
+
+def _kl(mu: Tensor, rho: Tensor) -> Tensor:
     return eager.kl(mu, eager.sigma(rho))
 
 
@@ -238,44 +232,40 @@ def _variance_and_kl(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     return sig**2, eager.kl(mu, sig)
 
 
-def _moments(n: int, device: torch.device) -> dict[str, Tensor]:
-    more = ("grad_variance", "out", "out_rho")
-    return {**_weights(n, device), **{name: torch.randn(n, device=device) for name in more}}
-
-
-def _narrow_variance(rho: Tensor) -> Tensor:
-    return eager.variance(rho).to(torch.bfloat16)
-
-
 def _narrow_sample(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     w, kl = eager.sample_and_kl(mu, rho)
     return w.to(torch.bfloat16), kl
 
 
-_MU_RHO = ("mu", "rho")
+def _epilogues(name: str, size: int, dtype: torch.dtype, compiled: bool) -> tuple[Kernel, Kernel]:
+    tensors, formula, inputs = _activations(dtype), eager.lrt_sample, ("m", "v")
+    return (
+        Kernel(
+            name, 3 * size, tensors, "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
+            formula, inputs, compiled=compiled,
+        ),
+        # The gradient of m is the gradient given: v's is all that a backward has to form.
+        Kernel(
+            f"{name}, backward", 3 * size, tensors, "lrt_sample_backward",
+            lambda t: (t["grad"], t["v"], t["rng"]), formula, inputs, leaves=("v",), compiled=compiled,
+        ),
+    )  # fmt: skip
+
+
+_BF16, _MU_RHO = torch.bfloat16, ("mu", "rho")
 
 KERNELS = (
+    Kernel("sampling + KL", 12, _weights, "sample_weights", _sample(True), eager.sample_and_kl, _MU_RHO),
     Kernel(
-        "sampling + KL", 12, _weights,
-        "sample_weights", lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, True, None),
-        eager.sample_and_kl, _MU_RHO,
-    ),
-    Kernel(
-        "sampling + KL, backward", 20, _weights,
-        "posterior_backward",
-        lambda t: ([t["grad"]], t["one"], [t["mu"]], [t["rho"]], t["rng"], [0.0], [0.1]),
+        "sampling + KL, backward", 20, _weights, "posterior_backward", _backward("grad", "one", "rng"),
         eager.sample_and_kl, _MU_RHO, leaves=_MU_RHO,
     ),
     Kernel(
-        "KL", 8, _weights,
-        "kl_divergence", lambda t: ([t["mu"]], [t["rho"]], [0.0], [0.1]),
-        _kl_formula, _MU_RHO,
+        "KL", 8, _weights, "kl_divergence", lambda t: ([t["mu"]], [t["rho"]], [0.0], [0.1]), _kl, _MU_RHO
     ),
     Kernel(
-        "KL, backward", 16, _weights,
-        "posterior_backward",
-        lambda t: ([None], t["one"], [t["mu"]], [t["rho"]], None, [0.0], [0.1]),
-        _kl_formula, _MU_RHO, leaves=_MU_RHO,
+        "KL, backward", 16, _weights, "posterior_backward", _backward(None, "one", None),
+        _kl, _MU_RHO, leaves=_MU_RHO,
     ),
     Kernel(
         "variance + KL", 12, _weights,
@@ -283,60 +273,33 @@ KERNELS = (
         _variance_and_kl, _MU_RHO,
     ),
     Kernel(
-        "variance + KL, backward", 24, _moments,
-        "posterior_backward_out",
+        "variance + KL, backward", 24, _moments, "posterior_backward_out",
         lambda t: (
             [t["grad"]], [t["grad_variance"]], t["one"], [t["mu"]], [t["rho"]], None, [0.0], [0.1],
             [t["out"]], [t["out_rho"]],
         ),
     ),
+    *_epilogues("LRT epilogue", 4, torch.float32, True),
+    Kernel("sampling, no KL", 12, _weights, "sample_weights", _sample(False)),
     Kernel(
-        "LRT epilogue", 12, _activations,
-        "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
-        eager.lrt_sample, ("m", "v"),
-    ),
-    # The gradient of m is the gradient given: v's is all that a backward has to form.
-    Kernel(
-        "LRT epilogue, backward", 12, _activations,
-        "lrt_sample_backward", lambda t: (t["grad"], t["v"], t["rng"]),
-        eager.lrt_sample, ("m", "v"), leaves=("v",),
+        "sampling, no KL, backward", 20, _weights, "posterior_backward", _backward("grad", None, "rng")
     ),
     Kernel(
-        "sampling, no KL", 12, _weights,
-        "sample_weights", lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, False, None),
-    ),
-    Kernel(
-        "sampling, no KL, backward", 20, _weights,
-        "posterior_backward",
-        lambda t: ([t["grad"]], None, [t["mu"]], [t["rho"]], t["rng"], [0.0], [0.1]),
-    ),
-    Kernel(
-        "sampling + KL to bf16", 10, _weights,
-        "sample_weights", lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, True, torch.bfloat16),
+        "sampling + KL to bf16", 10, _weights, "sample_weights", _sample(True, _BF16),
         _narrow_sample, _MU_RHO, compiled=False,
     ),
     Kernel(
         "variance to bf16", 6, _weights,
-        "variance", lambda t: ([t["rho"]], [t["rho"]], 0.0, 0.1, False, torch.bfloat16),
-        _narrow_variance, ("rho",), compiled=False,
+        "variance", lambda t: ([t["rho"]], [t["rho"]], 0.0, 0.1, False, _BF16),
+        lambda rho: eager.variance(rho).to(_BF16), ("rho",), compiled=False,
     ),
+    *_epilogues("LRT epilogue, bf16", 2, _BF16, False),
     Kernel(
-        "LRT epilogue, bf16", 6, _narrow_activations,
-        "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
-        eager.lrt_sample, ("m", "v"), compiled=False,
-    ),
-    Kernel(
-        "LRT epilogue, bf16, backward", 6, _narrow_activations,
-        "lrt_sample_backward", lambda t: (t["grad"], t["v"], t["rng"]),
-        eager.lrt_sample, ("m", "v"), leaves=("v",), compiled=False,
-    ),
-    Kernel(
-        "square, bf16", 4, _narrow_activations,
-        "square", lambda t: (t["m"], torch.bfloat16),
+        "square, bf16", 4, _activations(_BF16), "square", lambda t: (t["m"], _BF16),
         lambda x: x**2, ("m",), compiled=False,
     ),
     Kernel(
-        "square, bf16, backward", 8, _narrow_activations,
+        "square, bf16, backward", 8, _activations(_BF16),
         "square_backward_", lambda t: (t["v"], t["m"], t["grad"]),
         lambda g, x, grad: g + 2 * x * grad, ("v", "m", "grad"), compiled=False,
     ),
@@ -398,26 +361,6 @@ class ModelCase:
 
     def input(self, device: torch.device | str | None = None) -> Tensor:
         return torch.randn(self.batch, self.channels, 32, 32, device=device)
-
-
-# How many times faster than eager LRT a training step of LRT must be, by the rules (bbb_fast.routes) that
-# hold on a kind of CPU: "other" for every kind that has none of its own.
-MODEL_TARGETS = {
-    "intel-avx512": {
-        "LeNet": {"lrt": 1.9, "lrt_auto": 1.9},
-        "AlexNet": {"lrt": 1.6, "lrt_auto": 1.65},
-        "3Conv3FC": {"lrt": 1.6, "lrt_auto": 1.65},
-    },
-    "other": {
-        "LeNet": {"lrt": 1.55, "lrt_auto": 1.6},
-        "AlexNet": {"lrt": 1.5, "lrt_auto": 1.65},
-        "3Conv3FC": {"lrt": 1.4, "lrt_auto": 1.65},
-    },
-}
-# How many times its point-estimate twin's step one of BBB may take.
-MODEL_BBB_TARGET = 1.15
-# How many times faster than a loop of eager LRT forwards prediction must be.
-PREDICT_TARGET = 2.5
 
 
 def model_cases(batch: int, channels: int = 3) -> list[ModelCase]:

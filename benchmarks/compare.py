@@ -46,7 +46,7 @@ class Change(NamedTuple):
 def ratios(result: Mapping[str, Any]) -> Iterator[tuple[Key, Mapping[str, float]]]:
     """Every ratio of a result; bases and contenders that failed have none."""
     for run in result["runs"]:
-        for table in (*run["sampling"], *run["layers"]):
+        for table in (*run.get("sampling", ()), *run.get("layers", ())):
             for name, row in table["contenders"].items():
                 if "lower_over_base" in row and name != table["base"]:
                     yield Key(run["threads"], table["case"], name), row["lower_over_base"]
@@ -99,7 +99,7 @@ def missing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Key]:
     failed = {
         Key(run["threads"], table["case"], name)
         for run in new["runs"]
-        for table in (*run["sampling"], *run["layers"])
+        for table in (*run.get("sampling", ()), *run.get("layers", ()))
         for name, row in table["contenders"].items()
         if "error" in row
     }

@@ -13,14 +13,15 @@ and a contender that fails stands there with its error. The result file is rewri
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,23 @@ from cases import (
     model_cases,
     predict_cases,
 )
-from gpu_report import render, targets
+from gpu_page import page, targets
 from harness import (
     Clock,
+    Job,
+    SkippedError,
     Timing,
     describe,
     gpu,
     interleaved_for,
     provenance,
+    set_up,
     summary,
     write_json,
     write_text,
 )
+from layers import Stepper
+from rivals import Layer, bayesian_torch, compiled, compiled_formulas, formulas, ours, output_alone
 from torch import Tensor, nn
 
 import bbb_fast
@@ -78,10 +84,6 @@ METHOD = {
 ROW_SECONDS = {"kernels": 0.5, "layers": 2.5, "models": 2.0, "predict": 1.0}
 
 
-class SkippedError(Exception):
-    """A contender that was left out, and why."""
-
-
 @dataclass
 class Session:
     """What every row needs: the device, the clock, the time that is left, and the sizes."""
@@ -90,7 +92,7 @@ class Session:
     clock: Clock
     deadline: float
     smoke: bool
-    copy_bandwidth: float = math.nan
+    copy_bandwidth: float = math.nan  # bytes a second, read and written
     reserved: float = 0.0  # seconds, for the rows to come
 
     @property
@@ -140,36 +142,23 @@ class Part:
             self.once(session)
 
 
-def compiled(function: Callable[..., Any], autotuned: bool = False) -> Callable[..., Any]:
-    # Launch overhead is not in the measurement, and CUDA graphs would only add copies of the input.
-    mode = "max-autotune-no-cudagraphs" if autotuned else "default"
-    return torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
-
-
 def timing_summary(timings: list[Timing]) -> dict[str, Any]:
     row: dict[str, Any] = summary([t.seconds for t in timings])
     row["host_us"] = summary([t.host for t in timings])["median_us"]
     return row
 
 
-def set_up(
-    factories: dict[str, Callable[[], Any]], session: Session
+def warmed_up(make: Callable[[], Any], session: Session) -> Any:
+    contender = make()
+    contender.warm_up(session)
+    return contender
+
+
+def set_up_all(
+    factories: Mapping[str, Callable[[], Any]], session: Session
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Builds and warms up each contender; returns those that run, and a row with the error of each other."""
-    built: dict[str, Any] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for name, make in factories.items():
-        try:
-            contender = make()
-            contender.warm_up(session)
-            built[name] = contender
-        except SkippedError as reason:
-            rows[name] = {"error": f"skipped: {reason}"}
-        except Exception as error:
-            rows[name] = {"error": describe(error)}
-            # Its frames hold the failed contender's tensors.
-            error.__traceback__ = None
-    return built, rows
+    return set_up({name: partial(warmed_up, make, session) for name, make in factories.items()})
 
 
 def measure(contenders: Mapping[str, Any], rows: dict[str, dict[str, Any]], session: Session) -> None:
@@ -192,15 +181,19 @@ def free(session: Session) -> None:
 # ---------------------------------------------------------------- what the device can do
 
 
+def median_seconds(run: Callable[[], Any], times: int, session: Session) -> float:
+    part = Part(lambda _: run())
+    part.warm_up(session)
+    seconds = sorted(part.once(session).seconds for _ in range(times))
+    return seconds[len(seconds) // 2]
+
+
 def measure_copy(session: Session) -> dict[str, Any]:
     """Bytes a second, read and written, of a tensor copy: the yardstick of the parameter kernels."""
-    count = (1 << 20) if session.smoke else (1 << 28)
-    source = torch.randn(count, device=session.device)
+    source = torch.randn((1 << 20) if session.smoke else (1 << 28), device=session.device)
     target = torch.empty_like(source)
-    part = Part(lambda _: target.copy_(source))
-    part.warm_up(session)
-    seconds = sorted(part.once(session).seconds for _ in range(5 if session.smoke else 21))
-    session.copy_bandwidth = 2 * source.nbytes / seconds[len(seconds) // 2]
+    seconds = median_seconds(lambda: target.copy_(source), 5 if session.smoke else 21, session)
+    session.copy_bandwidth = 2 * source.nbytes / seconds
     return {"tensor_bytes": source.nbytes, "bytes_per_second": session.copy_bandwidth}
 
 
@@ -209,13 +202,10 @@ def measure_products(session: Session) -> dict[str, Any]:
     size = 128 if session.smoke else 8192
     result: dict[str, Any] = {"size": size}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        a = torch.randn(size, size, device=session.device, dtype=dtype)
-        b = torch.randn(size, size, device=session.device, dtype=dtype)
-        c = torch.empty_like(a)
-        part = Part(lambda _, a=a, b=b, c=c: torch.mm(a, b.t(), out=c))
-        part.warm_up(session)
-        seconds = sorted(part.once(session).seconds for _ in range(3 if session.smoke else 11))
-        result[f"{name}_flops"] = 2 * size**3 / seconds[len(seconds) // 2]
+        a, b = (torch.randn(size, size, device=session.device, dtype=dtype) for _ in range(2))
+        run = partial(torch.mm, a, b.t(), out=torch.empty_like(a))
+        seconds = median_seconds(run, 3 if session.smoke else 11, session)
+        result[f"{name}_flops"] = 2 * size**3 / seconds
     return result
 
 
@@ -245,7 +235,7 @@ def run_kernel(kernel: Kernel, count: int, compile: bool, session: Session) -> d
     """Time, and share of the copy bandwidth, of every contender for one pass over ``count`` elements."""
     tensors = kernel.tensors(count, session.device)
 
-    def ours() -> Part:
+    def our_op() -> Part:
         # The raw ops have no gradient; the formulas' leaves want one.
         arguments = kernel.arguments({name: t.detach() for name, t in tensors.items()})
         op = getattr(torch.ops.bbb_fast, kernel.op)
@@ -256,12 +246,12 @@ def run_kernel(kernel: Kernel, count: int, compile: bool, session: Session) -> d
             session.need(4.0)
         return _formula_part(kernel, tensors, compiled(kernel.formula) if compile else kernel.formula)
 
-    factories: dict[str, Callable[[], Part]] = {"ours": ours}
+    factories = {"ours": our_op}
     if kernel.formula is not None:
-        factories["eager"] = lambda: of_formula(False)
+        factories["eager"] = partial(of_formula, False)
         if compile and kernel.compiled:
-            factories["compiled"] = lambda: of_formula(True)
-    parts, rows = set_up(factories, session)
+            factories["compiled"] = partial(of_formula, True)
+    parts, rows = set_up_all(factories, session)
     measure(parts, rows, session)
     for row in rows.values():
         if "median_us" in row:
@@ -278,49 +268,34 @@ def run_kernel(kernel: Kernel, count: int, compile: bool, session: Session) -> d
 # ---------------------------------------------------------------- layers
 
 
-@contextlib.contextmanager
-def precision(case: Case, device: torch.device) -> Iterator[None]:
-    if case.precision != "autocast":
-        yield
-        return
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        yield
+class LayerContender(Stepper):
+    """A layer's forward and its whole step, in the case's precision."""
 
+    def __init__(self, case: Case, x: Tensor, layer: Layer) -> None:
+        super().__init__(layer, x, None, repeat=1)
+        self.autocast = case.precision == "autocast"
+        self.parts = {
+            "forward": Part(lambda _: self.output()),
+            "step": Part(lambda _: self.step(), self.clear),
+        }
 
-class LayerContender:
-    """A layer's forward and its whole step; ``output_with_kl`` returns (y, KL or None)."""
+    def _precision(self) -> Any:
+        if not self.autocast:
+            return nullcontext()
+        return torch.autocast(self.x.device.type, dtype=torch.bfloat16)
 
-    def __init__(
-        self,
-        case: Case,
-        x: Tensor,
-        module: nn.Module,
-        output: Callable[[Tensor], Tensor],
-        output_with_kl: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-    ) -> None:
-        self.case, self.x, self.module = case, x, module
-        self.output, self.output_with_kl = output, output_with_kl
-        self.parts = {"forward": Part(self.forward), "step": Part(self.step, self.clear)}
-        self.grad: Tensor | None = None
-        self.one = torch.ones((), device=x.device)
+    def output(self) -> None:
+        with torch.no_grad(), self._precision():
+            self.layer.output(self.x)
 
-    def forward(self, _: Any) -> None:
-        with torch.no_grad(), precision(self.case, self.x.device):
-            self.output(self.x)
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        with self._precision():
+            return super().forward()
 
-    def clear(self) -> None:
-        self.x.grad = None
-        self.module.zero_grad(set_to_none=True)
-
-    def step(self, _: Any) -> None:
-        with precision(self.case, self.x.device):
-            y, kl = self.output_with_kl(self.x)
-        if self.grad is None:
-            self.grad = torch.randn_like(y)
-        if kl is None:
-            torch.autograd.backward([y], [self.grad])
-        else:
-            torch.autograd.backward([y, kl], [self.grad, self.one.to(kl.dtype)])
+    def backward(self, y: Tensor, kl: Tensor | None) -> None:
+        if self.g is None:  # its type is the output's
+            self.g = torch.randn_like(y)
+        super().backward(y, kl)
 
     def warm_up(self, session: Session) -> None:
         for part in self.parts.values():
@@ -328,7 +303,7 @@ class LayerContender:
         self.clear()
 
     def peak_bytes(self) -> int | None:
-        return peak_bytes(self.clear, lambda: self.step(None), self.x.device)
+        return peak_bytes(self.clear, self.step, self.x.device)
 
 
 def peak_bytes(clear: Callable[[], None], step: Callable[[], None], device: torch.device) -> int | None:
@@ -404,66 +379,35 @@ class BareProducts:
         return None
 
 
-def _bayesian_torch(case: Case, device: torch.device) -> nn.Module:
-    try:
-        from bayesian_torch import layers
-    except ImportError:
-        raise SkippedError("bayesian-torch is not installed") from None
-    i, o, k = case.inputs, case.outputs, case.kernel
-    with torch.device(device):
-        if k:
-            layer = layers.Conv2dReparameterization(i, o, k, padding=case.padding)
-        else:
-            layer = layers.LinearReparameterization(i, o)
-    return case.place(layer, device, torch.bfloat16 if case.precision == "bfloat16" else None)
-
-
 def layer_factories(case: Case, x: Tensor, session: Session) -> dict[str, Callable[[], Any]]:
-    device = session.device
+    def of(build: Callable[..., Layer], *args: Any) -> Callable[[], LayerContender]:
+        return lambda: LayerContender(case, x, build(*args, case, session.device))
 
-    def of_module(name: str) -> LayerContender:
-        layer = case.layer(name, device)
-        kl = getattr(layer, "kl_loss", nothing)
-        return LayerContender(case, x, layer, layer, lambda t: (layer(t), kl()))
-
-    def of_eager(estimator: str) -> LayerContender:
-        layer = case.layer(f"eager_{estimator}", device)
-        return LayerContender(case, x, layer, layer.output, layer.output_with_kl)
-
-    def of_compiled(estimator: str, autotuned: bool) -> LayerContender:
+    def of_compiled(estimator: str, autotuned: bool = False) -> LayerContender:
         session.need(45.0 if autotuned else 8.0)
-        layer = case.layer(f"eager_{estimator}", device)
-        functions = (compiled(f, autotuned) for f in (layer.output, layer.output_with_kl))
-        return LayerContender(case, x, layer, *functions)
-
-    def of_bayesian_torch() -> LayerContender:
-        layer = _bayesian_torch(case, device)
-        return LayerContender(case, x, layer, lambda t: layer(t, return_kl=False), layer)
+        return LayerContender(case, x, compiled_formulas(estimator, case, session.device, autotuned))
 
     factories: dict[str, Callable[[], Any]] = {
-        "lrt": lambda: of_module("lrt"),
-        "bbb": lambda: of_module("bbb"),
-        "nn": lambda: of_module("nn"),
-        "bare_lrt": lambda: BareProducts(case, 2, device),
-        "bare_bbb": lambda: BareProducts(case, 1, device),
-        "eager_lrt": lambda: of_eager("lrt"),
-        "eager_bbb": lambda: of_eager("bbb"),
-        "bayesian_torch": of_bayesian_torch,
+        "lrt": of(ours, "lrt"),
+        "bbb": of(ours, "bbb"),
+        "nn": of(output_alone, "nn"),
+        "bare_lrt": lambda: BareProducts(case, 2, session.device),
+        "bare_bbb": lambda: BareProducts(case, 1, session.device),
+        "eager_lrt": of(formulas, "lrt"),
+        "eager_bbb": of(formulas, "bbb"),
+        "bayesian_torch": of(bayesian_torch, "Reparameterization"),
     }
     if case.autotuned:
-        keep = ("lrt", "bare_lrt", "eager_lrt")
-        factories = {name: make for name, make in factories.items() if name in keep}
-        factories["autotuned_lrt"] = lambda: of_compiled("lrt", True)
-    for estimator in case.compiled:
-        factories[f"compiled_{estimator}"] = lambda estimator=estimator: of_compiled(estimator, False)
-    return factories
+        factories = {name: factories[name] for name in ("lrt", "bare_lrt", "eager_lrt")}
+        factories["autotuned_lrt"] = partial(of_compiled, "lrt", autotuned=True)
+    return factories | {f"compiled_{name}": partial(of_compiled, name) for name in case.compiled}
 
 
 def run_layer(case: Case, session: Session) -> dict[str, Any]:
     """Forward, step and peak memory of every contender for one layer."""
     torch.manual_seed(0)
     x = case.input(session.device).requires_grad_()
-    contenders, rows = set_up(layer_factories(case, x, session), session)
+    contenders, rows = set_up_all(layer_factories(case, x, session), session)
     for name, contender in contenders.items():
         rows[name] = {"peak_bytes": contender.peak_bytes()}
     timings: dict[str, dict[str, Any]] = {}
@@ -573,9 +517,12 @@ def run_model(case: ModelCase, session: Session) -> dict[str, Any]:
         "output_bytes": _activation_bytes(case.model("lrt", device), x),
     }
 
-    def plain(name: str) -> Repeated:
+    def plain(name: str, compile: bool = False) -> Repeated:
+        if compile:
+            session.need(40.0)
         net = case.model(name, device)
-        return Repeated(*model_step(net, getattr(net, "output_with_kl", net), x, target))
+        function = getattr(net, "output_with_kl", net)
+        return Repeated(*model_step(net, compiled(function) if compile else function, x, target))
 
     def graph(name: str) -> Repeated:
         net = case.model(name, device)
@@ -583,24 +530,19 @@ def run_model(case: ModelCase, session: Session) -> dict[str, Any]:
         # A graph reads the parameters where they lie: clear keeps the model alive beside it.
         return Repeated(graphed(step, clear, session), clear)
 
-    def of_compiled() -> Repeated:
-        session.need(40.0)
-        net = case.model("eager_lrt", device)
-        return Repeated(*model_step(net, compiled(net.output_with_kl), x, target))
-
-    factories: dict[str, Callable[[], Any]]
-    if case.variant == "CUDA graphs":
-        factories = {name: (lambda name=name: graph(name)) for name in ("lrt", "bbb", "nn")}
+    graphs = case.variant == "CUDA graphs"
+    if graphs:
+        names: tuple[str, ...] = ("lrt", "bbb", "nn")
     elif case.variant == "compiled":
-        factories = {name: (lambda name=name: plain(name)) for name in ("lrt", "eager_lrt")}
-        factories["compiled_lrt"] = of_compiled
+        names = ("lrt", "eager_lrt")
     else:
         names = ("lrt", "bbb", "nn", "eager_lrt", "eager_bbb")
-        factories = {name: (lambda name=name: plain(name)) for name in names}
-    contenders, rows = set_up(factories, session)
+    factories = {name: partial(graph if graphs else plain, name) for name in names}
+    if case.variant == "compiled":
+        factories["compiled_lrt"] = partial(plain, "eager_lrt", compile=True)
+    contenders, rows = set_up_all(factories, session)
     for name, contender in contenders.items():
         # A graph's memory is its own, taken at its capture.
-        graphs = case.variant == "CUDA graphs"
         rows[name] = {"peak_bytes": None if graphs else contender.peak_bytes(device)}
     measure(contenders, rows, session)
     return {**sizes, "contenders": rows}
@@ -611,7 +553,7 @@ def run_predict(case: PredictCase, session: Session) -> dict[str, Any]:
     torch.manual_seed(0)
     x = case.input(session.device)
 
-    def ours() -> Repeated:
+    def predict() -> Repeated:
         net = case.model("ours", session.device)
         return Repeated(lambda: bbb_fast.predict(net, x, samples=case.samples))
 
@@ -624,9 +566,8 @@ def run_predict(case: PredictCase, session: Session) -> dict[str, Any]:
 
         return Repeated(run)
 
-    factories: dict[str, Callable[[], Any]] = {"ours": ours}
-    factories |= {name: (lambda name=name: loop(name)) for name in ("eager_lrt", "eager_bbb")}
-    contenders, rows = set_up(factories, session)
+    loops = {name: partial(loop, name) for name in ("eager_lrt", "eager_bbb")}
+    contenders, rows = set_up_all({"ours": predict, **loops}, session)
     measure(contenders, rows, session)
     return {"group": case.group, "samples": case.samples, "contenders": rows}
 
@@ -634,50 +575,35 @@ def run_predict(case: PredictCase, session: Session) -> dict[str, Any]:
 # ---------------------------------------------------------------- the table of rows
 
 
-@dataclass
-class Row:
-    """One line of the result: where it goes, what it is called, and how it is measured."""
-
-    section: str
-    name: str
-    run: Callable[[Session], dict[str, Any]]
-    result: dict[str, Any] = field(default_factory=lambda: {"skipped": "not reached"})
-
-
-def rows(smoke: bool) -> list[Row]:
+def jobs(session: Session) -> list[Job]:
     """Everything, the most important first."""
 
-    def kernels(count: int, compile: bool, table: Sequence[Kernel] = KERNELS) -> list[Row]:
+    def kernels(count: int, compile: bool, table: Sequence[Kernel] = KERNELS) -> list[Job]:
+        name = f"{count:,} elements"
         return [
-            Row(
-                "kernels",
-                f"{kernel.name}, {count:,} elements",
-                lambda session, kernel=kernel: run_kernel(kernel, count, compile, session),
-            )
-            for kernel in table
+            Job("kernels", f"{k.name}, {name}", partial(run_kernel, k, count, compile, session))
+            for k in table
         ]
 
-    def layers(cases: Sequence[Case], note: str = "") -> list[Row]:
-        return [
-            Row("layers", case.name + note, lambda session, case=case: run_layer(case, session))
-            for case in cases
-        ]
+    def layers(cases: Sequence[Case], note: str = "") -> list[Job]:
+        return [Job("layers", case.name + note, partial(run_layer, case, session)) for case in cases]
 
-    def of_models(cases: Sequence[ModelCase]) -> list[Row]:
-        return [Row("models", c.name, lambda session, c=c: run_model(c, session)) for c in cases]
+    def models(cases: Sequence[ModelCase], variant: str = "") -> list[Job]:
+        cases = [replace(case, variant=variant) for case in cases]
+        return [Job("models", case.name, partial(run_model, case, session)) for case in cases]
 
-    def predictions(cases: Sequence[PredictCase]) -> list[Row]:
-        return [Row("predict", c.name, lambda session, c=c: run_predict(c, session)) for c in cases]
+    def predictions(cases: Sequence[PredictCase]) -> list[Job]:
+        return [Job("predict", case.name, partial(run_predict, case, session)) for case in cases]
 
-    if smoke:
+    if session.smoke:
         return [
             *layers(GPU_SMOKE_CASES),
             *kernels(1 << 14, False),
             *kernels(1 << 12, True, KERNELS[1:2]),
-            *of_models(model_cases(4)),
+            *models(model_cases(4)),
             *predictions(predict_cases((1, 2), (1, 2), 16)),
-            *of_models([replace(model_cases(2)[0], variant="CUDA graphs")]),
-            *of_models([replace(model_cases(2)[0], variant="compiled")]),
+            *models(model_cases(2)[:1], "CUDA graphs"),
+            *models(model_cases(2)[:1], "compiled"),
             *layers(GPU_SMOKE_AUTOTUNED_CASES, ", max-autotune"),
         ]
     steps = model_cases(256)
@@ -685,14 +611,14 @@ def rows(smoke: bool) -> list[Row]:
         *layers(GPU_CASES[:1]),
         *kernels(1 << 26, True),
         *layers(GPU_CASES[1:4]),
-        *of_models(steps),
+        *models(steps),
         *layers(GPU_CASES[4:8]),
         *predictions(predict_cases((1, 16, 256), (1, 8, 32), 1024)),
         *layers(GPU_CASES[8:]),
         *kernels(1 << 20, False),
         # Late: a capture that fails may leave the generator unusable for what comes after.
-        *of_models([replace(case, variant="CUDA graphs") for case in steps]),
-        *of_models([replace(steps[-1], variant="compiled")]),
+        *models(steps, "CUDA graphs"),
+        *models(steps[-1:], "compiled"),
         *layers(GPU_AUTOTUNED_CASES, ", max-autotune"),
     ]
 
@@ -700,29 +626,27 @@ def rows(smoke: bool) -> list[Row]:
 # ---------------------------------------------------------------- running it
 
 
-def run_rows(table: list[Row], result: dict[str, Any], session: Session, save: Callable[[], None]) -> None:
+def run_all(
+    table: Sequence[Job], rows: list[dict[str, Any]], session: Session, save: Callable[[], None]
+) -> None:
     """Measures row by row, and keeps the result file up to date."""
-    for k, row in enumerate(table):
+    for k, (job, row) in enumerate(zip(table, rows, strict=True)):
         session.reserved = sum(ROW_SECONDS[later.section] for later in table[k + 1 :])
         begin = time.perf_counter()
         if session.left() < 0:
-            row.result["skipped"] = "the time budget"
+            row["skipped"] = "the time budget"
             continue
         try:
-            measured = row.run(session)
+            measured = job.run()
         except Exception as error:
             measured = {"error": describe(error)}
             error.__traceback__ = None
-        measured["wall_seconds"] = round(time.perf_counter() - begin, 2)
-        row.result.pop("skipped")
-        row.result |= measured
+        row.pop("skipped")
+        row |= {**measured, "wall_seconds": round(time.perf_counter() - begin, 2)}
         free(session)
         save()
-        print(
-            f"{time.strftime('%H:%M:%S')} {row.name}: {measured['wall_seconds']} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        now = time.strftime("%H:%M:%S")
+        print(f"{now} {job.case}: {row['wall_seconds']} s", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -749,34 +673,34 @@ def main() -> int:
     # Formulas in the small dtypes, many shapes: torch.compile has a lot to say that is no result.
     warnings.filterwarnings("ignore", module=r"torch\..*")
 
-    clock = Clock(device)
-    session = Session(device, clock, start + args.budget, args.smoke)
-    table = [row for row in rows(args.smoke) if args.case in row.name]
+    session = Session(device, Clock(device), start + args.budget, args.smoke)
+    table = [job for job in jobs(session) if args.case in job.case]
+    rows = [{"case": job.case, "skipped": "not reached"} for job in table]
+    sections: dict[str, list[Any]] = {"kernels": [], "layers": [], "models": [], "predict": []}
+    for job, row in zip(table, rows, strict=True):
+        sections[job.section].append(row)
     result: dict[str, Any] = {
         "provenance": provenance() | ({"gpu": gpu(device)} if device.type == "cuda" else {}),
         "smoke": args.smoke,
         "native": use_native(device),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "method": METHOD,
-        "kernels": [], "layers": [], "models": [], "predict": [],
-    }  # fmt: skip
-    for row in table:
-        row.result = {"case": row.name, **row.result}
-        result[row.section].append(row.result)
+        **sections,
+    }
 
     def save() -> None:
         result["targets"] = targets(result, args.smoke)
+        write_text(args.out.with_suffix(".txt"), page(result))
         write_json(args.out, result)
-        write_text(args.out.with_suffix(".txt"), render(result))
 
     result["copy"] = measure_copy(session)
     result["products"] = measure_products(session)
     free(session)
     save()
-    run_rows(table, result, session, save)
+    run_all(table, rows, session, save)
     result["wall_seconds"] = round(time.perf_counter() - start, 1)
     save()
-    print(render(result), end="")
+    print(page(result), end="")
     print(f"\nwrote {args.out} after {result['wall_seconds']} s")
     return 0
 

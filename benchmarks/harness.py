@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a shared machine, and what a result file says about where it comes from."""
+"""What every benchmark shares: timing that can be trusted on a shared machine, options, files, provenance."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def clock(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+class Job(NamedTuple):
+    """One row of a result: where it goes, what it is called, and how it is measured."""
+
+    section: str
+    case: str
+    run: Callable[[], dict[str, Any]]
 
 
 class Timing(NamedTuple):
@@ -134,6 +142,41 @@ def interleaved_for(
             except Exception as error:
                 errors[name] = describe(error)
     return times, errors
+
+
+def time_in_turn(
+    runs: Mapping[str, Callable[[], Any]], seconds: float, rounds: int, least: int = 5
+) -> dict[str, list[float]]:
+    """:func:`interleaved_for` of calls on the CPU, after one of each. Raises RuntimeError if one fails."""
+
+    def timed(run: Callable[[], Any]) -> Callable[[], float]:
+        run()
+        return lambda: clock(run)
+
+    times, errors = interleaved_for({n: timed(run) for n, run in runs.items()}, seconds, rounds, least)
+    if errors:
+        raise RuntimeError(f"{errors}")
+    return times
+
+
+class SkippedError(Exception):
+    """A contender that was left out, and why."""
+
+
+def set_up(factories: Mapping[str, Callable[[], T]]) -> tuple[dict[str, T], dict[str, dict[str, Any]]]:
+    """Builds each contender; returns those that can be built, and a row with the error of each other."""
+    built: dict[str, T] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in factories.items():
+        try:
+            built[name] = make()
+        except SkippedError as reason:
+            rows[name] = {"error": f"skipped: {reason}"}
+        except Exception as error:
+            rows[name] = {"error": describe(error)}
+            # Its frames hold the failed contender's tensors.
+            error.__traceback__ = None
+    return built, rows
 
 
 def describe(error: BaseException) -> str:
@@ -299,21 +342,22 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """--threads, --quick and --out, the same for every benchmark of the CPU."""
-    counts = sorted({1, torch.get_num_threads()})
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=counts, help="numbers of threads (default: one, and all)"
+def arguments(doc: str, threads: Sequence[int] | int = 1) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has: --threads (several where several are the default)
+    and --out; ``doc`` is the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, no more")
-    parser.add_argument(
-        "--out", type=Path, help=f"result files, without a suffix (default results/{name}-{this_machine()})"
-    )
+    several = {} if isinstance(threads, int) else {"nargs": "+"}
+    shown = threads if isinstance(threads, int) else " ".join(map(str, threads))
+    parser.add_argument("--threads", type=int, default=threads, help=f"of torch (default {shown})", **several)
+    parser.add_argument("--out", type=Path, help="result file, without a suffix (default in results)")
+    return parser
 
 
-def out_path(out: Path | None, name: str, quick: bool) -> Path:
-    """Where a benchmark's files go, without a suffix. A quick run never replaces a result."""
-    return out or (SCRATCH / f"{name}-quick" if quick else RESULTS / f"{name}-{this_machine()}")
+def out_path(out: Path | None, name: str, trial: bool) -> Path:
+    """Where a benchmark's files go, without a suffix. A trial never replaces a result."""
+    return out or (SCRATCH if trial else RESULTS) / name
 
 
 def with_suffix(path: Path, suffix: str) -> Path:

@@ -1,36 +1,19 @@
 """What a linear layer costs against batch, width, draws and threads, and how near to its bounds it runs.
 
-    python benchmarks/scaling.py [--threads 1 2] [--quick] [--out PATH]
-
-Steps are those of benchmarks/layers.py. Rates come from work that is known: a product of a step is 2 N I O
-operations and there are 3 (6 under LRT); the passes beside the products have to move BYTES. Prints a
-table; writes PATH.json, PATH.md and PATH.png.
+Steps are those of layers.py. Rates come from work that is known: a product of a step is 2 N I O operations
+and there are 3 (6 under LRT); the passes beside the products have to move BYTES.
 """
 
 from __future__ import annotations
 
-import argparse
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from cases import Case
-from harness import (
-    add_common_arguments,
-    clock,
-    interleaved_for,
-    out_path,
-    provenance,
-    ratio,
-    summary,
-    threads,
-    with_suffix,
-    write_json,
-    write_text,
-)
+from harness import Job, ratio, summary, time_in_turn
 from layers import Effort, run_case
-from report import scaling_console, scaling_figure, scaling_markdown
 from torch import Tensor
 
 import bbb_fast
@@ -78,6 +61,10 @@ def with_rates(case: Case, table: dict[str, Any]) -> dict[str, Any]:
     return {**table, "width": case.inputs, "batch": case.batch}
 
 
+def run_step(case: Case, effort: Effort) -> dict[str, Any]:
+    return with_rates(case, run_case(case, CONTENDERS, effort))
+
+
 def run_draws(case: Case, samples: int, rounds: int) -> dict[str, Any]:
     """``samples`` outputs of one layer; torch.nn's is its one function run as often, the floor."""
     torch.manual_seed(0)
@@ -90,13 +77,7 @@ def run_draws(case: Case, samples: int, rounds: int) -> dict[str, Any]:
     runs = {name: loop(name) for name in layers}
     runs["bbb"] = lambda: bbb_fast.predict(layers["bbb"], x, samples=samples)
     with torch.no_grad():
-        for run in runs.values():
-            run()
-        times, errors = interleaved_for(
-            {name: lambda run=run: clock(run) for name, run in runs.items()}, EFFORT.seconds, rounds, 3
-        )
-    if errors:
-        raise RuntimeError(f"{samples} draws: {errors}")
+        times = time_in_turn(runs, EFFORT.seconds, rounds, 3)
     product = 2 * case.batch * case.inputs * case.outputs * samples
     rows = {
         name: {
@@ -106,55 +87,26 @@ def run_draws(case: Case, samples: int, rounds: int) -> dict[str, Any]:
         }
         for name, seconds in times.items()
     }
-    return {
-        "case": f"{case.name}, {samples} draws",
-        "width": case.inputs,
-        "batch": case.batch,
-        "draws": samples,
-        "base": "nn",
-        "contenders": rows,
-    }
+    sizes = {"width": case.inputs, "batch": case.batch, "draws": samples}
+    return {"case": f"{case.name}, {samples} draws", **sizes, "base": "nn", "contenders": rows}
 
 
-def measure(counts: Sequence[int], quick: bool) -> dict[str, Any]:
-    batches, widths, draws = (BATCHES[:2], WIDTHS[:2], DRAWS[:2]) if quick else (BATCHES, WIDTHS, DRAWS)
+def all_jobs(quick: bool) -> list[Job]:
+    """A row for each batch, each width, and each number of draws."""
+    some = slice(2 if quick else None)
     width, batch = (64, 8) if quick else (WIDTH, BATCH)
     effort = QUICK if quick else EFFORT
-    result: dict[str, Any] = {
-        "provenance": {**provenance(), "threads": list(counts)},
-        "quick": quick,
-        "bytes_beside_products": BYTES,
-        "runs": [],
+    sweeps = {
+        "batch": [linear(width, n) for n in BATCHES[some]],
+        "width": [linear(n, batch) for n in WIDTHS[some]],
     }
-    for count in counts:
-        run: dict[str, Any] = {"threads": count, "batch": [], "width": [], "draws": []}
-        result["runs"].append(run)
-        with threads(count):
-            for sweep, cases in (
-                ("batch", [linear(width, n) for n in batches]),
-                ("width", [linear(n, batch) for n in widths]),
-            ):
-                for case in cases:
-                    run[sweep].append(with_rates(case, run_case(case, CONTENDERS, effort)))
-                    print(scaling_console(run[sweep][-1], count), flush=True)
-            for samples in draws:
-                run["draws"].append(run_draws(linear(width, batch), samples, effort.rounds))
-                print(scaling_console(run["draws"][-1], count), flush=True)
-    return result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser, "scaling")
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", module="torch")
-    result = measure(args.threads, args.quick)
-    out = out_path(args.out, "scaling", args.quick)
-    write_json(with_suffix(out, ".json"), result)
-    write_text(with_suffix(out, ".md"), scaling_markdown(result))
-    scaling_figure(result, with_suffix(out, ".png"))
-    print(f"\nwrote {out}.json, .md and .png")
-
-
-if __name__ == "__main__":
-    main()
+    steps = [
+        Job(sweep, case.name, partial(run_step, case, effort))
+        for sweep, cases in sweeps.items()
+        for case in cases
+    ]
+    case = linear(width, batch)
+    return steps + [
+        Job("draws", f"{case.name}, {n} draws", partial(run_draws, case, n, effort.rounds))
+        for n in DRAWS[some]
+    ]

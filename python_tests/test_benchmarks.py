@@ -22,16 +22,18 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402
+import cpu  # noqa: E402
+import figures  # noqa: E402
+import gpu_page  # noqa: E402
 import gpu_report  # noqa: E402
 import harness  # noqa: E402
 import layers  # noqa: E402
 import memory  # noqa: E402
 import models  # noqa: E402
-import predict  # noqa: E402
 import readme  # noqa: E402
-import report  # noqa: E402
 import rivals  # noqa: E402
 import scaling  # noqa: E402
+import tables  # noqa: E402
 from cases import CASES, VARIANTS, Case, model_cases  # noqa: E402
 
 LINEAR = Case("linear 6x5, batch 4", 6, 5, 4)
@@ -115,6 +117,41 @@ def test_a_report_needs_kernels() -> None:
     found = gpu_report.why_not_native("cpu")
     assert found is None if _backend.native_available() else "AssertionError" in found
     assert gpu_report.why_not_native("meta")
+
+
+def gpu_result(of_bare: float, nn_peak: int) -> dict[str, Any]:
+    """A result of benchmarks/gpu.py with one layer and one kernel."""
+
+    def row(us: float, peak: int) -> dict[str, Any]:
+        return {"forward": {"median_us": us}, "step": {"median_us": us}, "peak_bytes": peak}
+
+    layer = {
+        "case": "linear 4096x4096, batch 4096, bf16 autocast", "precision": "autocast",
+        "parameter_bytes": 10, "output_bytes": 5,
+        "contenders": {
+            "lrt": row(100 * of_bare, 100), "bare_lrt": row(100, 0), "nn": row(50, nn_peak),
+            "compiled_lrt": row(130, 0), "bbb": {"error": "RuntimeError: no"},
+        },
+    }  # fmt: skip
+    kernel = {
+        "case": "KL, 4 elements", "kernel": "KL", "elements": 4,
+        "contenders": {"ours": {"median_us": 2.0, "of_copy_bandwidth": 0.75}},
+    }  # fmt: skip
+    return {"kernels": [kernel], "layers": [layer], "models": [{"case": "m", "skipped": "x"}], "predict": []}
+
+
+def test_a_gpus_targets_are_judged() -> None:
+    found = gpu_page.targets(gpu_result(of_bare=1.2, nn_peak=85), smoke=False)
+    assert [target["verdict"] for target in found] == ["missed", "missed", "met", "met", "met"]
+    assert found[0]["measured"] == "1 kernels, missed in 1: KL 75 %"
+    found = gpu_page.targets(gpu_result(of_bare=1.3, nn_peak=84), smoke=False)
+    assert [target["verdict"] for target in found] == ["missed", "missed", "missed", "missed", "missed"]
+    page = gpu_page.page(
+        {**gpu_result(1.2, 85), "targets": found, "smoke": False, "native": True,
+         "float32_matmul_precision": "high", "provenance": {"cpu": "c", "torch": "t", "commit": "x"}}
+    )  # fmt: skip
+    assert "rows skipped: 1; contenders left out: 0; failures: 1" in page
+    assert "missed       every parameter kernel" in page
 
 
 # ---------------------------------------------------------------- harness
@@ -243,8 +280,8 @@ def compare_files(folder: Path, monkeypatch: pytest.MonkeyPatch, *results: dict[
     files = [folder / f"{i}.json" for i in range(len(results))]
     for file, content in zip(files, results, strict=True):
         file.write_text(json.dumps(content))
-    monkeypatch.setattr(sys, "argv", ["layers.py", "--compare", *map(str, files)])
-    return layers.main()
+    monkeypatch.setattr(sys, "argv", ["cpu.py", "layers", "--compare", *map(str, files)])
+    return cpu.main()
 
 
 def test_compare_says_what_became_slower(
@@ -307,20 +344,21 @@ def test_suspects_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append({key.contender for key, _ in compare.ratios(old) if select(key)})
         return second
 
-    monkeypatch.setattr(layers, "measure_again", again)
+    monkeypatch.setattr(cpu, "measure_again", again)
     second = copy.deepcopy(old)
-    assert layers.judge(old, suspicious, EFFORT, again=True) == 0
+    assert cpu.judge(old, suspicious, EFFORT, again=True) == 0
     assert asked == [{"bbb", "lrt"}]
     second = result(lrt=3.5)
-    assert layers.judge(old, suspicious, EFFORT, again=True) == 1
+    assert cpu.judge(old, suspicious, EFFORT, again=True) == 1
 
 
 def test_measuring_again_takes_the_old_cases_and_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr(layers, "measure", lambda *args: taken.extend(args))
-    layers.measure_again(result(threads=2), EFFORT)
-    counts, cases, sampling, contenders, _ = taken
-    assert (counts, cases, sampling, contenders) == ([2], [CASES[0]], [], ["bbb", "lrt"])
+    monkeypatch.setattr(cpu, "measure", lambda *args: taken.extend(args))
+    cpu.measure_again(result(threads=2), EFFORT)
+    name, counts, (job,), _ = taken
+    assert (name, counts, job.section, job.case) == ("layers", [2], "layers", CASES[0].name)
+    assert job.run.args == (CASES[0], ["bbb", "lrt"], EFFORT)
 
 
 # ---------------------------------------------------------------- memory
@@ -344,7 +382,7 @@ def test_saved_sees_what_native_functions_keep() -> None:
     saved = memory.saved_for_backward(
         lambda: functional.lrt_linear(x, mu, rho, None, None, rng), [x, mu, rho]
     )
-    assert saved == 4 * 5 * 4 + report.RNG_BYTES
+    assert saved == 4 * 5 * 4 + 16  # and the rng: two 64-bit numbers
 
 
 def test_peak_is_of_the_steps_own_tensors() -> None:
@@ -427,43 +465,34 @@ def test_the_libraries_are_pinned_where_they_are_installed_from() -> None:
 
 
 def test_verdict() -> None:
-    assert report.verdict(1.5, 1.8) == "1.50 (≤ 1.8: met)"
-    assert report.verdict(1.9, 1.8) == "1.90 (≤ 1.8: **missed**)"
-    assert report.verdict(2.6, 2.5, at_most=False) == "2.60 (≥ 2.5: met)"
-    assert report.verdict(None, 1.8) == "-"
-    assert report.verdict(1.5, None) == "1.50"
+    assert tables.verdict(1.5, 1.8) == "1.50 (≤ 1.8: met)"
+    assert tables.verdict(1.9, 1.8) == "1.90 (≤ 1.8: **missed**)"
+    assert tables.verdict(None, 1.8) is None
+    assert tables.verdict(1.5, None) == 1.5
 
 
-def test_memory_limits_follow_the_rule() -> None:
-    table = layers.run_case(LINEAR, ("bbb", "lrt"), layers.QUICK)
-    assert report.memory_limit(table, "bbb") == 6 * 5 * 4 + 16
-    assert report.memory_limit(table, "bbb_recompute") == 16
-    assert report.memory_limit(table, "lrt") == 4 * 5 * 4 + 16
-    assert report.memory_limit(table, "eager_lrt") is None
+def test_numbers_are_found_by_their_path() -> None:
+    number = tables.Number("ms", "step.median_us", 1e3)
+    assert number.of({"step": {"median_us": 1500}}) == 1.5
+    assert number.of({"step": {}}) is number.of({"error": "no"}) is number.of(None) is None
 
 
-def test_layers_markdown_judges_the_targets() -> None:
+def test_layers_page_judges_the_targets() -> None:
     made = result(bbb=1.5, lrt=2.9)
     rows = made["runs"][0]["layers"][0]["contenders"]
-    rows["lrt_bf16"] = copy.deepcopy(rows["bbb"])
-    rows["eager_bbb"] = copy.deepcopy(rows["lrt"])
     rows["torchbnn"] = {"error": "ModuleNotFoundError: No module named 'torchbnn'"}
-    text = report.layers_markdown(made)
-    assert f"| {CASES[0].name} | 1.50 (≤ 1.8: met) | 2.90 (≤ 2.6: **missed**) | 1.50 (≤ 1.9: met) | " in text
-    assert "2.90 (eager BBB)" in text
-    assert f"torchbnn did not run ({CASES[0].name}): ModuleNotFoundError" in text
-    made["provenance"]["bf16_instructions"] = False
-    text = report.layers_markdown(made)
-    assert "1.50 (not meaningful)" in text
-    assert report.NO_BF16 in text
+    jobs = [harness.Job("layers", CASES[0].name, dict)]
+    text = cpu.page("layers", made, jobs)
+    assert f"| {CASES[0].name} | 1.50 (≤ 1.8: met) | 2.90 (≤ 2.6: **missed**) | - |" in text
+    assert f"| {CASES[0].name} | torchbnn | - | - | - | - | - | - | - | - | ModuleNotFoundError" in text
+    assert f"| {CASES[0].name} | BBB | 1.5 | 1.5 | 1.5 | 1.50 | 1.47 | 1.53 | 0.0 | 1.0 |  |" in text
 
 
-def test_figures_are_written(tmp_path: Path) -> None:
+def test_figures_are_drawn() -> None:
     pytest.importorskip("matplotlib")
     made = result()
     made["runs"].append(result(threads=2)["runs"][0])
-    report.layers_figure(made, tmp_path / "layers.png")
-    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert figures.layers(made).startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- the other benchmarks
@@ -496,22 +525,22 @@ def test_models_go_through_every_minibatch() -> None:
 
 def test_prediction_agrees_with_the_loop_of_weight_draws() -> None:
     torch.manual_seed(1)
-    table = predict.run_predict(model_cases(4, channels=1)[0], images=8, samples=30)
+    table = models.run_predict(model_cases(4, channels=1)[0], images=8, samples=30)
     assert table["agrees"]
 
 
 def test_agreement_notices_another_mean() -> None:
     x = [torch.zeros(50, 3)]
 
-    def predictor(shift: float) -> predict.Predictor:
-        made = predict.Predictor(lambda x: torch.randn(100, *x.shape) + torch.tensor([shift, 0, 0]), x)
+    def predictor(shift: float) -> models.Predictor:
+        made = models.Predictor(lambda x: torch.randn(100, *x.shape) + torch.tensor([shift, 0, 0]), x)
         made.next_batch()
         return made
 
     torch.manual_seed(0)
     ours = predictor(0.0)
-    assert predict.agreement(ours, predictor(0.0))["rms_standardised"] < predict.AGREEMENT
-    assert predict.agreement(ours, predictor(1.0))["rms_standardised"] > predict.AGREEMENT
+    assert models.agreement(ours, predictor(0.0))["rms_standardised"] < models.AGREEMENT
+    assert models.agreement(ours, predictor(1.0))["rms_standardised"] > models.AGREEMENT
 
 
 def test_rates_come_from_known_work() -> None:
@@ -575,5 +604,5 @@ def test_readme_shows_the_worse_of_two_machines() -> None:
         rows = run["layers"][0]["contenders"]
         rows["eager_bbb"] = copy.deepcopy(rows["bbb"])
         rows["eager_bbb"]["over_base"]["ratio"] = ratio
-    row = readme._layers(runs).splitlines()[2]
+    row = readme.layers_table(runs).splitlines()[2]
     assert [cell.strip() for cell in row.split("|")][2:5] == ["1.50", "2.90", "3.00"]
