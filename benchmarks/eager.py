@@ -64,23 +64,11 @@ class EagerLayer(nn.Module):
         return lrt_sample(mean, v), (W_sigma, bias_sigma)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, self.sigmas = self._run(x)
-        return y
-
-    def kl_loss(self) -> Tensor:
-        return self._kl(self.sigmas)
-
-    def _kl(self, sigmas: tuple[Tensor, Tensor]) -> Tensor:
-        return kl(self.W_mu, sigmas[0]) + kl(self.bias_mu, sigmas[1])
-
-    # What torch.compile gets: functions without side effects, the KL in the same graph as the output.
-
-    def output(self, x: Tensor) -> Tensor:
         return self._run(x)[0]
 
     def output_with_kl(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, sigmas = self._run(x)
-        return y, self._kl(sigmas)
+        y, (W_sigma, bias_sigma) = self._run(x)
+        return y, kl(self.W_mu, W_sigma) + kl(self.bias_mu, bias_sigma)
 
 
 def linear(i: int, o: int, estimator: str) -> EagerLayer:
@@ -111,9 +99,9 @@ class EagerModel(nn.Module):
         self._modules.clear()
         self._modules.update(modules)
 
-    def output(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for module in self.children():
-            x = module.output(x) if isinstance(module, EagerLayer) else module(x)
+            x = module(x)
         return x
 
     def output_with_kl(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -562,7 +562,7 @@ def run_predict(case: PredictCase, session: Session) -> dict[str, Any]:
 
         def run() -> None:
             with torch.no_grad():
-                torch.stack([net.output(x) for _ in range(case.samples)])
+                torch.stack([net(x) for _ in range(case.samples)])
 
         return Repeated(run)
 

@@ -53,53 +53,23 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
     status: str = "not run"  # then: passed, failed, timed out
     seconds: float = 0.0
-    process: subprocess.Popen[bytes] | None = None
-    begun: float = 0.0
 
-    def start(self) -> None:
-        self.begun = time.monotonic()
-        if self.limit <= 0:
-            self.status = "timed out"
-            return
+    def start(self) -> subprocess.Popen[bytes]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **self.environment}
+        # In a group of its own. SIGINT first, on which pytest still says what failed and why. No limit is 0.
+        limited = ["timeout", "--signal=INT", "--kill-after=8", f"{max(self.limit, 0.1):.1f}", *self.command]
         with self.log.open("wb") as output:
-            # A group of its own, so that everything it starts can be stopped with it.
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+            return subprocess.Popen(
+                limited, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
 
-    def poll(self) -> bool:
-        """Whether it is over; stops it at its limit."""
-        if self.process is None:
-            return True
-        code = self.process.poll()
-        self.seconds = round(time.monotonic() - self.begun, 1)
-        if code is None and self.seconds < self.limit:
-            return False
-        if code is None:
-            self.stop()
-        self.status = "timed out" if code is None else ("passed" if code == 0 else "failed")
-        self.process = None
-        return True
-
-    def stop(self) -> None:
-        """Ends the process and everything it started."""
-        if self.process is None:
-            return
-        # SIGINT first, on which pytest still says what failed and why; SIGKILL in any case, for children may
-        # outlive the leader of their group.
-        for sig, patience in ((signal.SIGINT, 5.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(self.process.pid, sig)
-                self.process.wait(patience)
+    def end(self, code: int, seconds: float) -> None:
+        out_of_time = code in (124, 137, -signal.SIGKILL)
+        self.status = "timed out" if out_of_time else ("failed" if code else "passed")
+        self.seconds = round(seconds, 1)
+        say(f"{self.name}: {self.status} after {self.seconds:.0f} s")
 
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -113,16 +83,20 @@ class Stage:
 
 def run_side_by_side(stages: list[Stage]) -> None:
     """Runs the stages at once and waits for all of them."""
+    begun = time.monotonic()
+    processes = [stage.start() for stage in stages]
+    running = dict(zip(processes, stages, strict=True))
     try:
-        for stage in stages:
-            stage.start()
-        while not all([stage.poll() for stage in stages]):
+        while running:
             time.sleep(0.2)
+            for process in list(running):
+                if (code := process.poll()) is not None:
+                    running.pop(process).end(code, time.monotonic() - begun)
     finally:
-        for stage in stages:
-            stage.stop()
-    for stage in stages:
-        say(f"{stage.name}: {stage.status} after {stage.seconds:.0f} s")
+        # Children may outlive the leader of their group, which is timeout.
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def say(text: str) -> None:

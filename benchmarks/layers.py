@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -18,7 +18,6 @@ import eager
 import torch
 from cases import CASES, Case
 from harness import Job, clock, interleaved_for, ratio, set_up, summary
-from memory import peak_bytes, saved_for_backward
 from rivals import CONTENDERS, Layer, compiled
 from torch import Tensor
 
@@ -121,6 +120,57 @@ class Stepper:
         peak = peak_bytes(self.step)
         self.clear()
         return {"saved_bytes": saved, "peak_bytes": peak}
+
+
+def saved_for_backward(forward: Callable[[], Any], kept_anyway: Iterable[Tensor]) -> int:
+    """Bytes that autograd holds between ``forward`` and its backward, each storage counted once.
+
+    Storages of ``kept_anyway`` (the parameters and the layer's input, which are there in any case) do not
+    count. Tensors that C++ autograd functions save are counted like any others.
+    """
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    for t in kept_anyway:
+        sizes.pop(t.untyped_storage().data_ptr(), None)
+    del result
+    return sum(sizes.values())
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most bytes of tensors that ``step`` itself allocated and had at one time.
+
+    From the allocations and releases that torch.profiler records; releases of older tensors do not count.
+    Scratch space that oneDNN and MKL take past torch's allocator is not in it.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        step()
+    sizes: dict[int, int] = {}
+    now = peak = 0
+    for event in sorted(_allocations(run), key=lambda e: e.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            sizes[address] = size
+            now += size
+        else:
+            now -= sizes.pop(address, 0)
+        peak = max(peak, now)
+    return peak
+
+
+def _allocations(run: torch.profiler.profile) -> Iterator[Any]:
+    pending = list(run.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event
 
 
 def _unchanged(_: str, run: Callable[[], Times]) -> Callable[[], Times]:

@@ -129,7 +129,7 @@ def run_predict(case: ModelCase, images: int, samples: int) -> dict[str, Any]:
 
     def loop(name: str) -> Callable[[Tensor], Tensor]:
         model = found[name].eval()
-        return lambda x: torch.stack([model.output(x) for _ in range(samples)])
+        return lambda x: torch.stack([model(x) for _ in range(samples)])
 
     draws = {
         "ours": lambda x: bbb_fast.predict(found["lrt"], x, samples=samples, seed=0),

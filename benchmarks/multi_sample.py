@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from harness import Job, summary, time_in_turn
-from memory import saved_for_backward
+from layers import saved_for_backward
 from torch import Tensor, nn
 
 from bbb_fast import multi_sample

@@ -53,7 +53,7 @@ def ours(name: str, case: Case, device: Device = None) -> Layer:
 def formulas(estimator: str, case: Case, device: Device = None) -> Layer:
     """The textbook's, in eager mode."""
     layer = case.layer(f"eager_{estimator}", device)
-    return Layer(layer, layer.output, layer.output_with_kl)
+    return Layer(layer, layer.forward, layer.output_with_kl)
 
 
 def compiled(function: Callable[..., Any], autotuned: bool = False) -> Callable[..., Any]:

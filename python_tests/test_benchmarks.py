@@ -28,7 +28,6 @@ import gpu_page  # noqa: E402
 import gpu_report  # noqa: E402
 import harness  # noqa: E402
 import layers  # noqa: E402
-import memory  # noqa: E402
 import models  # noqa: E402
 import readme  # noqa: E402
 import rivals  # noqa: E402
@@ -116,7 +115,14 @@ def test_what_tests_said_is_read(tmp_path: Path, text: str) -> None:
 def test_a_report_needs_kernels() -> None:
     found = gpu_report.why_not_native("cpu")
     assert found is None if _backend.native_available() else "AssertionError" in found
-    assert gpu_report.why_not_native("meta")
+
+
+def test_a_stage_ends_at_its_limit(tmp_path: Path) -> None:
+    commands = {"slow": ["sleep", "60"], "bad": ["sh", "-c", "echo no; exit 3"], "good": ["true"]}
+    stages = [gpu_report.Stage(n, c, 0.5, tmp_path / n) for n, c in commands.items()]
+    gpu_report.run_side_by_side(stages)
+    assert [stage.status for stage in stages] == ["timed out", "failed", "passed"]
+    assert stages[1].record()["last_lines"] == ["no"]
 
 
 def gpu_result(of_bare: float, nn_peak: int) -> dict[str, Any]:
@@ -366,12 +372,12 @@ def test_measuring_again_takes_the_old_cases_and_contenders(monkeypatch: pytest.
 
 def test_saved_counts_a_storage_once_and_leaves_out_what_is_kept_anyway() -> None:
     x = torch.randn(100, requires_grad=True)
-    assert memory.saved_for_backward(lambda: x.exp(), [x]) == 400
+    assert layers.saved_for_backward(lambda: x.exp(), [x]) == 400
     # exp keeps its result, which the product keeps too, as a view of the same storage.
-    assert memory.saved_for_backward(lambda: (lambda e: e * e.view(100))(x.exp()), [x]) == 400
+    assert layers.saved_for_backward(lambda: (lambda e: e * e.view(100))(x.exp()), [x]) == 400
     layer = nn.Linear(100, 7)
-    assert memory.saved_for_backward(lambda: layer(x), [x, *layer.parameters()]) == 0
-    assert memory.saved_for_backward(lambda: layer(x), layer.parameters()) == 400
+    assert layers.saved_for_backward(lambda: layer(x), [x, *layer.parameters()]) == 0
+    assert layers.saved_for_backward(lambda: layer(x), layer.parameters()) == 400
 
 
 @pytest.mark.skipif(not _backend.native_available(), reason="the native extension is not loaded")
@@ -379,7 +385,7 @@ def test_saved_sees_what_native_functions_keep() -> None:
     mu = torch.randn(5, 6, requires_grad=True)
     rho, x = (torch.randn(5, 6) - 3).requires_grad_(), torch.randn(4, 6, requires_grad=True)
     rng = functional.draw_rng()
-    saved = memory.saved_for_backward(
+    saved = layers.saved_for_backward(
         lambda: functional.lrt_linear(x, mu, rho, None, None, rng), [x, mu, rho]
     )
     assert saved == 4 * 5 * 4 + 16  # and the rng: two 64-bit numbers
@@ -396,7 +402,7 @@ def test_peak_is_of_the_steps_own_tensors() -> None:
         del third
         return second
 
-    assert memory.peak_bytes(step) == 100_000
+    assert layers.peak_bytes(step) == 100_000
 
 
 # ---------------------------------------------------------------- contenders
