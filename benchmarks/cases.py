@@ -370,35 +370,3 @@ def model_cases(batch: int, channels: int = 3) -> list[ModelCase]:
         (models.BBB3Conv3FC, models.ThreeConvThreeFC),
     )
     return [ModelCase(*pair, batch, channels=channels) for pair in pairs]
-
-
-@dataclass(frozen=True)
-class PredictCase:
-    """``samples`` outputs for ``batch`` inputs, of 3Conv3FC (LRT layers) or of one BBB linear layer."""
-
-    batch: int
-    samples: int
-    size: int = 0  # of the linear layer; 0: the model
-
-    @property
-    def group(self) -> str:
-        what = f"BBBLinear {self.size}x{self.size}" if self.size else "BBB3Conv3FC"
-        return f"{what}, batch {self.batch}"
-
-    @property
-    def name(self) -> str:
-        return f"predict, {self.group}, {self.samples} draws"
-
-    def model(self, name: str, device: torch.device | str | None = None) -> nn.Module:
-        """The contender "ours", "eager_bbb" or "eager_lrt"."""
-        if not self.size:
-            case = ModelCase(models.BBB3Conv3FC, models.ThreeConvThreeFC, self.batch)
-            return case.model("lrt" if name == "ours" else name, device)
-        return Case("", self.size, self.size, self.batch).layer("bbb" if name == "ours" else name, device)
-
-    def input(self, device: torch.device | str | None = None) -> Tensor:
-        return torch.randn(self.batch, *((self.size,) if self.size else (3, 32, 32)), device=device)
-
-
-def predict_cases(batches: tuple[int, ...], samples: tuple[int, ...], size: int) -> list[PredictCase]:
-    return [PredictCase(n, s, linear) for linear in (0, size) for n in batches for s in samples]

@@ -152,9 +152,9 @@ def main() -> int:
     for table in tables(results):
         print(f"\n{table.text()}")
     print(
-        "\nNo letter is a digit, yet both models must call it one. Mutual information is how much the draws of "
-        "the\nBayesian model's weights disagree; a point estimate has but one, so always 0. Neither notices "
-        "everything:\nthe figure shows the letters that the Bayesian one is most certain of.\n"
+        "\nNo letter is a digit, yet both models must call it one. Mutual information is how much the draws\n"
+        "of the Bayesian model's weights disagree; a point estimate has but one, so always 0. Neither\n"
+        "notices everything: the figure shows the letters that the Bayesian one is most certain of.\n"
     )
     settings = {
         "samples": SAMPLES,

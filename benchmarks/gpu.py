@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,7 @@ from cases import (
     Case,
     Kernel,
     ModelCase,
-    PredictCase,
     model_cases,
-    predict_cases,
 )
 from gpu_page import page, targets
 from harness import (
@@ -55,7 +54,7 @@ from harness import (
     write_json,
     write_text,
 )
-from layers import Stepper
+from layers import Effort, Stepper
 from rivals import Layer, bayesian_torch, compiled, compiled_formulas, formulas, ours, output_alone
 from torch import Tensor, nn
 
@@ -96,17 +95,9 @@ class Session:
     reserved: float = 0.0  # seconds, for the rows to come
 
     @property
-    def seconds(self) -> float:
+    def effort(self) -> Effort:
         """To measure one row."""
-        return 0.2 if self.smoke else 1.5
-
-    @property
-    def rounds(self) -> int:
-        return 3 if self.smoke else 40
-
-    @property
-    def least(self) -> int:
-        return 2 if self.smoke else 7
+        return Effort(3, 0.2, 2, 2) if self.smoke else Effort(40, 1.5, 7, 4)
 
     def left(self) -> float:
         return self.deadline - time.perf_counter()
@@ -138,7 +129,7 @@ class Part:
 
     def warm_up(self, session: Session) -> None:
         """The first call compiles, autotunes and allocates; the last ones show how long launching takes."""
-        for _ in range(2 if session.smoke else 4):
+        for _ in range(session.effort.warmup):
             self.once(session)
 
 
@@ -148,23 +139,24 @@ def timing_summary(timings: list[Timing]) -> dict[str, Any]:
     return row
 
 
-def warmed_up(make: Callable[[], Any], session: Session) -> Any:
-    contender = make()
-    contender.warm_up(session)
-    return contender
-
-
 def set_up_all(
     factories: Mapping[str, Callable[[], Any]], session: Session
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Builds and warms up each contender; returns those that run, and a row with the error of each other."""
-    return set_up({name: partial(warmed_up, make, session) for name, make in factories.items()})
+
+    def warmed_up(make: Callable[[], Any]) -> Any:
+        contender = make()
+        contender.warm_up(session)
+        return contender
+
+    return set_up({name: partial(warmed_up, make) for name, make in factories.items()})
 
 
 def measure(contenders: Mapping[str, Any], rows: dict[str, dict[str, Any]], session: Session) -> None:
     """Times the contenders in turn and adds their medians, or their error, to their rows."""
     runs = {name: (lambda c=contender: c.once(session)) for name, contender in contenders.items()}
-    timings, errors = interleaved_for(runs, session.seconds, session.rounds, session.least)
+    effort = session.effort
+    timings, errors = interleaved_for(runs, effort.seconds, effort.rounds, effort.least)
     for name, measured in timings.items():
         row = {"error": errors[name]} if name in errors else timing_summary(measured)
         rows[name] = rows.get(name, {}) | row
@@ -321,55 +313,43 @@ def peak_bytes(clear: Callable[[], None], step: Callable[[], None], device: torc
     return peak
 
 
+def bare_product(case: Case, device: torch.device) -> tuple[Callable[[], Any], ...]:
+    """A product alone, on operands of the type it runs in: forward, then what its backward takes."""
+    dtype = torch.float32 if case.precision == "float32" else torch.bfloat16
+    n, i, o, k, p = case.batch, case.inputs, case.outputs, case.kernel, case.padding
+
+    def random(*shape: int) -> Tensor:
+        t = torch.randn(shape, device=device).to(dtype)
+        return t.to(memory_format=torch.channels_last) if case.channels_last else t
+
+    if k:
+        size = case.output_size
+        x, W, g = random(n, i, case.size, case.size), random(o, i, k, k), random(n, o, size, size)
+        operands = (g, x, W, None, [1, 1], [p, p], [1, 1], False, [0, 0], 1, [True, True, False])
+        return (
+            lambda: F.conv2d(x, W, padding=p),
+            lambda: torch.ops.aten.convolution_backward(*operands),
+        )
+    x, W, g = random(n, i), random(o, i), random(n, o)
+    y, gx, gW = torch.empty_like(g), torch.empty_like(x), torch.empty_like(W)
+    return (
+        lambda: torch.mm(x, W.t(), out=y),
+        lambda: torch.mm(g, W, out=gx),
+        lambda: torch.mm(g.t(), x, out=gW),
+    )
+
+
 class BareProducts:
-    """The products alone, on operands of the type they run in: ``count`` forward, three times that in all."""
+    """``count`` products forward, three times that in all."""
 
     def __init__(self, case: Case, count: int, device: torch.device) -> None:
-        dtype = torch.float32 if case.precision == "float32" else torch.bfloat16
-        i, o = case.inputs, case.outputs
-
-        def random(*shape: int) -> Tensor:
-            t = torch.randn(shape, device=device).to(dtype)
-            return t.to(memory_format=torch.channels_last) if case.channels_last else t
-
-        self.case = case
-        if case.kernel:
-            k, p = case.kernel, case.padding
-            out = case.output_size
-            self.geometry = (None, [1, 1], [p, p], [1, 1], False, [0, 0], 1)
-            self.sets = [
-                (
-                    random(case.batch, i, case.size, case.size),
-                    random(o, i, k, k),
-                    random(case.batch, o, out, out),
-                )
-                for _ in range(count)
-            ]
-        else:
-            self.sets = [(random(case.batch, i), random(o, i), random(case.batch, o)) for _ in range(count)]
-            # The results: y, the gradient of x and the gradient of W.
-            self.results = [
-                (torch.empty_like(g), torch.empty_like(x), torch.empty_like(W)) for x, W, g in self.sets
-            ]
-        self.parts = {"forward": Part(self.forward), "step": Part(self.step)}
-
-    def forward(self, _: Any) -> None:
-        if self.case.kernel:
-            for x, W, _g in self.sets:
-                F.conv2d(x, W, padding=self.case.padding)
-            return
-        for (x, W, _g), (y, _gx, _gW) in zip(self.sets, self.results, strict=True):
-            torch.mm(x, W.t(), out=y)
-
-    def step(self, _: Any) -> None:
-        self.forward(None)
-        if self.case.kernel:
-            for x, W, g in self.sets:
-                torch.ops.aten.convolution_backward(g, x, W, *self.geometry, [True, True, False])
-            return
-        for (x, W, g), (_y, gx, gW) in zip(self.sets, self.results, strict=True):
-            torch.mm(g, W, out=gx)
-            torch.mm(g.t(), x, out=gW)
+        products = [bare_product(case, device) for _ in range(count)]
+        forward = [product[0] for product in products]
+        step = forward + [call for product in products for call in product[1:]]
+        self.parts = {
+            name: Part(lambda _, calls=calls: [call() for call in calls])
+            for name, calls in (("forward", forward), ("step", step))
+        }
 
     def warm_up(self, session: Session) -> None:
         for part in self.parts.values():
@@ -548,28 +528,37 @@ def run_model(case: ModelCase, session: Session) -> dict[str, Any]:
     return {**sizes, "contenders": rows}
 
 
-def run_predict(case: PredictCase, session: Session) -> dict[str, Any]:
-    """``bbb_fast.predict`` against loops over eager forwards, with either estimator's formulas."""
+def run_predict(size: int, batch: int, samples: int, session: Session) -> dict[str, Any]:
+    """``bbb_fast.predict`` against loops over eager forwards, with either estimator's formulas.
+
+    Of 3Conv3FC (LRT layers), or of a BBB linear layer of ``size``.
+    """
     torch.manual_seed(0)
+    case = Case("", size, size, batch) if size else model_cases(batch)[-1]
+    build = case.layer if isinstance(case, Case) else case.model
     x = case.input(session.device)
 
     def predict() -> Repeated:
-        net = case.model("ours", session.device)
-        return Repeated(lambda: bbb_fast.predict(net, x, samples=case.samples))
+        net = build("bbb" if size else "lrt", session.device)
+        return Repeated(lambda: bbb_fast.predict(net, x, samples=samples))
 
     def loop(name: str) -> Repeated:
-        net = case.model(name, session.device)
+        net = build(name, session.device)
 
         def run() -> None:
             with torch.no_grad():
-                torch.stack([net(x) for _ in range(case.samples)])
+                torch.stack([net(x) for _ in range(samples)])
 
         return Repeated(run)
 
     loops = {name: partial(loop, name) for name in ("eager_lrt", "eager_bbb")}
     contenders, rows = set_up_all({"ours": predict, **loops}, session)
     measure(contenders, rows, session)
-    return {"group": case.group, "samples": case.samples, "contenders": rows}
+    return {"group": predicted(size, batch), "samples": samples, "contenders": rows}
+
+
+def predicted(size: int, batch: int) -> str:
+    return f"{f'BBBLinear {size}x{size}' if size else 'BBB3Conv3FC'}, batch {batch}"
 
 
 # ---------------------------------------------------------------- the table of rows
@@ -592,8 +581,15 @@ def jobs(session: Session) -> list[Job]:
         cases = [replace(case, variant=variant) for case in cases]
         return [Job("models", case.name, partial(run_model, case, session)) for case in cases]
 
-    def predictions(cases: Sequence[PredictCase]) -> list[Job]:
-        return [Job("predict", case.name, partial(run_predict, case, session)) for case in cases]
+    def predictions(batches: Sequence[int], samples: Sequence[int], linear: int) -> list[Job]:
+        return [
+            Job(
+                "predict",
+                f"predict, {predicted(size, n)}, {k} draws",
+                partial(run_predict, size, n, k, session),
+            )
+            for size, n, k in product((0, linear), batches, samples)
+        ]
 
     if session.smoke:
         return [
@@ -601,7 +597,7 @@ def jobs(session: Session) -> list[Job]:
             *kernels(1 << 14, False),
             *kernels(1 << 12, True, KERNELS[1:2]),
             *models(model_cases(4)),
-            *predictions(predict_cases((1, 2), (1, 2), 16)),
+            *predictions((1, 2), (1, 2), 16),
             *models(model_cases(2)[:1], "CUDA graphs"),
             *models(model_cases(2)[:1], "compiled"),
             *layers(GPU_SMOKE_AUTOTUNED_CASES, ", max-autotune"),
@@ -613,7 +609,7 @@ def jobs(session: Session) -> list[Job]:
         *layers(GPU_CASES[1:4]),
         *models(steps),
         *layers(GPU_CASES[4:8]),
-        *predictions(predict_cases((1, 16, 256), (1, 8, 32), 1024)),
+        *predictions((1, 16, 256), (1, 8, 32), 1024),
         *layers(GPU_CASES[8:]),
         *kernels(1 << 20, False),
         # Late: a capture that fails may leave the generator unusable for what comes after.

@@ -142,7 +142,8 @@ def page(result: Mapping[str, Any]) -> str:
         parts.append("no native kernels for this device: the ops run on the reference path")
     for section, numbers in SECTIONS.items():
         rows = [(row["case"], row) for row in result[section] if "contenders" in row]
-        parts += [pivot(rows, number).text() for number in numbers if rows]
+        tables = [pivot(rows, number) for number in numbers]
+        parts += [table.text() for table in tables if len(table.columns) > 1]
     parts.append("\n".join(_failures(result)))
     parts.append(
         "\n".join(
