@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import compare
@@ -49,18 +50,23 @@ QUICK = "**A quick run on tiny sizes: it shows that everything runs. Its numbers
 
 @dataclass(frozen=True)
 class Benchmark:
-    """``about``: what a reader of its page must know. ``jobs``: its rows, given whether the run is quick.
+    """``about``: the module that says how it measures. ``jobs``: its rows, given whether the run is quick.
 
     ``facts``: what its file says of the run beside the rows. ``arrange``: gives the file another form.
     """
 
     title: str
-    about: str
+    about: ModuleType
     jobs: Callable[[bool], list[Job]]
     numbers: Sequence[Number]
     facts: Mapping[str, Any] = field(default_factory=dict)
     figure: Callable[[Mapping[str, Any]], bytes] | None = None
     arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda result: result
+
+
+def interval(name: str, path: str) -> list[Number]:
+    """A ratio, and the middle 95 % of its resampled ones."""
+    return [Number(name, f"{path}.ratio"), Number("from", f"{path}.low"), Number("to", f"{path}.high")]
 
 
 STEP_MS = Number("step, ms", "step.median_us", 1e3, ".4g")
@@ -69,19 +75,13 @@ KIB = 1024
 BENCHMARKS = {
     "layers": Benchmark(
         "Layers",
-        "Ratios of medians to the torch.nn layer's whole step (forward, backward, KL), all contenders run in "
-        "turn in one process, float32; of sampling to the eager formulas'. The formulas and libraries are "
-        "described in rivals.py. A variance in bfloat16 gains nothing on a CPU without such instructions: "
-        "numbers are converted back and forth there.\n\n"
-        + "\n".join(f"- {name}: {text}." for name, text in layers.METHOD.items()),
+        layers,
         layers.all_jobs,
         (
             Number("forward, ms", "forward.median_us", 1e3, ".4g"),
             Number("backward, ms", "backward.median_us", 1e3, ".4g"),
             STEP_MS,
-            Number("over base", "over_base.ratio"),
-            Number("from", "over_base.low"),
-            Number("to", "over_base.high"),
+            *interval("over base", "over_base"),
             Number("saved, KiB", "saved_bytes", KIB, ",.1f"),
             Number("peak, KiB", "peak_bytes", KIB, ",.1f"),
         ),
@@ -90,34 +90,22 @@ BENCHMARKS = {
     ),
     "models": Benchmark(
         "Training the three models",
-        "Forward, cross-entropy and KL, backward, Adam step, on random images of 1 x 32 x 32. All contenders "
-        "take each minibatch in turn in one process; speed-ups and ratios are those of the medians of a "
-        "minibatch, with the middle 95 % of resampled ones.",
+        models,
         models.training_jobs,
         (
             Number("minibatch, ms", "step.median_us", 1e3),
             Number("epoch, s", "epoch_s"),
-            Number("over its torch.nn twin", "over_nn.ratio"),
-            Number("from", "over_nn.low"),
-            Number("to", "over_nn.high"),
-            Number("times as fast as eager", "eager_over_ours.ratio"),
-            Number("from", "eager_over_ours.low"),
-            Number("to", "eager_over_ours.high"),
+            *interval("over its torch.nn twin", "over_nn"),
+            *interval("times as fast as eager", "eager_over_ours"),
         ),
     ),
     "predict": Benchmark(
         "Prediction",
-        "`bbb_fast.predict` against a Python loop of forwards in eager mode, the same posterior, all "
-        "contenders in turn on each minibatch. Speed-ups are ratios of the medians of a minibatch. "
-        "Differences are between predictive means; against the loop over weight draws their root mean "
-        f"square must be at most {models.AGREEMENT:g} standard errors. LRT forwards give every place of a "
-        "feature map noise of its own, so their means may differ by more.",
+        models,
         models.prediction_jobs,
         (
             Number("s", "total_s"),
-            Number("ours is times as fast", "over_ours.ratio"),
-            Number("from", "over_ours.low"),
-            Number("to", "over_ours.high"),
+            *interval("ours is times as fast", "over_ours"),
             Number("mean difference", "against_ours.mean_abs_difference", form=".4f"),
             Number("largest", "against_ours.max_abs_difference", form=".4f"),
             Number("standard errors, rms", "against_ours.rms_standardised"),
@@ -126,11 +114,7 @@ BENCHMARKS = {
     ),
     "scaling": Benchmark(
         "How the cost of a linear layer grows",
-        "Training steps as in the layer benchmark; draws: outputs of `predict`, against loops of eager "
-        "forwards and against torch.nn's one function run as often. GFLOP/s: operations of the products "
-        "(three in a step, six under LRT; one and two in a draw) over the whole time. Of plain rate: that "
-        "over torch.nn's. GB/s beside the products: the bytes that the other passes have to move, over the "
-        "time beyond torch.nn's (twice torch.nn's under LRT), where that is at least 5 % of the whole.",
+        scaling,
         scaling.all_jobs,
         (
             STEP_MS,
@@ -144,8 +128,7 @@ BENCHMARKS = {
     ),
     "multi_sample": Benchmark(
         "Several draws in a training step",
-        "`multi_sample` against a loop of forwards; what autograd keeps; nanoseconds that the passes over "
-        "the parameters take, a weight and draw: of one draw, of all at once.",
+        multi_sample,
         multi_sample.all_jobs,
         (
             Number("times as fast as the loop", "times_as_fast_as_loop"),
@@ -181,8 +164,9 @@ def measure(name: str, counts: Sequence[int], jobs: Sequence[Job], quick: bool) 
 def page(name: str, result: Mapping[str, Any], jobs: Sequence[Job]) -> str:
     """The result as Markdown."""
     benchmark = BENCHMARKS[name]
-    parts = [f"# {benchmark.title}", provenance_line(result["provenance"]), benchmark.about]
+    parts = [f"# {benchmark.title}", provenance_line(result["provenance"]), benchmark.about.__doc__.strip()]
     parts[1:1] = [QUICK] if result["quick"] else []
+    parts += [f"- {name}: {text}." for name, text in result.get("method", {}).items()]
     for run in result["runs"]:
         parts.append(f"## {plural(run['threads']).capitalize()}")
         for section in dict.fromkeys(job.section for job in jobs):
