@@ -3,8 +3,8 @@
 Steps are those of layers.py; draws: outputs of `predict`, against loops of eager forwards and against
 torch.nn's one function run as often. Rates come from work that is known. GFLOP/s: operations of the products
 (three in a step, six under LRT; one and two in a draw), 2 N I O each, over the whole time. Of plain rate:
-that over torch.nn's. GB/s beside the products: the bytes that the other passes have to move, over the time beyond
-torch.nn's (twice torch.nn's under LRT), where that is at least 5 % of the whole.
+that over torch.nn's. GB/s beside the products: the bytes that the other passes have to move, over the time
+beyond torch.nn's (twice torch.nn's under LRT), where that is at least 5 % of the whole.
 """
 
 from __future__ import annotations
