@@ -119,7 +119,8 @@ def test_a_report_needs_kernels() -> None:
 
 def test_a_stage_ends_at_its_limit(tmp_path: Path) -> None:
     commands = {"slow": ["sleep", "60"], "bad": ["sh", "-c", "echo no; exit 3"], "good": ["true"]}
-    stages = [gpu_report.Stage(n, c, 0.5, tmp_path / n) for n, c in commands.items()]
+    limits = {"slow": 0.5, "bad": 30.0, "good": 30.0}
+    stages = [gpu_report.Stage(n, c, limits[n], tmp_path / n) for n, c in commands.items()]
     gpu_report.run_side_by_side(stages)
     assert [stage.status for stage in stages] == ["timed out", "failed", "passed"]
     assert stages[1].record()["last_lines"] == ["no"]
