@@ -29,11 +29,10 @@ VARIANTS: dict[str, tuple[str, str, Any]] = {
 
 def _with_flag(name: str, make: Callable[[str], nn.Module]) -> nn.Module:
     """What ``make`` builds for a name, or for a variant's estimator, with its flag set."""
-    if name not in VARIANTS:
-        return make(name)
-    estimator, flag, value = VARIANTS[name]
+    estimator, *flag = VARIANTS.get(name, (name,))
     thing = make(estimator)
-    thing.set_flag(flag, value)
+    if flag:
+        thing.set_flag(*flag)
     return thing
 
 
@@ -102,8 +101,8 @@ class Case:
         return replace(self, name=name, batch=batch, repeat=1, targets={}, overhead=False)
 
 
-def _targets(bbb: float, lrt: float, lrt_bf16: float) -> dict[str, float]:
-    return {"bbb": bbb, "lrt": lrt, "lrt_bf16": lrt_bf16}
+def _targets(*most: float) -> dict[str, float]:
+    return dict(zip(("bbb", "lrt", "lrt_bf16"), most, strict=True))
 
 
 # Of the layers' benchmark: the sizes users meet, then one where nothing but overhead is left.
@@ -168,9 +167,6 @@ GPU_SMOKE_CASES = (
 GPU_SMOKE_AUTOTUNED_CASES = (_linear(32, 16, "float32", autotuned=True),)
 
 
-Arguments = Callable[[dict[str, Tensor]], tuple[Any, ...]]
-
-
 @dataclass(frozen=True)
 class Kernel:
     """An elementwise pass: the bytes an element that it has to move, our op, and the textbook formula.
@@ -181,46 +177,34 @@ class Kernel:
 
     name: str
     bytes_per_element: int
-    tensors: Callable[[int, torch.device], dict[str, Tensor]]
     op: str
-    arguments: Arguments
+    arguments: Callable[[dict[str, Tensor]], tuple[Any, ...]]
     formula: Callable[..., Any] | None = None
     inputs: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     compiled: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def tensors(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        """Every tensor that a pass may want: parameters, activations ``m`` and ``v``, gradients, outputs."""
+
+        def normal() -> Tensor:
+            return torch.randn(n, device=device).to(self.dtype)
+
+        return {
+            "mu": normal() * 0.1, "rho": normal() * 0.1 - 3, "m": normal(), "v": normal().abs() + 0.1,
+            "grad": normal(), "grad_variance": normal(), "out": normal(), "out_rho": normal(),
+            "one": torch.ones((), device=device), "rng": functional.draw_rng(device),
+        }  # fmt: skip
 
 
-def _weights(n: int, device: torch.device) -> dict[str, Tensor]:
-    return {
-        "mu": torch.randn(n, device=device) * 0.1,
-        "rho": torch.randn(n, device=device) * 0.1 - 3,
-        "grad": torch.randn(n, device=device),
-        "one": torch.ones((), device=device),
-        "rng": functional.draw_rng(device),
-    }
+def _sample(t: dict[str, Tensor], with_kl: bool, to: torch.dtype | None = None) -> tuple[Any, ...]:
+    return [t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, with_kl, to
 
 
-def _moments(n: int, device: torch.device) -> dict[str, Tensor]:
-    more = ("grad_variance", "out", "out_rho")
-    return {**_weights(n, device), **{name: torch.randn(n, device=device) for name in more}}
-
-
-def _activations(dtype: torch.dtype) -> Callable[[int, torch.device], dict[str, Tensor]]:
-    return lambda n, device: {
-        "m": torch.randn(n, device=device).to(dtype),
-        "v": (torch.rand(n, device=device) + 0.1).to(dtype),
-        "grad": torch.randn(n, device=device).to(dtype),
-        "rng": functional.draw_rng(device),
-    }
-
-
-def _sample(with_kl: bool, to: torch.dtype | None = None) -> Arguments:
-    return lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, with_kl, to)
-
-
-def _backward(grad: str | None, kl: str | None, noise: str | None) -> Arguments:
+def _backward(t: dict[str, Tensor], grad: str | None, kl: str | None, noise: str | None) -> tuple[Any, ...]:
     """Of ``posterior_backward``: the tensors of these names, or none."""
-    return lambda t: ([t.get(grad)], t.get(kl), [t["mu"]], [t["rho"]], t.get(noise), [0.0], [0.1])
+    return [t.get(grad)], t.get(kl), [t["mu"]], [t["rho"]], t.get(noise), [0.0], [0.1]
 
 
 def _kl(mu: Tensor, rho: Tensor) -> Tensor:
@@ -237,71 +221,66 @@ def _narrow_sample(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     return w.to(torch.bfloat16), kl
 
 
-def _epilogues(name: str, size: int, dtype: torch.dtype, compiled: bool) -> tuple[Kernel, Kernel]:
-    tensors, formula, inputs = _activations(dtype), eager.lrt_sample, ("m", "v")
-    return (
-        Kernel(
-            name, 3 * size, tensors, "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
-            formula, inputs, compiled=compiled,
-        ),
-        # The gradient of m is the gradient given: v's is all that a backward has to form.
-        Kernel(
-            f"{name}, backward", 3 * size, tensors, "lrt_sample_backward",
-            lambda t: (t["grad"], t["v"], t["rng"]), formula, inputs, leaves=("v",), compiled=compiled,
-        ),
+def _epilogues(name: str, dtype: torch.dtype, compiled: bool) -> tuple[Kernel, Kernel]:
+    moved, rest = 3 * dtype.itemsize, {"compiled": compiled, "dtype": dtype}
+    forward = Kernel(
+        name, moved, "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]), eager.lrt_sample, ("m", "v"), **rest
+    )
+    # The gradient of m is the gradient given: v's is all that a backward has to form.
+    backward = replace(
+        forward, name=f"{name}, backward", op="lrt_sample_backward", leaves=("v",),
+        arguments=lambda t: (t["grad"], t["v"], t["rng"]),
     )  # fmt: skip
+    return forward, backward
 
 
 _BF16, _MU_RHO = torch.bfloat16, ("mu", "rho")
 
 KERNELS = (
-    Kernel("sampling + KL", 12, _weights, "sample_weights", _sample(True), eager.sample_and_kl, _MU_RHO),
     Kernel(
-        "sampling + KL, backward", 20, _weights, "posterior_backward", _backward("grad", "one", "rng"),
-        eager.sample_and_kl, _MU_RHO, leaves=_MU_RHO,
+        "sampling + KL", 12, "sample_weights", lambda t: _sample(t, True), eager.sample_and_kl, _MU_RHO
     ),
     Kernel(
-        "KL", 8, _weights, "kl_divergence", lambda t: ([t["mu"]], [t["rho"]], [0.0], [0.1]), _kl, _MU_RHO
+        "sampling + KL, backward", 20, "posterior_backward", lambda t: _backward(t, "grad", "one", "rng"),
+        eager.sample_and_kl, _MU_RHO, _MU_RHO,
+    ),
+    Kernel("KL", 8, "kl_divergence", lambda t: ([t["mu"]], [t["rho"]], [0.0], [0.1]), _kl, _MU_RHO),
+    Kernel(
+        "KL, backward", 16, "posterior_backward", lambda t: _backward(t, None, "one", None),
+        _kl, _MU_RHO, _MU_RHO,
     ),
     Kernel(
-        "KL, backward", 16, _weights, "posterior_backward", _backward(None, "one", None),
-        _kl, _MU_RHO, leaves=_MU_RHO,
-    ),
-    Kernel(
-        "variance + KL", 12, _weights,
-        "variance", lambda t: ([t["mu"]], [t["rho"]], 0.0, 0.1, True, torch.float32),
+        "variance + KL", 12, "variance", lambda t: ([t["mu"]], [t["rho"]], 0.0, 0.1, True, torch.float32),
         _variance_and_kl, _MU_RHO,
     ),
     Kernel(
-        "variance + KL, backward", 24, _moments, "posterior_backward_out",
+        "variance + KL, backward", 24, "posterior_backward_out",
         lambda t: (
             [t["grad"]], [t["grad_variance"]], t["one"], [t["mu"]], [t["rho"]], None, [0.0], [0.1],
             [t["out"]], [t["out_rho"]],
         ),
     ),
-    *_epilogues("LRT epilogue", 4, torch.float32, True),
-    Kernel("sampling, no KL", 12, _weights, "sample_weights", _sample(False)),
+    *_epilogues("LRT epilogue", torch.float32, True),
+    Kernel("sampling, no KL", 12, "sample_weights", lambda t: _sample(t, False)),
     Kernel(
-        "sampling, no KL, backward", 20, _weights, "posterior_backward", _backward("grad", None, "rng")
+        "sampling, no KL, backward", 20, "posterior_backward", lambda t: _backward(t, "grad", None, "rng")
     ),
     Kernel(
-        "sampling + KL to bf16", 10, _weights, "sample_weights", _sample(True, _BF16),
-        _narrow_sample, _MU_RHO, compiled=False,
+        "sampling + KL to bf16", 10, "sample_weights", lambda t: _sample(t, True, _BF16), _narrow_sample,
+        _MU_RHO, compiled=False,
     ),
     Kernel(
-        "variance to bf16", 6, _weights,
-        "variance", lambda t: ([t["rho"]], [t["rho"]], 0.0, 0.1, False, _BF16),
+        "variance to bf16", 6, "variance", lambda t: ([t["rho"]], [t["rho"]], 0.0, 0.1, False, _BF16),
         lambda rho: eager.variance(rho).to(_BF16), ("rho",), compiled=False,
     ),
-    *_epilogues("LRT epilogue, bf16", 2, _BF16, False),
+    *_epilogues("LRT epilogue, bf16", _BF16, False),
     Kernel(
-        "square, bf16", 4, _activations(_BF16), "square", lambda t: (t["m"], _BF16),
-        lambda x: x**2, ("m",), compiled=False,
+        "square, bf16", 4, "square", lambda t: (t["m"], _BF16), lambda x: x**2, ("m",), compiled=False,
+        dtype=_BF16,
     ),
     Kernel(
-        "square, bf16, backward", 8, _activations(_BF16),
-        "square_backward_", lambda t: (t["v"], t["m"], t["grad"]),
-        lambda g, x, grad: g + 2 * x * grad, ("v", "m", "grad"), compiled=False,
+        "square, bf16, backward", 8, "square_backward_", lambda t: (t["v"], t["m"], t["grad"]),
+        lambda g, x, grad: g + 2 * x * grad, ("v", "m", "grad"), compiled=False, dtype=_BF16,
     ),
 )  # fmt: skip
 

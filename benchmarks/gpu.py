@@ -2,9 +2,21 @@
 
     python benchmarks/gpu.py [--budget SECONDS] [--out FILE] [--case SUBSTRING] [--device cuda] [--smoke]
 
-Contenders: ours; torch.nn; the textbook formulas in eager mode and under torch.compile; bayesian-torch where
-it is installed; and the bare matrix products that the step cannot do without. All contenders of a row run
-in turn, in one process. ``--device cpu --smoke`` runs every path on tiny sizes: its numbers mean nothing.
+Contenders: ours; torch.nn; the textbook formulas in eager mode and under torch.compile (fullgraph, static
+shapes, output and KL in one graph; compiling does not count); bayesian-torch where it is installed; and bare:
+the matrix products alone that the step cannot do without (LRT forward 2 and step 6, BBB 1 and 3; torch.mm
+into preallocated tensors, or F.conv2d and aten.convolution_backward). All contenders of a row run in turn, in
+one process; medians with quartiles. ``--device cpu --smoke`` runs every path on tiny sizes: its numbers mean
+nothing.
+
+Kernels and layers: time on the device by CUDA events around one call, its kernels queued ahead (launch
+overhead does not count), the L2 cache filled with other data before each. forward is the output alone, under
+no_grad; a step is forward, KL and backward (input, every parameter) for a given gradient of the output.
+Models (forward, loss with KL, backward) and prediction: wall clock of a call, launches included, several in a
+row. peak: the most memory a step holds above what is resident before it. bandwidth: bytes that the algorithm
+must read and write, over time, over the copy bandwidth (bytes that a tensor copy reads and writes, over its
+time). float32 products are tf32: torch.set_float32_matmul_precision('high'), and cuDNN's default;
+torch.backends.cudnn.benchmark is on, for every contender.
 
 Rows come in order of importance. Those that the time budget does not reach stand in the result as skipped,
 and a contender that fails stands there with its error. The result file is rewritten after every row.
@@ -19,12 +31,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +53,20 @@ from cases import (
 )
 from gpu_page import page, targets
 from harness import (
-    Clock,
+    Effort,
     Job,
     SkippedError,
-    Timing,
+    clock,
+    contest,
     describe,
     gpu,
-    interleaved_for,
     provenance,
-    set_up,
     summary,
+    warmed_up,
     write_json,
     write_text,
 )
-from layers import Effort, Stepper
+from layers import Stepper
 from rivals import Layer, bayesian_torch, compiled, compiled_formulas, formulas, ours, output_alone
 from torch import Tensor, nn
 
@@ -62,25 +74,90 @@ import bbb_fast
 from bbb_fast._backend import use_native
 from bbb_fast.layers.base import BayesianLayer
 
-METHOD = {
-    "kernels, layers": "time on the device: CUDA events around one call, its kernels queued ahead (launch "
-    "overhead does not count), the L2 cache filled with other data before each; medians with quartiles",
-    "forward": "the output alone, under no_grad",
-    "step": "forward, KL and backward (input, every parameter); the gradient of the output is given",
-    "models": "wall clock of a step, launches included, several in a row: forward, loss with KL, backward",
-    "predict": "wall clock of a call, launches included, several in a row",
-    "compiled": "torch.compile(fullgraph=True, dynamic=False) of the textbook formulas, output and KL in one "
-    "graph; compile time does not count. autotuned: mode max-autotune-no-cudagraphs",
-    "bare": "the matrix products alone, LRT forward 2 and step 6, BBB 1 and 3: torch.mm into preallocated "
-    "tensors, or F.conv2d and aten.convolution_backward",
-    "peak": "the most memory a step holds above what is resident before it",
-    "float32": "torch.set_float32_matmul_precision('high') and cuDNN's default: tf32 products",
-    "cuDNN": "torch.backends.cudnn.benchmark is on, for every contender",
-    "bandwidth": "bytes that the algorithm must read and write, over time, over the copy bandwidth (bytes "
-    "that a tensor copy reads and writes, over its time)",
-}
 # Seconds that a row without torch.compile takes, about: torch.compile leaves them to the rows to come.
 ROW_SECONDS = {"kernels": 0.5, "layers": 2.5, "models": 2.0, "predict": 1.0}
+KL_SCALE = 1 / 50_000
+LONGEST_PAUSE = 0.03
+
+T = TypeVar("T")
+Rows = dict[str, dict[str, Any]]
+
+
+def nothing() -> None:
+    return None
+
+
+class Timing(NamedTuple):
+    """Seconds that count, and seconds the caller's thread was busy starting the work."""
+
+    seconds: float
+    host: float
+
+
+Timed = Callable[[], Timing]
+
+
+def timing_row(timings: Sequence[Timing]) -> dict[str, Any]:
+    host = median(t.host for t in timings)
+    return {**summary([t.seconds for t in timings]), "host_us": host * 1e6}
+
+
+class Clock:
+    """Times one call on a device, the CPU or a GPU, in the two ways that the module describes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        if not self.cuda:
+            return
+        torch.cuda.set_device(device)
+        size = torch.cuda.get_device_properties(device).L2_cache_size or 64 << 20
+        # Read, not written: lines that a write leaves in the cache would be written back during the call.
+        self._buffer = torch.ones(size, device=device)  # 4 bytes each: 4 times the cache
+        self._sink = torch.empty((), device=device)
+        self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # An idle GPU's clock is slow; a pause counted in its cycles would be too short later.
+        until = time.perf_counter() + 0.3
+        while time.perf_counter() < until:
+            self._flush()
+            self.synchronize()
+        cycles = 2_000_000
+        seconds = [self._events(lambda: torch.cuda._sleep(cycles)) for _ in range(5)]
+        self._cycles_per_second = cycles / min(seconds)
+
+    def _flush(self) -> None:
+        torch.sum(self._buffer, 0, out=self._sink)
+
+    def _events(self, run: Callable[[], Any]) -> float:
+        self._start.record()
+        run()
+        self._stop.record()
+        self._stop.synchronize()
+        return self._start.elapsed_time(self._stop) / 1e3
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def alone(self, run: Callable[[], Any], pause: float) -> Timing:
+        """One call, its operands not in the cache; ``pause`` should be longer than launching takes."""
+        if not self.cuda:
+            seconds = clock(run)
+            return Timing(seconds, seconds)
+        host: list[float] = []
+        torch.cuda._sleep(int(min(pause, LONGEST_PAUSE) * self._cycles_per_second))
+        self._flush()
+        return Timing(self._events(lambda: host.append(clock(run))), host[0])
+
+    def back_to_back(self, run: Callable[[], Any], calls: int) -> Timing:
+        """Seconds a call of ``calls`` calls in a row, from an idle device to an idle device."""
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        started = time.perf_counter()
+        self.synchronize()
+        return Timing((time.perf_counter() - start) / calls, (started - start) / calls)
 
 
 @dataclass
@@ -107,84 +184,71 @@ class Session:
         if self.left() < seconds + self.reserved:
             raise SkippedError("the time budget")
 
+    def alone(self, run: Callable[[Any], Any], prepare: Callable[[], Any] = nothing) -> Timed:
+        """A call's time on the device; ``prepare`` runs before each, ``run`` gets what it returned.
 
-def nothing() -> None:
-    return None
+        The first calls compile, autotune and allocate; the last of them show how long launching takes.
+        """
+        pause = 0.0
 
+        def once() -> Timing:
+            nonlocal pause
+            value = prepare()
+            timing = self.clock.alone(lambda: run(value), pause)
+            pause = 1.5 * timing.host + 1e-4
+            return timing
 
-@dataclass
-class Part:
-    """One timed call: ``prepare`` runs before each, outside the interval; ``run`` gets what it returned."""
+        return warmed_up(once, self.effort.warmup)
 
-    run: Callable[[Any], Any]
-    prepare: Callable[[], Any] = nothing
-    pause: float = 0.0
+    def in_a_row(self, run: Callable[[], Any]) -> Timed:
+        """Wall clock of a call; 10 ms of them, so that the synchronisation at the end is a small part."""
+        self.clock.back_to_back(run, 3)
+        one = self.clock.back_to_back(run, 2).seconds
+        calls = 1 if self.smoke else max(1, min(50, math.ceil(0.01 / one)))
+        return lambda: self.clock.back_to_back(run, calls)
 
-    def once(self, session: Session) -> Timing:
-        value = self.prepare()
-        timing = session.clock.alone(lambda: self.run(value), self.pause)
-        # Longer than launching takes, judging by the last time.
-        self.pause = 1.5 * timing.host + 1e-4
-        return timing
+    def measure(
+        self,
+        contenders: Mapping[str, Callable[[], Callable[[], T]]],
+        row: Callable[[list[T]], dict[str, Any]],
+        facts: Mapping[str, dict[str, Any]] | None = None,
+    ) -> Rows:
+        """Times the contenders in turn; returns their rows: ``facts`` and timings, or the error."""
+        times, errors = contest(contenders, self.effort)
+        facts = facts or {}
+        return {n: errors.get(n) or {**facts.get(n, {}), **row(times[n])} for n in contenders}
 
-    def warm_up(self, session: Session) -> None:
-        """The first call compiles, autotunes and allocates; the last ones show how long launching takes."""
-        for _ in range(session.effort.warmup):
-            self.once(session)
+    def peak_bytes(self, step: Callable[[], Any], clear: Callable[[], Any]) -> int | None:
+        """The most memory a step holds above what was there before it; None without a GPU."""
+        if not self.clock.cuda:
+            return None
+        clear()
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        step()
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        clear()
+        return peak
 
-
-def timing_summary(timings: list[Timing]) -> dict[str, Any]:
-    row: dict[str, Any] = summary([t.seconds for t in timings])
-    row["host_us"] = summary([t.host for t in timings])["median_us"]
-    return row
-
-
-def set_up_all(
-    factories: Mapping[str, Callable[[], Any]], session: Session
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Builds and warms up each contender; returns those that run, and a row with the error of each other."""
-
-    def warmed_up(make: Callable[[], Any]) -> Any:
-        contender = make()
-        contender.warm_up(session)
-        return contender
-
-    return set_up({name: partial(warmed_up, make) for name, make in factories.items()})
-
-
-def measure(contenders: Mapping[str, Any], rows: dict[str, dict[str, Any]], session: Session) -> None:
-    """Times the contenders in turn and adds their medians, or their error, to their rows."""
-    runs = {name: (lambda c=contender: c.once(session)) for name, contender in contenders.items()}
-    effort = session.effort
-    timings, errors = interleaved_for(runs, effort.seconds, effort.rounds, effort.least)
-    for name, measured in timings.items():
-        row = {"error": errors[name]} if name in errors else timing_summary(measured)
-        rows[name] = rows.get(name, {}) | row
-
-
-def free(session: Session) -> None:
-    """Nothing of one row is left for the next one."""
-    gc.collect()
-    torch.compiler.reset()
-    if session.clock.cuda:
-        torch.cuda.empty_cache()
+    def free(self) -> None:
+        """Nothing of one row is left for the next one."""
+        gc.collect()
+        torch.compiler.reset()
+        if self.clock.cuda:
+            torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------- what the device can do
-
-
-def median_seconds(run: Callable[[], Any], times: int, session: Session) -> float:
-    part = Part(lambda _: run())
-    part.warm_up(session)
-    seconds = sorted(part.once(session).seconds for _ in range(times))
-    return seconds[len(seconds) // 2]
 
 
 def measure_copy(session: Session) -> dict[str, Any]:
     """Bytes a second, read and written, of a tensor copy: the yardstick of the parameter kernels."""
     source = torch.randn((1 << 20) if session.smoke else (1 << 28), device=session.device)
     target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), 5 if session.smoke else 21, session)
+    once = session.alone(lambda _: target.copy_(source))
+    seconds = median(once().seconds for _ in range(5 if session.smoke else 21))
     session.copy_bandwidth = 2 * source.nbytes / seconds
     return {"tensor_bytes": source.nbytes, "bytes_per_second": session.copy_bandwidth}
 
@@ -195,8 +259,9 @@ def measure_products(session: Session) -> dict[str, Any]:
     result: dict[str, Any] = {"size": size}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         a, b = (torch.randn(size, size, device=session.device, dtype=dtype) for _ in range(2))
-        run = partial(torch.mm, a, b.t(), out=torch.empty_like(a))
-        seconds = median_seconds(run, 3 if session.smoke else 11, session)
+        out = torch.empty_like(a)
+        once = session.alone(lambda _, a=a, b=b, out=out: torch.mm(a, b.t(), out=out))
+        seconds = median(once().seconds for _ in range(3 if session.smoke else 11))
         result[f"{name}_flops"] = 2 * size**3 / seconds
     return result
 
@@ -204,113 +269,50 @@ def measure_products(session: Session) -> dict[str, Any]:
 # ---------------------------------------------------------------- parameter kernels
 
 
-def _formula_part(kernel: Kernel, t: dict[str, Tensor], function: Callable[..., Any]) -> Part:
-    inputs = [t[name] for name in kernel.inputs]
-    if not kernel.leaves:
-
-        def forward(_: Any) -> Any:
-            with torch.no_grad():
-                return function(*inputs)
-
-        return Part(forward)
-    leaves = [t[name].requires_grad_() for name in kernel.leaves]
-
-    def backward(outputs: Tensor | tuple[Tensor, ...]) -> Any:
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # A scalar is a KL, anything else takes the given gradient.
-        return torch.autograd.grad(outputs, leaves, [t["grad"] if y.dim() else t["one"] for y in outputs])
-
-    return Part(backward, prepare=lambda: function(*inputs))
-
-
 def run_kernel(kernel: Kernel, count: int, compile: bool, session: Session) -> dict[str, Any]:
     """Time, and share of the copy bandwidth, of every contender for one pass over ``count`` elements."""
-    tensors = kernel.tensors(count, session.device)
+    t = kernel.tensors(count, session.device)
 
-    def our_op() -> Part:
+    def our_op() -> Timed:
         # The raw ops have no gradient; the formulas' leaves want one.
-        arguments = kernel.arguments({name: t.detach() for name, t in tensors.items()})
+        arguments = kernel.arguments({name: tensor.detach() for name, tensor in t.items()})
         op = getattr(torch.ops.bbb_fast, kernel.op)
-        return Part(lambda _: op(*arguments))
+        return session.alone(lambda _: op(*arguments))
 
-    def of_formula(compile: bool) -> Part:
-        if compile:
-            session.need(4.0)
-        return _formula_part(kernel, tensors, compiled(kernel.formula) if compile else kernel.formula)
+    def of(formula: Callable[..., Any]) -> Timed:
+        inputs, leaves = [t[name] for name in kernel.inputs], [t[name] for name in kernel.leaves]
+        if not leaves:
+            return session.alone(torch.no_grad()(lambda _: formula(*inputs)))
+        for leaf in leaves:
+            leaf.requires_grad_()
 
-    factories = {"ours": our_op}
+        def backward(outputs: Tensor | tuple[Tensor, ...]) -> Any:
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            # A scalar is a KL, anything else takes the given gradient.
+            gradients = [t["grad"] if y.dim() else t["one"] for y in outputs]
+            return torch.autograd.grad(outputs, leaves, gradients)
+
+        return session.alone(backward, prepare=lambda: formula(*inputs))
+
+    def of_compiled(formula: Callable[..., Any]) -> Timed:
+        session.need(4.0)
+        return of(compiled(formula))
+
+    contenders = {"ours": our_op}
     if kernel.formula is not None:
-        factories["eager"] = partial(of_formula, False)
+        contenders["eager"] = partial(of, kernel.formula)
         if compile and kernel.compiled:
-            factories["compiled"] = partial(of_formula, True)
-    parts, rows = set_up_all(factories, session)
-    measure(parts, rows, session)
+            contenders["compiled"] = partial(of_compiled, kernel.formula)
+    rows = session.measure(contenders, timing_row)
     for row in rows.values():
         if "median_us" in row:
             rate = kernel.bytes_per_element * count / (row["median_us"] * 1e-6)
             row["of_copy_bandwidth"] = rate / session.copy_bandwidth
-    return {
-        "kernel": kernel.name,
-        "elements": count,
-        "bytes_per_element": kernel.bytes_per_element,
-        "contenders": rows,
-    }
+    sizes = {"elements": count, "bytes_per_element": kernel.bytes_per_element}
+    return {"kernel": kernel.name, **sizes, "contenders": rows}
 
 
 # ---------------------------------------------------------------- layers
-
-
-class LayerContender(Stepper):
-    """A layer's forward and its whole step, in the case's precision."""
-
-    def __init__(self, case: Case, x: Tensor, layer: Layer) -> None:
-        super().__init__(layer, x, None, repeat=1)
-        self.autocast = case.precision == "autocast"
-        self.parts = {
-            "forward": Part(lambda _: self.output()),
-            "step": Part(lambda _: self.step(), self.clear),
-        }
-
-    def _precision(self) -> Any:
-        if not self.autocast:
-            return nullcontext()
-        return torch.autocast(self.x.device.type, dtype=torch.bfloat16)
-
-    def output(self) -> None:
-        with torch.no_grad(), self._precision():
-            self.layer.output(self.x)
-
-    def forward(self) -> tuple[Tensor, Tensor | None]:
-        with self._precision():
-            return super().forward()
-
-    def backward(self, y: Tensor, kl: Tensor | None) -> None:
-        if self.g is None:  # its type is the output's
-            self.g = torch.randn_like(y)
-        super().backward(y, kl)
-
-    def warm_up(self, session: Session) -> None:
-        for part in self.parts.values():
-            part.warm_up(session)
-        self.clear()
-
-    def peak_bytes(self) -> int | None:
-        return peak_bytes(self.clear, self.step, self.x.device)
-
-
-def peak_bytes(clear: Callable[[], None], step: Callable[[], None], device: torch.device) -> int | None:
-    """The most memory a step holds above what was there before it; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    clear()
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    clear()
-    return peak
 
 
 def bare_product(case: Case, device: torch.device) -> tuple[Callable[[], Any], ...]:
@@ -319,8 +321,7 @@ def bare_product(case: Case, device: torch.device) -> tuple[Callable[[], Any], .
     n, i, o, k, p = case.batch, case.inputs, case.outputs, case.kernel, case.padding
 
     def random(*shape: int) -> Tensor:
-        t = torch.randn(shape, device=device).to(dtype)
-        return t.to(memory_format=torch.channels_last) if case.channels_last else t
+        return case.place(torch.randn(shape, device=device), device, dtype)
 
     if k:
         size = case.output_size
@@ -339,66 +340,66 @@ def bare_product(case: Case, device: torch.device) -> tuple[Callable[[], Any], .
     )
 
 
-class BareProducts:
-    """``count`` products forward, three times that in all."""
+def run_layer(case: Case, session: Session) -> dict[str, Any]:
+    """Forward, step and peak memory of every contender for one layer."""
+    torch.manual_seed(0)
+    x = case.input(session.device).requires_grad_()
+    peaks: dict[str, dict[str, Any]] = {}
 
-    def __init__(self, case: Case, count: int, device: torch.device) -> None:
-        products = [bare_product(case, device) for _ in range(count)]
-        forward = [product[0] for product in products]
-        step = forward + [call for product in products for call in product[1:]]
-        self.parts = {
-            name: Part(lambda _, calls=calls: [call() for call in calls])
-            for name, calls in (("forward", forward), ("step", step))
-        }
+    def parts(forward: Callable[[Any], Any], step: Callable[[Any], Any], clear: Callable[[], None]) -> Any:
+        timed = {"forward": session.alone(forward), "step": session.alone(step, clear)}
+        clear()
+        return lambda: {part: once() for part, once in timed.items()}
 
-    def warm_up(self, session: Session) -> None:
-        for part in self.parts.values():
-            part.warm_up(session)
+    def of(build: Callable[..., Layer], *args: Any, seconds: float = 0.0, **options: Any) -> Any:
+        def contender(name: str) -> Any:
+            if seconds:
+                session.need(seconds)
+            layer = build(*args, case, session.device, **options)
+            if case.precision == "autocast":
+                autocast = torch.autocast(session.device.type, dtype=torch.bfloat16)
+                layer = layer._replace(
+                    output=autocast(layer.output), output_with_kl=autocast(layer.output_with_kl)
+                )
+            output = torch.no_grad()(layer.output)
+            stepper = Stepper(layer, x, torch.randn_like(output(x)), repeat=1)
+            peaks[name] = {"peak_bytes": session.peak_bytes(stepper.step, stepper.clear)}
+            return parts(lambda _: output(x), lambda _: stepper.step(), stepper.clear)
 
-    def peak_bytes(self) -> None:
-        return None
+        return contender
 
+    def bare(count: int) -> Any:
+        def contender(name: str) -> Any:
+            products = [bare_product(case, session.device) for _ in range(count)]
+            peaks[name] = {"peak_bytes": None}
+            return parts(
+                lambda _: [forward() for forward, *_ in products],
+                lambda _: [call() for calls in products for call in calls],
+                nothing,
+            )
 
-def layer_factories(case: Case, x: Tensor, session: Session) -> dict[str, Callable[[], Any]]:
-    def of(build: Callable[..., Layer], *args: Any) -> Callable[[], LayerContender]:
-        return lambda: LayerContender(case, x, build(*args, case, session.device))
+        return contender
 
-    def of_compiled(estimator: str, autotuned: bool = False) -> LayerContender:
-        session.need(45.0 if autotuned else 8.0)
-        return LayerContender(case, x, compiled_formulas(estimator, case, session.device, autotuned))
-
-    factories: dict[str, Callable[[], Any]] = {
+    builds: dict[str, Callable[[str], Any]] = {
         "lrt": of(ours, "lrt"),
         "bbb": of(ours, "bbb"),
         "nn": of(output_alone, "nn"),
-        "bare_lrt": lambda: BareProducts(case, 2, session.device),
-        "bare_bbb": lambda: BareProducts(case, 1, session.device),
+        "bare_lrt": bare(2),
+        "bare_bbb": bare(1),
         "eager_lrt": of(formulas, "lrt"),
         "eager_bbb": of(formulas, "bbb"),
         "bayesian_torch": of(bayesian_torch, "Reparameterization"),
     }
     if case.autotuned:
-        factories = {name: factories[name] for name in ("lrt", "bare_lrt", "eager_lrt")}
-        factories["autotuned_lrt"] = partial(of_compiled, "lrt", autotuned=True)
-    return factories | {f"compiled_{name}": partial(of_compiled, name) for name in case.compiled}
-
-
-def run_layer(case: Case, session: Session) -> dict[str, Any]:
-    """Forward, step and peak memory of every contender for one layer."""
-    torch.manual_seed(0)
-    x = case.input(session.device).requires_grad_()
-    contenders, rows = set_up_all(layer_factories(case, x, session), session)
-    for name, contender in contenders.items():
-        rows[name] = {"peak_bytes": contender.peak_bytes()}
-    timings: dict[str, dict[str, Any]] = {}
-    parts = {f"{name} {kind}": part for name, c in contenders.items() for kind, part in c.parts.items()}
-    measure(parts, timings, session)
-    for label, numbers in timings.items():
-        name, kind = label.split()
-        rows[name][kind] = numbers
-    outputs = case.batch * case.outputs
-    if case.kernel:
-        outputs *= case.output_size**2
+        builds = {name: builds[name] for name in ("lrt", "bare_lrt", "eager_lrt")}
+        builds["autotuned_lrt"] = of(compiled_formulas, "lrt", seconds=45.0, autotuned=True)
+    builds |= {f"compiled_{name}": of(compiled_formulas, name, seconds=8.0) for name in case.compiled}
+    rows = session.measure(
+        {name: partial(build, name) for name, build in builds.items()},
+        lambda times: {part: timing_row([t[part] for t in times]) for part in ("forward", "step")},
+        peaks,
+    )
+    outputs = case.batch * case.outputs * (case.output_size**2 if case.kernel else 1)
     return {
         "precision": case.precision,
         "parameter_bytes": sum(p.nbytes for p in case.layer("nn", "meta").parameters()),
@@ -410,60 +411,30 @@ def run_layer(case: Case, session: Session) -> dict[str, Any]:
 # ---------------------------------------------------------------- models and prediction
 
 
-class Repeated:
-    """A call timed by the wall clock, several in a row."""
-
-    def __init__(self, run: Callable[[], Any], clear: Callable[[], None] = nothing) -> None:
-        self.run, self.clear = run, clear
-        self.calls = 1
-
-    def warm_up(self, session: Session) -> None:
-        session.clock.back_to_back(self.run, 3)
-        one = session.clock.back_to_back(self.run, 2).seconds
-        # 10 ms, so that the synchronisation at the end is a small part.
-        self.calls = 1 if session.smoke else max(1, min(50, math.ceil(0.01 / one)))
-
-    def once(self, session: Session) -> Timing:
-        return session.clock.back_to_back(self.run, self.calls)
-
-    def peak_bytes(self, device: torch.device) -> int | None:
-        return peak_bytes(self.clear, self.run, device)
-
-
-KL_SCALE = 1 / 50_000
-
-
 def model_step(
     net: nn.Module, function: Callable[[Tensor], Any], x: Tensor, target: Tensor
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A training step without the optimizer, and what frees its gradients."""
-
-    def clear() -> None:
-        net.zero_grad(set_to_none=True)
+) -> Callable[[], None]:
+    """A training step without the optimizer."""
 
     def step() -> None:
-        clear()
+        net.zero_grad()
         result = function(x)
-        output, kl = result if isinstance(result, tuple) else (result, None)
-        loss = F.cross_entropy(output, target)
-        if kl is not None:
-            loss = loss + kl * KL_SCALE
-        loss.backward()
+        output, kl = result if isinstance(result, tuple) else (result, 0.0)
+        (F.cross_entropy(output, target) + kl * KL_SCALE).backward()
 
-    return step, clear
+    return step
 
 
-def graphed(step: Callable[[], None], clear: Callable[[], None], session: Session) -> Callable[[], None]:
+def graphed(step: Callable[[], None], net: nn.Module, session: Session) -> Callable[[], None]:
     """The step as a CUDA graph: one launch."""
     if not session.clock.cuda:
         raise SkippedError("CUDA graphs need a GPU")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
+        warmed_up(step, 3)
     torch.cuda.current_stream().wait_stream(side)
-    clear()
+    net.zero_grad()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -472,93 +443,74 @@ def graphed(step: Callable[[], None], clear: Callable[[], None], session: Sessio
 
 def _activation_bytes(net: nn.Module, x: Tensor) -> int:
     """Bytes of all Bayesian layers' outputs."""
-    total = 0
-
-    def count(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        nonlocal total
-        total += output.nbytes
-
-    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, BayesianLayer)]
+    sizes: list[int] = []
+    for layer in net.modules():
+        if isinstance(layer, BayesianLayer):
+            layer.register_forward_hook(lambda _layer, _inputs, output: sizes.append(output.nbytes))
     with torch.no_grad():
         net(x)
-    for hook in hooks:
-        hook.remove()
-    return total
+    return sum(sizes)
+
+
+# By variant: the contenders.
+MODEL_CONTENDERS = {
+    "": ("lrt", "bbb", "nn", "eager_lrt", "eager_bbb"),
+    "CUDA graphs": ("lrt", "bbb", "nn"),
+    "compiled": ("lrt", "eager_lrt", "compiled_lrt"),
+}
 
 
 def run_model(case: ModelCase, session: Session) -> dict[str, Any]:
     """A model's training step under each estimator, as point model, and with the formulas."""
     torch.manual_seed(0)
-    device = session.device
+    device, graphs = session.device, case.variant == "CUDA graphs"
     x = case.input(device)
     target = torch.randint(10, (case.batch,), device=device)
-    sizes = {
-        "parameter_bytes": sum(p.nbytes for p in case.model("nn", "meta").parameters()),
-        "output_bytes": _activation_bytes(case.model("lrt", device), x),
-    }
+    peaks: dict[str, dict[str, Any]] = {}
+    # A graph reads the parameters where they lie: models live as long as the row.
+    nets: dict[str, nn.Module] = {}
 
-    def plain(name: str, compile: bool = False) -> Repeated:
+    def contender(name: str) -> Timed:
+        compile = name.startswith("compiled_")
         if compile:
             session.need(40.0)
-        net = case.model(name, device)
-        function = getattr(net, "output_with_kl", net)
-        return Repeated(*model_step(net, compiled(function) if compile else function, x, target))
-
-    def graph(name: str) -> Repeated:
-        net = case.model(name, device)
-        step, clear = model_step(net, net, x, target)
-        # A graph reads the parameters where they lie: clear keeps the model alive beside it.
-        return Repeated(graphed(step, clear, session), clear)
-
-    graphs = case.variant == "CUDA graphs"
-    if graphs:
-        names: tuple[str, ...] = ("lrt", "bbb", "nn")
-    elif case.variant == "compiled":
-        names = ("lrt", "eager_lrt")
-    else:
-        names = ("lrt", "bbb", "nn", "eager_lrt", "eager_bbb")
-    factories = {name: partial(graph if graphs else plain, name) for name in names}
-    if case.variant == "compiled":
-        factories["compiled_lrt"] = partial(plain, "eager_lrt", compile=True)
-    contenders, rows = set_up_all(factories, session)
-    for name, contender in contenders.items():
+        net = nets[name] = case.model(name.replace("compiled_", "eager_"), device)
+        function = net if graphs else getattr(net, "output_with_kl", net)
+        step = model_step(net, compiled(function) if compile else function, x, target)
+        if graphs:
+            step = graphed(step, net, session)
+        once = session.in_a_row(step)
         # A graph's memory is its own, taken at its capture.
-        rows[name] = {"peak_bytes": None if graphs else contender.peak_bytes(device)}
-    measure(contenders, rows, session)
-    return {**sizes, "contenders": rows}
+        peaks[name] = {"peak_bytes": None if graphs else session.peak_bytes(step, net.zero_grad)}
+        return once
+
+    names = MODEL_CONTENDERS[case.variant]
+    return {
+        "parameter_bytes": sum(p.nbytes for p in case.model("nn", "meta").parameters()),
+        "output_bytes": _activation_bytes(case.model("lrt", device), x),
+        "contenders": session.measure({n: partial(contender, n) for n in names}, timing_row, peaks),
+    }
 
 
-def run_predict(size: int, batch: int, samples: int, session: Session) -> dict[str, Any]:
+def run_predict(case: Case | ModelCase, samples: int, session: Session) -> dict[str, Any]:
     """``bbb_fast.predict`` against loops over eager forwards, with either estimator's formulas.
 
-    Of 3Conv3FC (LRT layers), or of a BBB linear layer of ``size``.
+    Of a BBB linear layer, or of a model with LRT layers.
     """
     torch.manual_seed(0)
-    case = Case("", size, size, batch) if size else model_cases(batch)[-1]
-    build = case.layer if isinstance(case, Case) else case.model
+    own, build = ("bbb", case.layer) if isinstance(case, Case) else ("lrt", case.model)
     x = case.input(session.device)
 
-    def predict() -> Repeated:
-        net = build("bbb" if size else "lrt", session.device)
-        return Repeated(lambda: bbb_fast.predict(net, x, samples=samples))
+    def predict() -> Timed:
+        net = build(own, session.device)
+        return session.in_a_row(lambda: bbb_fast.predict(net, x, samples=samples))
 
-    def loop(name: str) -> Repeated:
+    def loop(name: str) -> Timed:
         net = build(name, session.device)
-
-        def run() -> None:
-            with torch.no_grad():
-                torch.stack([net(x) for _ in range(samples)])
-
-        return Repeated(run)
+        return session.in_a_row(torch.no_grad()(lambda: torch.stack([net(x) for _ in range(samples)])))
 
     loops = {name: partial(loop, name) for name in ("eager_lrt", "eager_bbb")}
-    contenders, rows = set_up_all({"ours": predict, **loops}, session)
-    measure(contenders, rows, session)
-    return {"group": predicted(size, batch), "samples": samples, "contenders": rows}
-
-
-def predicted(size: int, batch: int) -> str:
-    return f"{f'BBBLinear {size}x{size}' if size else 'BBB3Conv3FC'}, batch {batch}"
+    return {"samples": samples, "contenders": session.measure({"ours": predict, **loops}, timing_row)}
 
 
 # ---------------------------------------------------------------- the table of rows
@@ -568,11 +520,8 @@ def jobs(session: Session) -> list[Job]:
     """Everything, the most important first."""
 
     def kernels(count: int, compile: bool, table: Sequence[Kernel] = KERNELS) -> list[Job]:
-        name = f"{count:,} elements"
-        return [
-            Job("kernels", f"{k.name}, {name}", partial(run_kernel, k, count, compile, session))
-            for k in table
-        ]
+        run = partial(run_kernel, count=count, compile=compile, session=session)
+        return [Job("kernels", f"{k.name}, {count:,} elements", partial(run, k)) for k in table]
 
     def layers(cases: Sequence[Case], note: str = "") -> list[Job]:
         return [Job("layers", case.name + note, partial(run_layer, case, session)) for case in cases]
@@ -581,14 +530,14 @@ def jobs(session: Session) -> list[Job]:
         cases = [replace(case, variant=variant) for case in cases]
         return [Job("models", case.name, partial(run_model, case, session)) for case in cases]
 
-    def predictions(batches: Sequence[int], samples: Sequence[int], linear: int) -> list[Job]:
+    def predictions(batches: Sequence[int], samples: Sequence[int], width: int) -> list[Job]:
+        cases: list[tuple[str, Case | ModelCase]] = [
+            *((f"BBB3Conv3FC, batch {n}", model_cases(n)[-1]) for n in batches),
+            *((f"BBBLinear {width}x{width}, batch {n}", Case("", width, width, n)) for n in batches),
+        ]
         return [
-            Job(
-                "predict",
-                f"predict, {predicted(size, n)}, {k} draws",
-                partial(run_predict, size, n, k, session),
-            )
-            for size, n, k in product((0, linear), batches, samples)
+            Job("predict", f"predict, {name}, {k} draws", partial(run_predict, case, k, session))
+            for (name, case), k in product(cases, samples)
         ]
 
     if session.smoke:
@@ -639,7 +588,7 @@ def run_all(
             error.__traceback__ = None
         row.pop("skipped")
         row |= {**measured, "wall_seconds": round(time.perf_counter() - begin, 2)}
-        free(session)
+        session.free()
         save()
         now = time.strftime("%H:%M:%S")
         print(f"{now} {job.case}: {row['wall_seconds']} s", file=sys.stderr, flush=True)
@@ -651,12 +600,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs every path, measures nothing")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds for everything (default 420)")
     parser.add_argument("--case", default="", help="only the rows whose name contains this")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("build/gpu.json"),
-        help="JSON file (default build/gpu.json); the table beside",
-    )
+    parser.add_argument("--out", type=Path, default="build/gpu.json", help="JSON file; the table goes beside")
     args = parser.parse_args()
     start = time.perf_counter()
     device = torch.device(args.device)
@@ -672,16 +616,13 @@ def main() -> int:
     session = Session(device, Clock(device), start + args.budget, args.smoke)
     table = [job for job in jobs(session) if args.case in job.case]
     rows = [{"case": job.case, "skipped": "not reached"} for job in table]
-    sections: dict[str, list[Any]] = {"kernels": [], "layers": [], "models": [], "predict": []}
-    for job, row in zip(table, rows, strict=True):
-        sections[job.section].append(row)
     result: dict[str, Any] = {
         "provenance": provenance() | ({"gpu": gpu(device)} if device.type == "cuda" else {}),
         "smoke": args.smoke,
         "native": use_native(device),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "method": METHOD,
-        **sections,
+        "method": __doc__,
+        **{name: [r for j, r in zip(table, rows, strict=True) if j.section == name] for name in ROW_SECONDS},
     }
 
     def save() -> None:
@@ -691,7 +632,7 @@ def main() -> int:
 
     result["copy"] = measure_copy(session)
     result["products"] = measure_products(session)
-    free(session)
+    session.free()
     save()
     run_all(table, rows, session, save)
     result["wall_seconds"] = round(time.perf_counter() - start, 1)

@@ -25,17 +25,18 @@ SECTIONS = {
     "predict": (Number("predict, us", "median_us", 1, ".0f"),),
 }
 PARTS = {"forward": "forward.median_us", "step": "step.median_us"}
+# (By how much, what): the cases that a target is about.
+Judged = list[tuple[float, str]]
 
 
 def _over(row: Mapping[str, Any], mine: str, theirs: str, path: str = "median_us") -> float | None:
     """The time of one contender over that of another; None if either was not measured."""
-    number = Number("", path)
-    a, b = (number.of(row.get("contenders", {}).get(name)) for name in (mine, theirs))
+    a, b = (Number("", path).of(row.get("contenders", {}).get(name)) for name in (mine, theirs))
     return a / b if a and b else None
 
 
 def _against_compiled(result: Mapping[str, Any]) -> Iterator[tuple[float | None, str]]:
-    """(ours over torch.compile's, what) for everything."""
+    """Ours over torch.compile's, for everything."""
     for row in result["kernels"]:
         yield _over(row, "ours", "compiled"), row["case"]
     for row in result["models"]:
@@ -49,7 +50,7 @@ def _against_compiled(result: Mapping[str, Any]) -> Iterator[tuple[float | None,
 
 
 def _memory_excess(row: Mapping[str, Any]) -> float | None:
-    """Bytes of an LRT step's peak above what it may take; both peaks are above the resident tensors.
+    """MiB of an LRT step's peak above what it may take; both peaks are above the resident tensors.
 
     The target, with the resident parameters counted: torch.nn's peak + the Bayesian parameters (mu and rho) +
     an output for each LRT layer. The Bayesian model holds one set of parameters more to begin with, which
@@ -58,71 +59,65 @@ def _memory_excess(row: Mapping[str, Any]) -> float | None:
     mine, plain = (row.get("contenders", {}).get(name, {}).get("peak_bytes") for name in ("lrt", "nn"))
     if mine is None or plain is None:
         return None
-    return mine - (plain + row["parameter_bytes"] + row["output_bytes"])
+    return (mine - (plain + row["parameter_bytes"] + row["output_bytes"])) / 2**20
 
 
 def targets(result: Mapping[str, Any], smoke: bool) -> list[dict[str, Any]]:
     """Each numeric target: what was wanted, what was measured, and whether it is met."""
     found: list[dict[str, Any]] = []
 
-    def add(target: str, misses: list[str] | None, measured: str) -> None:
-        """``misses``: those of the cases that miss it; None where there are no cases."""
-        verdict = "not measured" if misses is None else "missed" if misses else "met"
-        if misses:
-            measured += f", missed in {len(misses)}: " + "; ".join(misses[:4])
+    def add(target: str, judged: Judged, missed: Judged, shown: str, measured: str) -> None:
+        verdict = ("missed" if missed else "met") if judged else "not measured"
+        if missed:
+            texts = [shown.format(number, case) for number, case in missed[:4]]
+            measured += f", missed in {len(missed)}: {'; '.join(texts)}"
         found.append({"target": target, "verdict": verdict, "measured": measured})
 
+    def known(pairs: Iterator[tuple[float | None, str]]) -> Judged:
+        return [(number, case) for number, case in pairs if number is not None]
+
     count = max((row["elements"] for row in result["kernels"] if "elements" in row), default=0)
-    shares = sorted(
-        (share, row["kernel"])
-        for row in result["kernels"]
-        if row.get("elements") == count
-        and (share := row["contenders"]["ours"].get("of_copy_bandwidth")) is not None
-    )
-    low = [f"{name} {100 * share:.0f} %" for share, name in shares if share < 0.8]
-    size = f", {count:,} elements" if count else ""
-    target = f"every parameter kernel >= 80 % of copy bandwidth{size}"
-    add(target, low if shares else None, f"{len(shares)} kernels")
+    largest = [row for row in result["kernels"] if row.get("elements") == count]
+    share = Number("", "of_copy_bandwidth", 0.01)
+    shares = sorted(known((share.of(row["contenders"]["ours"]), row["kernel"]) for row in largest))
+    target = "every parameter kernel >= 80 % of copy bandwidth" + (f", {count:,} elements" if count else "")
+    add(target, shares, [s for s in shares if s[0] < 80], "{1} {0:.0f} %", f"{len(shares)} kernels")
 
     name = "linear 32x32" if smoke else "linear 4096x4096, batch 4096"
     square = [
-        row for row in result["layers"] if row["case"].startswith(name) and "autotune" not in row["case"]
+        row
+        for row in result["layers"]
+        if row["case"].startswith(name)
+        and "autotune" not in row["case"]
+        and row.get("precision", "float32") != "float32"
     ]
-    square = [row for row in square if row.get("precision", "float32") != "float32"]
     for part, limit, products in (("forward", 1.15, "two"), ("step", 1.25, "six")):
-        overs = [(_over(row, "lrt", "bare_lrt", PARTS[part]), PRECISIONS[row["precision"]]) for row in square]
-        known = {text: f"{over:.2f} ({text})" for over, text in overs if over is not None}
-        missed = [known[text] for over, text in overs if over is not None and over > limit]
+        over = known((_over(r, "lrt", "bare_lrt", PARTS[part]), PRECISIONS[r["precision"]]) for r in square)
         target = f"LRT linear 4096^3 bf16, {part} <= {limit} x its {products} bare products"
-        add(target, missed if known else None, ", ".join(known.values()))
+        measured = ", ".join(f"{number:.2f} ({case})" for number, case in over)
+        add(target, over, [o for o in over if o[0] > limit], "{:.2f} ({})", measured)
 
-    rivals = sorted(((r, case) for r, case in _against_compiled(result) if r is not None), reverse=True)
-    slower = [f"{case} {r:.2f}" for r, case in rivals if r >= 1]
+    rivals = sorted(known(_against_compiled(result)), reverse=True)
     target = "faster than torch.compile of the formulas in every case"
-    add(target, slower if rivals else None, f"{len(rivals)} comparisons")
+    add(target, rivals, [r for r in rivals if r[0] >= 1], "{1} {0:.2f}", f"{len(rivals)} comparisons")
 
-    rows = [(_memory_excess(row), row["case"]) for row in (*result["layers"], *result["models"])]
-    excess = sorted(((over, case) for over, case in rows if over is not None), reverse=True)
-    above = [f"{case} by {over / 2**20:.1f} MiB" for over, case in excess if over > 0]
+    rows = (*result["layers"], *result["models"])
+    excess = sorted(known((_memory_excess(row), row["case"]) for row in rows), reverse=True)
     target = "LRT step's peak memory <= torch.nn's + parameters + one output a layer"
-    add(target, above if excess else None, f"{len(excess)} cases")
+    add(target, excess, [e for e in excess if e[0] > 0], "{1} by {0:.1f} MiB", f"{len(excess)} cases")
     return found
 
 
 def _failures(result: Mapping[str, Any]) -> list[str]:
-    failed, skipped, left_out = [], 0, 0
-    for row in (row for section in SECTIONS for row in result[section]):
-        skipped += "skipped" in row
-        if "error" in row:
-            failed.append(f"{row['case']}: {row['error'][:90]}")
-        for name, numbers in row.get("contenders", {}).items():
-            parts = (numbers, *(numbers.get(part, {}) for part in PARTS))
-            error = next((part["error"] for part in parts if "error" in part), "")
-            left_out += error.startswith("skipped")
-            if error and not error.startswith("skipped"):
-                failed.append(f"{row['case']}, {name}: {error[:90]}")
+    rows = [row for section in SECTIONS for row in result[section]]
+    errors = {row["case"]: row["error"] for row in rows if "error" in row}
+    for row in rows:
+        contenders = row.get("contenders", {}).items()
+        errors |= {f"{row['case']}, {name}": c["error"] for name, c in contenders if "error" in c}
+    failed = {what: error for what, error in errors.items() if not error.startswith("skipped")}
+    skipped, left_out = sum("skipped" in row for row in rows), len(errors) - len(failed)
     counts = f"rows skipped: {skipped}; contenders left out: {left_out}; failures: {len(failed)}"
-    return [counts, *(f"  {line}" for line in failed[:10])]
+    return [counts, *(f"  {what}: {error[:90]}" for what, error in list(failed.items())[:10])]
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -145,12 +140,5 @@ def page(result: Mapping[str, Any]) -> str:
         tables = [pivot(rows, number) for number in numbers]
         parts += [table.text() for table in tables if len(table.columns) > 1]
     parts.append("\n".join(_failures(result)))
-    parts.append(
-        "\n".join(
-            [
-                "targets",
-                *(f"  {t['verdict']:12} {t['target']}\n{'':17}{t['measured']}" for t in result["targets"]),
-            ]
-        )
-    )
-    return "\n\n".join(parts) + "\n"
+    lines = (f"  {t['verdict']:12} {t['target']}\n{'':17}{t['measured']}" for t in result["targets"])
+    return "\n\n".join([*parts, "\n".join(["targets", *lines])]) + "\n"

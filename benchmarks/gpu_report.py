@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,14 @@ WORKERS = 12
 
 @dataclass
 class Stage:
-    """A command with a time limit, its output in a file."""
+    """A command with a time limit, its output in a file; ``read`` finds in the output what to keep of it."""
 
     name: str
     command: list[str]
     limit: float
     log: Path
     environment: dict[str, str] = field(default_factory=dict)
-    status: str = "not run"  # then: passed, failed, timed out
-    seconds: float = 0.0
+    read: Callable[[str], dict[str, Any]] = lambda text: {}
 
     def start(self) -> subprocess.Popen[bytes]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -65,38 +65,37 @@ class Stage:
                 limited, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
 
-    def end(self, code: int, seconds: float) -> None:
-        out_of_time = code in (124, 137, -signal.SIGKILL)
-        self.status = "timed out" if out_of_time else ("failed" if code else "passed")
-        self.seconds = round(seconds, 1)
-        say(f"{self.name}: {self.status} after {self.seconds:.0f} s")
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
-
-    def record(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"status": self.status, "seconds": self.seconds}
-        if self.status != "passed":
-            found["last_lines"] = [line[:200] for line in self.text().splitlines()[-8:]]
+    def record(self, code: int, seconds: float) -> dict[str, Any]:
+        """What became of it."""
+        status = "timed out" if code in (124, 137, -signal.SIGKILL) else "failed" if code else "passed"
+        text = self.log.read_text(errors="replace")
+        found = {"status": status, "seconds": round(seconds, 1), **self.read(text)}
+        if found["status"] == "passed" and found.get("errors", 0) != 0:
+            found["status"] = "failed"
+        if found["status"] != "passed":
+            found["last_lines"] = [line[:200] for line in text.splitlines()[-8:]]
+        say(f"{self.name}: {found['status']} after {seconds:.0f} s")
         return found
 
 
-def run_side_by_side(stages: list[Stage]) -> None:
-    """Runs the stages at once and waits for all of them."""
+def run_side_by_side(stages: list[Stage]) -> dict[str, dict[str, Any]]:
+    """Runs the stages at once and waits for all of them; returns their records, by name."""
     begun = time.monotonic()
-    processes = [stage.start() for stage in stages]
-    running = dict(zip(processes, stages, strict=True))
+    processes = {stage.name: stage.start() for stage in stages}
+    found: dict[str, dict[str, Any]] = {}
     try:
-        while running:
+        while len(found) < len(stages):
             time.sleep(0.2)
-            for process in list(running):
-                if (code := process.poll()) is not None:
-                    running.pop(process).end(code, time.monotonic() - begun)
+            for stage in stages:
+                code = processes[stage.name].poll()
+                if code is not None and stage.name not in found:
+                    found[stage.name] = stage.record(code, time.monotonic() - begun)
     finally:
         # Children may outlive the leader of their group, which is timeout.
-        for process in processes:
+        for process in processes.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+    return {stage.name: found[stage.name] for stage in stages}
 
 
 def say(text: str) -> None:
@@ -154,102 +153,96 @@ def build_stage(facts: dict[str, Any], limit: float, work: Path) -> Stage:
     return Stage("build", command, limit, work / "build.log", environment)
 
 
-def test_stage(device: str, smoke: bool, limit: float, work: Path) -> tuple[Stage, list[str]]:
-    """The tests, and those of the list that are not there."""
+def test_stage(device: str, smoke: bool, limit: float, work: Path) -> Stage:
     files = [f"python_tests/test_{name}.py" for name in (SMOKE_TESTS if smoke else TESTS)]
-    missing = [name for name in files if not (ROOT / name).exists()]
-    command = [sys.executable, "-m", "pytest", *(f for f in files if f not in missing), "--device", device]
     # One line a test: if the run is stopped, what it got to is known.
-    command += ["-vv", "-rfEs", "--tb=short", "-m", "not slow"]
-    command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command = [sys.executable, "-m", "pytest", *files, "--device", device, "-vv", "-rfEs", "--tb=short"]
+    command += ["-m", "not slow", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-    return Stage("tests", command, limit, work / "tests.log"), missing
+    return Stage("tests", command, limit, work / "tests.log", read=what_tests_said)
 
 
-def test_record(stage: Stage, missing: list[str]) -> dict[str, Any]:
+def what_tests_said(text: str) -> dict[str, Any]:
     """Counts by outcome, the names of what failed, and the summary line if the run got that far."""
-    text = stage.text()
     words = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
     outcomes = dict(re.findall(rf"^(\S+::.*?) ({words})\b", text, re.MULTILINE))
-    # With several processes the outcome comes first.
-    by_worker = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({words}) (\S+::.*?) *$", text, re.MULTILINE)
-    outcomes |= {name: outcome for outcome, name in by_worker}
-    # The summary at the end; a file that could not be collected stands here only.
-    for outcome, name in re.findall(r"^(FAILED|ERROR) (python_tests/.*?)(?: - .*)?$", text, re.MULTILINE):
-        outcomes[name] = outcome
+    # With several processes the outcome comes first; so it does in the summary at the end, where alone a file
+    # that could not be collected stands.
+    for pattern in (
+        rf"\[gw\d+\] \[ *\d+%\] ({words}) (\S+::.*?) *",
+        r"(FAILED|ERROR) (python_tests/.*?)(?: - .*)?",
+    ):
+        outcomes |= {name: outcome for outcome, name in re.findall(f"^{pattern}$", text, re.MULTILINE)}
     kinds = "passed|failed|skipped|error|deselected"
     summary = re.findall(rf"^=* ?(\d+ (?:{kinds})[^=]*?) ?=*$", text, re.MULTILINE)
     return {
-        **stage.record(),
         "counts": Counter(outcome.lower() for outcome in outcomes.values()),
         "summary": summary[-1].strip() if summary else None,
         "failures": [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")],
-        "missing_files": missing,
     }
 
 
 def sanitizer_stages(tool: str | None, device: str, limit: float, work: Path) -> list[Stage]:
     """memcheck and racecheck; without compute-sanitizer the same program alone, to see that it runs."""
-    program = [sys.executable, "benchmarks/sanitize.py", "--device", device]
+    program = [sys.executable, "python_tests/sanitize.py", "--device", device]
     if tool is None:
-        return [Stage("ops", program, limit, work / "ops.log")]
+        return [Stage("ops", program, limit, work / "ops.log", read=how_many_cases)]
     # Our kernels alone: their mangled names hold the namespace.
     options = ["--kernel-name", "kns=bbb_fast", "--target-processes", "application-only"]
     options += ["--launch-timeout", "60", "--show-backtrace", "device", "--error-exitcode", "9"]
-    # torch probes for features with calls that may fail; only what kernels do counts here.
-    memcheck = [tool, "--tool", "memcheck", *options, "--report-api-errors", "no", *program]
-    # racecheck is slow, and what it looks for does not depend on how a tensor ends.
-    racecheck = [tool, "--tool", "racecheck", *options, *program, "--sizes", "5", "4097", "20011"]
+    commands = {
+        # torch probes for features with calls that may fail; only what kernels do counts here.
+        "memcheck": [tool, "--tool", "memcheck", *options, "--report-api-errors", "no", *program],
+        # racecheck is slow, and what it looks for does not depend on how a tensor ends.
+        "racecheck": [tool, "--tool", "racecheck", *options, *program, "--sizes", "5", "4097", "20011"],
+    }
     # Without torch's cache each tensor is an allocation of its own, whose end memcheck knows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Stage(name, command, limit, work / f"{name}.log", environment)
-        for name, command in (("memcheck", memcheck), ("racecheck", racecheck))
+        Stage(name, command, limit, work / f"{name}.log", environment, what_sanitizers_said)
+        for name, command in commands.items()
     ]
 
 
-def sanitizer_record(stage: Stage) -> dict[str, Any]:
-    text = stage.text()
-    found = stage.record()
-    errors = re.findall(r"ERROR SUMMARY: (\d+) error", text)
-    hazards = re.findall(r"RACECHECK SUMMARY: (\d+) hazard[^(]*\((\d+) error\S*, (\d+) warning", text)
-    if errors:
+def how_many_cases(text: str) -> dict[str, Any]:
+    cases = re.findall(r"^sanitize: (\d+) cases", text, re.MULTILINE)
+    return {"cases": int(cases[-1])} if cases else {}
+
+
+def what_sanitizers_said(text: str) -> dict[str, Any]:
+    """``errors`` is None where a sanitizer came to no end."""
+    found: dict[str, Any] = {"errors": None, **how_many_cases(text)}
+    if errors := re.findall(r"ERROR SUMMARY: (\d+) error", text):
         found["errors"] = int(errors[-1])
+    hazards = re.findall(r"RACECHECK SUMMARY: (\d+) hazard[^(]*\((\d+) error\S*, (\d+) warning", text)
     if hazards:
         found |= dict(zip(("hazards", "errors", "warnings"), map(int, hazards[-1]), strict=True))
     if "Device not supported" in text:
         found |= {"status": "not available", "reason": "compute-sanitizer: device not supported here"}
-    elif stage.status == "passed" and found.get("errors") != 0 and stage.name != "ops":
-        found["status"] = "failed"
     if report := re.findall(r"^========= *((?!COMPUTE-SANITIZER)\S.*)$", text, re.MULTILINE):
         # What was found first, and where.
         found["report"] = [line[:200] for line in report[:12]]
-    if cases := re.findall(r"^sanitize: (\d+) cases", text, re.MULTILINE):
-        found["cases"] = int(cases[-1])
     return found
 
 
 def summary_lines(stages: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["stages"]
     for name, stage in stages.items():
-        notes = []
-        if stage.get("summary"):
-            notes.append(stage["summary"])
-        elif stage.get("counts"):
-            notes.append(", ".join(f"{n} {what}" for what, n in stage["counts"].items()))
-        for key in ("errors", "hazards", "warnings", "cases", "reason"):
-            if key in stage:
-                notes.append(f"{key} {stage[key]}")
-        if stage.get("missing_files"):
-            notes.append(f"not there: {', '.join(stage['missing_files'])}")
-        lines.append(f"  {name:10} {stage['status']:14} {stage.get('seconds', 0):6.1f} s  {'; '.join(notes)}")
-        lines += [f"    {failure[:105]}" for failure in stage.get("failures", [])[:12]]
-        if len(stage.get("failures", [])) > 12:
-            lines.append(f"    ... and {len(stage['failures']) - 12} more")
-        if stage["status"] in ("failed", "timed out") and not stage.get("failures"):
-            shown = stage["report"][:6] if "report" in stage else stage.get("last_lines", [])[-4:]
-            lines += [f"    | {line[:105]}" for line in shown]
+        failures = stage.get("failures", [])
+        counts = ", ".join(f"{n} {what}" for what, n in stage.get("counts", {}).items())
+        notes = [stage.get("summary") or counts]
+        notes += [
+            f"{key} {stage[key]}"
+            for key in ("errors", "hazards", "warnings", "cases", "reason")
+            if stage.get(key) is not None
+        ]
+        noted = "; ".join(filter(None, notes))
+        lines.append(f"  {name:10} {stage['status']:14} {stage.get('seconds', 0):6.1f} s  {noted}")
+        shown = failures[:12] + ([f"... and {len(failures) - 12} more"] if len(failures) > 12 else [])
+        if stage["status"] in ("failed", "timed out") and not failures:
+            shown = [f"| {line}" for line in stage.get("report", [])[:6] or stage["last_lines"][-4:]]
+        lines += [f"    {line[:107]}" for line in shown]
     return lines
 
 
@@ -275,34 +268,26 @@ def main() -> int:
 
     facts = device_facts(args.device)
     say(f"{facts['name']}: {args.budget:.0f} s at most; logs in {work}")
-    stages: dict[str, dict[str, Any]] = {}
-    if args.no_build:
-        stages["build"] = {"status": "skipped", "reason": "--no-build"}
-    else:
-        build = build_stage(facts, limit("build"), work)
-        run_side_by_side([build])
-        stages["build"] = build.record()
+    stages: dict[str, dict[str, Any]] = {"build": {"status": "skipped", "reason": "--no-build"}}
+    if not args.no_build:
+        stages = run_side_by_side([build_stage(facts, limit("build"), work)])
     if reason := why_not_native(args.device):
         # What the reference path takes is not what anyone came here for.
         raise SystemExit(f"gpu_report: the kernels do not run here: {reason}; see {work / 'build.log'}")
 
     tool = sanitizer() if args.device == "cuda" else None
-    tests, missing = test_stage(args.device, args.smoke, limit("tests"), work)
-    checks = sanitizer_stages(tool, args.device, limit("sanitizers"), work)
-    run_side_by_side([tests, *checks])
-    stages["tests"] = test_record(tests, missing)
     if tool is None:
         reason = "compute-sanitizer was not found" if args.device == "cuda" else "no GPU"
         stages |= {name: {"status": "not available", "reason": reason} for name in ("memcheck", "racecheck")}
-    stages |= {stage.name: sanitizer_record(stage) for stage in checks}
+    tests = test_stage(args.device, args.smoke, limit("tests"), work)
+    checks = sanitizer_stages(tool, args.device, limit("sanitizers"), work)
+    stages |= run_side_by_side([tests, *checks])
 
     measured = work / "gpu.json"
     measured.unlink(missing_ok=True)
     command = [sys.executable, "benchmarks/gpu.py", "--device", args.device, "--out", str(measured)]
     command += ["--budget", f"{max(limit('benchmark') - 12, 1):.0f}"] + (["--smoke"] if args.smoke else [])
-    benchmark = Stage("benchmark", command, limit("benchmark"), work / "gpu.log")
-    run_side_by_side([benchmark])
-    stages["benchmark"] = benchmark.record()
+    stages |= run_side_by_side([Stage("benchmark", command, limit("benchmark"), work / "gpu.log")])
 
     # Written after every row: also there when the benchmark was stopped.
     result = json.loads(measured.read_text()) if measured.exists() else {}
@@ -315,8 +300,10 @@ def main() -> int:
     print("\n".join(summary_lines(stages)))
     print(f"wrote {path} after {time.monotonic() - start:.0f} s")
     # The benchmark may run out of time: it says itself what it has not measured.
-    bad = {name for name, stage in stages.items() if stage["status"] in ("failed", "timed out")}
-    return int(bool(bad - ({"benchmark"} if benchmark.status == "timed out" else set())))
+    bad = {"failed", "timed out"}
+    return int(
+        any(s["status"] in bad - ({"timed out"} if n == "benchmark" else set()) for n, s in stages.items())
+    )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import eager
 import torch
 from cases import CASES, Case
-from harness import Job, clock, interleaved_for, ratio, set_up, summary
+from harness import Effort, Errors, Job, clock, contest, ratio, summary, warmed_up
 from rivals import CONTENDERS, Layer, compiled
 from torch import Tensor
 
@@ -51,16 +51,6 @@ class Times(NamedTuple):
 
 
 Wrap = Callable[[str, Callable[[], Times]], Callable[[], Times]]
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure: rounds go on to ``rounds`` or, after ``least``, until ``seconds`` are over."""
-
-    rounds: int = 100
-    seconds: float = 15.0
-    least: int = 6
-    warmup: int = 2
 
 
 QUICK = Effort(rounds=3, seconds=1.0, least=2, warmup=1)
@@ -194,34 +184,38 @@ def run_case(
     plain = case.layer("nn")
     with torch.no_grad():
         g = torch.randn_like(plain(x))
+    memory: dict[str, dict[str, int]] = {}
 
-    def ready(name: str) -> tuple[Stepper, dict[str, int]]:
+    def ready(name: str) -> Callable[[], Times]:
         stepper = Stepper(CONTENDERS[name].build(case), x, g, case.repeat)
-        for _ in range(effort.warmup):
-            stepper.timed()
-        return stepper, stepper.memory()
+        warmed_up(stepper.timed, effort.warmup)
+        memory[name] = stepper.memory()
+        return wrap(name, stepper.timed)
 
     names = [n for n in dict.fromkeys(("nn", *contenders)) if case.overhead or not CONTENDERS[n].for_overhead]
-    built, failed = set_up({name: partial(ready, name) for name in names})
-    runs = {name: wrap(name, stepper.timed) for name, (stepper, _) in built.items()}
-    times, errors = interleaved_for(runs, effort.seconds, effort.rounds, effort.least)
-    rows: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if name in failed or name in errors:
-            rows[name] = failed.get(name) or {"error": errors[name]}
-            continue
-        by_part = {part: [getattr(t, part) for t in times[name]] for part in Times._fields}
-        rows[name] = {
-            **built[name][1],
-            **{part: summary(seconds) for part, seconds in by_part.items()},
-            **_over_base(by_part["step"], [t.step for t in times["nn"]]),
-        }
+    times, errors = contest({name: partial(ready, name) for name in names}, effort)
+    parts = {
+        name: {part: summary([getattr(t, part) for t in found]) for part in Times._fields}
+        for name, found in times.items()
+    }
+    steps = {name: [t.step for t in found] for name, found in times.items()}
+    over = _over_base(steps, "nn", errors)
+    rows = {name: errors.get(name) or {**memory[name], **parts[name], **over[name]} for name in names}
     sizes = {"weight_bytes": plain.weight.nbytes, "output_bytes": g.nbytes}
     return {"case": case.name, "base": "nn", **sizes, "contenders": rows}
 
 
-def _over_base(times: Sequence[float], base: Sequence[float]) -> dict[str, dict[str, float]]:
-    return {"over_base": ratio(times, base), "lower_over_base": ratio(times, base, quantile=0.25)}
+def _over_base(times: Mapping[str, list[float]], base: str, errors: Errors) -> dict[str, dict[str, Any]]:
+    """Raises RuntimeError where the base could not be measured."""
+    if base in errors:
+        raise RuntimeError(f"{base}: {errors[base]}")
+    return {
+        name: {
+            "over_base": ratio(seconds, times[base]),
+            "lower_over_base": ratio(seconds, times[base], quantile=0.25),
+        }
+        for name, seconds in times.items()
+    }
 
 
 @contextlib.contextmanager
@@ -268,19 +262,12 @@ def run_sampling(count: int, effort: Effort) -> dict[str, Any]:
         **_ours_by_instruction_set(lambda: functional.sample_weight(mu, rho, rng, with_kl=True)),
         "compiled": lambda: compiled_draw(mu, rho),
     }
-
-    def ready(draw: Callable[[], Any]) -> Callable[[], float]:
-        for _ in range(effort.warmup + 1):
-            draw()
-        return lambda: clock(draw)
-
-    runs, rows = set_up({name: partial(ready, draw) for name, draw in draws.items()})
-    times, errors = interleaved_for(runs, effort.seconds / 5, 3 * effort.rounds, effort.least)
-    for name, seconds in times.items():
-        if name in errors:
-            rows[name] = {"error": errors[name]}
-        else:
-            rows[name] = {"step": summary(seconds), **_over_base(seconds, times["eager"])}
+    # A draw takes less than a step.
+    more = replace(effort, rounds=3 * effort.rounds, seconds=effort.seconds / 5)
+    ready = {n: partial(warmed_up, partial(clock, draw), effort.warmup + 1) for n, draw in draws.items()}
+    times, errors = contest(ready, more)
+    over = _over_base(times, "eager", errors)
+    rows = {n: errors.get(n) or {"step": summary(times[n]), **over[n]} for n in draws}
     return {"case": sampling_name(count), "count": count, "base": "eager", "contenders": rows}
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import ModelCase, model_cases
-from harness import Job, clock, interleaved_for, ratio, summary
+from harness import Effort, Job, clock, contest, of_all, ratio, summary, warmed_up
 from torch import Tensor, nn
 
 import bbb_fast
@@ -71,23 +71,18 @@ def run_model(case: ModelCase, images: int) -> dict[str, Any]:
     torch.manual_seed(0)
     x, labels = torch.randn(images, case.channels, 32, 32), torch.randint(10, (images,))
     trainers = {name: Trainer(model, x, labels, case.batch) for name, model in case.alike(CONTENDERS).items()}
-    for trainer in trainers.values():
-        for _ in range(WARMUP):
-            trainer.step()
-    rounds = len(trainers["nn"].batches)
-    times, errors = interleaved_for({name: t.step for name, t in trainers.items()}, math.inf, rounds)
-    if errors:
-        raise RuntimeError(f"{case.name}: {errors}")
-    rows: dict[str, dict[str, Any]] = {}
-    for name, seconds in times.items():
-        rows[name] = {
+    epoch = Effort(rounds=len(trainers["nn"].batches), seconds=math.inf)
+    times = of_all(contest({n: partial(warmed_up, t.step, WARMUP) for n, t in trainers.items()}, epoch))
+    rows = {
+        name: {
             "step": summary(seconds),
             "epoch_s": sum(seconds),
             "over_nn": ratio(seconds, times["nn"]),
             "last_loss": trainers[name].loss,
+            **({"eager_over_ours": ratio(times[EAGER[name]], seconds)} if name in EAGER else {}),
         }
-        if name in EAGER:
-            rows[name]["eager_over_ours"] = ratio(times[EAGER[name]], seconds)
+        for name, seconds in times.items()
+    }
     return {"model": case.architecture, "batch": case.batch, "images": images, "contenders": rows}
 
 
@@ -138,15 +133,15 @@ def run_predict(case: ModelCase, images: int, samples: int) -> dict[str, Any]:
         "eager_lrt": loop("eager_lrt"),
         "eager_bbb": loop("eager_bbb"),
     }
-    with torch.no_grad():
-        for draw in draws.values():
-            draw(batches[0][:8])
     predictors = {name: Predictor(draw, batches) for name, draw in draws.items()}
-    times, errors = interleaved_for(
-        {name: p.next_batch for name, p in predictors.items()}, math.inf, len(batches)
-    )
-    if errors:
-        raise RuntimeError(f"{case.name}: {errors}")
+
+    def ready(predictor: Predictor) -> Callable[[], float]:
+        with torch.no_grad():
+            predictor.draw(batches[0][:8])
+        return predictor.next_batch
+
+    whole = Effort(rounds=len(batches), seconds=math.inf)
+    times = of_all(contest({name: partial(ready, p) for name, p in predictors.items()}, whole))
     rows: dict[str, dict[str, Any]] = {}
     for name, seconds in times.items():
         rows[name] = {"batch": summary(seconds), "total_s": sum(seconds)}

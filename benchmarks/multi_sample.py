@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Job, summary, time_in_turn
+from harness import Effort, Job, summary, time_in_turn
 from layers import saved_for_backward
 from torch import Tensor, nn
 
@@ -26,7 +26,8 @@ from bbb_fast.models import BBBLeNet
 
 SAMPLES = 16
 # For each comparison.
-SECONDS = 6.0
+EFFORT = Effort(rounds=200, seconds=6.0, least=5, warmup=1)
+QUICK = Effort(rounds=5, warmup=1)
 ESTIMATORS = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}
 
 
@@ -69,12 +70,12 @@ def steps(model: nn.Module, x: Tensor, samples: int) -> dict[str, Callable[[], N
     return {"loop": loop, "kept": kept, "multi_sample": at_once}
 
 
-def compare(title: str, name: str, samples: int, seconds: float) -> dict[str, Any]:
+def compare(title: str, name: str, samples: int, effort: Effort) -> dict[str, Any]:
     """The three ways under one estimator, and what a model keeps in the last two."""
     make, shape = MODELS[title]
     model, x = make(name), torch.randn(shape)
     own = list(model.parameters())
-    times = time_in_turn(steps(model, x, samples), seconds, 200)
+    times = time_in_turn(steps(model, x, samples), effort)
     medians = {key: summary(t)["median_us"] for key, t in times.items()}
     return {
         "model": title,
@@ -91,7 +92,7 @@ def compare(title: str, name: str, samples: int, seconds: float) -> dict[str, An
     }
 
 
-def passes(samples: int, seconds: float) -> dict[str, Any]:
+def passes(samples: int, effort: Effort) -> dict[str, Any]:
     """Nanoseconds a weight and draw: of one draw, and of all in one call."""
     ops = torch.ops.bbb_fast
     mu, rho = torch.randn(1200, 1200), torch.randn(1200, 1200) - 4
@@ -111,20 +112,20 @@ def passes(samples: int, seconds: float) -> dict[str, Any]:
         "forward": (lambda: draw(rng), samples),
         "backward": (lambda: backward(grads, rng), samples),
     }
-    times = time_in_turn({key: run for key, (run, _) in calls.items()}, seconds, 200)
+    times = time_in_turn({key: run for key, (run, _) in calls.items()}, effort)
     ns = {key: summary(t)["median_us"] * 1e3 / (mu.numel() * calls[key][1]) for key, t in times.items()}
     return {**ns, "one": ns["forward_one"] + ns["backward_one"], "sum": ns["forward"] + ns["backward"]}
 
 
 def all_jobs(quick: bool) -> list[Job]:
     """A row for each model and estimator, and one for the passes."""
-    seconds = 0.0 if quick else SECONDS
+    effort = QUICK if quick else EFFORT
     steps = [
-        Job("steps", f"{title}, {name}", partial(compare, title, name, SAMPLES, seconds))
+        Job("steps", f"{title}, {name}", partial(compare, title, name, SAMPLES, effort))
         for title in MODELS
         for name in ESTIMATORS
     ]
-    return [*steps, Job("passes", "passes", partial(passes, SAMPLES, seconds))]
+    return [*steps, Job("passes", "passes", partial(passes, SAMPLES, effort))]
 
 
 def arrange(result: dict[str, Any]) -> dict[str, Any]:

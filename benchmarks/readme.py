@@ -40,8 +40,6 @@ TABLE = re.compile(
 )
 ESTIMATORS = ("bbb", "lrt", "eager_bbb", "eager_lrt", "compiled_bbb", "compiled_lrt")
 LIBRARIES = ("bayesian_torch", "blitz", "torchbnn")
-SAMPLERS = ("ours_avx512", "ours_avx2", "eager", "compiled")
-OVER_NN = Number("", "over_base.ratio")
 STEP = Number("", "step.median_us")
 
 # The same result, or a part of it, of every machine.
@@ -57,15 +55,12 @@ def side_by_side(runs: Runs, section: str) -> Iterator[Runs]:
     return zip(*(run[section] for run in runs), strict=True)
 
 
-def worst(values: Iterable[float | None], largest: bool) -> float | None:
-    """Of the machines' numbers; for us that is the largest ratio of times, for a rival the smallest."""
-    return (max if largest else min)((v for v in values if v is not None), default=None)
-
-
-def over_nn(tables: Runs, *names: str) -> float | None:
-    """The worst step over torch.nn's, of ours, or of the best of the rivals."""
-    ratios = (OVER_NN.of(t["contenders"].get(name)) for t in tables for name in names)
-    return worst(ratios, largest=names[0].startswith(("bbb", "lrt")))
+def worst(tables: Runs, *names: str, path: str = "over_base.ratio") -> float | None:
+    """The worst that the machines have of these contenders' numbers: of our step over another the largest, of
+    a rival's over ours or over torch.nn's the smallest."""
+    numbers = (Number("", path).of(t["contenders"].get(name)) for t in tables for name in names)
+    largest = names[0].startswith(("bbb", "lrt")) and not path.startswith("eager")
+    return (max if largest else min)((n for n in numbers if n is not None), default=None)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Cell]], form: str = ".2f") -> str:
@@ -78,7 +73,7 @@ def is_small(tables: Runs) -> bool:
 
 def layers_table(runs: Runs) -> str:
     rows = [
-        [tables[0]["case"], *(over_nn(tables, name) for name in ESTIMATORS), over_nn(tables, *LIBRARIES)]
+        [tables[0]["case"], *(worst(tables, name) for name in ESTIMATORS), worst(tables, *LIBRARIES)]
         for tables in side_by_side(runs, "layers")
         if not is_small(tables)  # told apart below
     ]
@@ -87,22 +82,22 @@ def layers_table(runs: Runs) -> str:
 
 def sampling_table(results: Runs) -> str:
     """How many times as fast ours are, each machine's beside its own rivals."""
+    pairs = [(f"ours_{isa}", rival) for isa in ("avx512", "avx2") for rival in ("eager", "compiled")]
     rows: list[list[Cell]] = []
     for runs in side_by_side(results, "runs"):
         for tables in side_by_side(runs, "sampling"):
-            times = [{n: STEP.of(t["contenders"].get(n)) for n in SAMPLERS} for t in tables]
             rows.append([f"{tables[0]['count']:,} weights, {plural(runs[0]['threads'])}"])
-            for ours in SAMPLERS[:2]:
-                for rival in SAMPLERS[2:]:
-                    gains = [t[rival] / t[ours] for t in times if t[rival] and t[ours]]
-                    rows[-1].append(worst(gains, largest=False))
-    names = [f"{rival} over {isa}" for isa in ("AVX-512", "AVX2") for rival in SAMPLERS[2:]]
+            times = [{n: STEP.of(c) for n, c in t["contenders"].items()} for t in tables]
+            for ours, rival in pairs:
+                gains = [t[rival] / t[ours] for t in times if t.get(rival) and t.get(ours)]
+                rows[-1].append(min(gains, default=None))
+    names = [f"{rival} over {isa}" for isa in ("AVX-512", "AVX2") for rival in ("eager", "compiled")]
     return table(["", *names], rows, ".1f")
 
 
 def small_table(runs: Runs) -> str:
-    (tables,) = (tables for tables in side_by_side(runs, "layers") if is_small(tables))
-    rows = [[label(name), over_nn(tables, name)] for name in ("bbb_output", "lrt_output", *ESTIMATORS)]
+    (tables,) = filter(is_small, side_by_side(runs, "layers"))
+    rows = [[label(name), worst(tables, name)] for name in ("bbb_output", "lrt_output", *ESTIMATORS)]
     return (
         f"A small layer ({tables[0]['case']}), where starting the work is most of the time. With the "
         "output alone, backward starts from one result, as torch.nn's does; with the KL, from two.\n\n"
@@ -112,41 +107,33 @@ def small_table(runs: Runs) -> str:
 
 def models_table(results: Runs) -> str:
     runs = [result["runs"][0] for result in results]
-    over, gain = Number("", "over_nn.ratio"), Number("", "eager_over_ours.ratio")
+    columns = {
+        "BBB over torch.nn": ("bbb", "over_nn.ratio"),
+        "LRT over torch.nn": ("lrt", "over_nn.ratio"),
+        "eager BBB over BBB": ("bbb", "eager_over_ours.ratio"),
+        "eager LRT over LRT": ("lrt", "eager_over_ours.ratio"),
+        'eager LRT over LRT with variance_dtype="auto"': ("lrt_auto", "eager_over_ours.ratio"),
+    }
     rows = [
-        [
-            tables[0]["model"],
-            *(worst((over.of(t["contenders"][n]) for t in tables), largest=True) for n in ("bbb", "lrt")),
-            *(
-                worst((gain.of(t["contenders"].get(n)) for t in tables), largest=False)
-                for n in ("bbb", "lrt", "lrt_auto")
-            ),
-        ]
+        [tables[0]["model"], *(worst(tables, name, path=path) for name, path in columns.values())]
         for tables in side_by_side(runs, "models")
     ]
-    head = [
-        "model", "BBB over torch.nn", "LRT over torch.nn", "eager BBB over BBB", "eager LRT over LRT",
-        'eager LRT over LRT with variance_dtype="auto"',
-    ]  # fmt: skip
     return (
         f"A training step of a whole model (batch {runs[0]['models'][0]['batch']}, one channel, Adam), "
-        f"{plural(runs[0]['threads'])}:\n\n" + table(head, rows)
+        f"{plural(runs[0]['threads'])}:\n\n" + table(["model", *columns], rows)
     )
 
 
 def prediction(results: Runs) -> str:
     runs = [result["runs"][-1] for result in results]
     tables = [run["models"][0] for run in runs]
-
-    def gain(rival: str) -> str:
-        seconds = [{name: row["total_s"] for name, row in t["contenders"].items()} for t in tables]
-        return f"{worst((s[rival] / s['ours'] for s in seconds), largest=False):.1f}"
-
+    seconds = [{name: row["total_s"] for name, row in t["contenders"].items()} for t in tables]
+    gains = {rival: min(s[rival] / s["ours"] for s in seconds) for rival in ("eager_lrt", "eager_bbb")}
     first, count = tables[0], plural(runs[0]["threads"])
     return (
         f"`predict`, {first['samples']} draws for {first['images']:,} images with {first['model']}, {count}: "
-        f"{gain('eager_lrt')} times as fast as the usual loop of eager LRT forwards, {gain('eager_bbb')} "
-        "times as one of eager BBB forwards."
+        f"{gains['eager_lrt']:.1f} times as fast as the usual loop of eager LRT forwards, "
+        f"{gains['eager_bbb']:.1f} times as one of eager BBB forwards."
     )
 
 

@@ -10,13 +10,14 @@ beyond torch.nn's (twice torch.nn's under LRT), where that is at least 5 % of th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from cases import Case
-from harness import Job, ratio, summary, time_in_turn
-from layers import Effort, run_case
+from harness import Effort, Job, ratio, summary, time_in_turn
+from layers import run_case
 from torch import Tensor
 
 import bbb_fast
@@ -68,7 +69,7 @@ def run_step(case: Case, effort: Effort) -> dict[str, Any]:
     return with_rates(case, run_case(case, CONTENDERS, effort))
 
 
-def run_draws(case: Case, samples: int, rounds: int) -> dict[str, Any]:
+def run_draws(case: Case, samples: int, effort: Effort) -> dict[str, Any]:
     """``samples`` outputs of one layer; torch.nn's is its one function run as often, the floor."""
     torch.manual_seed(0)
     x = case.input()
@@ -80,7 +81,7 @@ def run_draws(case: Case, samples: int, rounds: int) -> dict[str, Any]:
     runs = {name: loop(name) for name in layers}
     runs["bbb"] = lambda: bbb_fast.predict(layers["bbb"], x, samples=samples)
     with torch.no_grad():
-        times = time_in_turn(runs, EFFORT.seconds, rounds, 3)
+        times = time_in_turn(runs, replace(effort, seconds=EFFORT.seconds, least=3, warmup=1))
     product = 2 * case.batch * case.inputs * case.outputs * samples
     rows = {
         name: {
@@ -110,6 +111,5 @@ def all_jobs(quick: bool) -> list[Job]:
     ]
     case = linear(width, batch)
     return steps + [
-        Job("draws", f"{case.name}, {n} draws", partial(run_draws, case, n, effort.rounds))
-        for n in DRAWS[some]
+        Job("draws", f"{case.name}, {n} draws", partial(run_draws, case, n, effort)) for n in DRAWS[some]
     ]

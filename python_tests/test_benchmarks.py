@@ -37,7 +37,7 @@ from cases import CASES, VARIANTS, Case, model_cases  # noqa: E402
 
 LINEAR = Case("linear 6x5, batch 4", 6, 5, 4)
 CONV = Case("conv 2-3 k3 p1, 5^2, batch 4", 2, 3, 4, kernel=3, padding=1, size=5)
-EFFORT = layers.Effort(rounds=25, seconds=1e9, least=25, warmup=1)
+EFFORT = harness.Effort(rounds=25, seconds=1e9, least=25, warmup=1)
 
 
 def over(ratio: float, spread: float = 0.01) -> dict[str, float]:
@@ -103,13 +103,46 @@ python_tests/test_a.py::test_x[1-2]
 
 
 @pytest.mark.parametrize("text", [OF_ONE_PROCESS, OF_SEVERAL])
-def test_what_tests_said_is_read(tmp_path: Path, text: str) -> None:
-    (tmp_path / "log").write_text(text + "= 1 failed, 1 passed, 1 skipped in 3.21s =\n")
-    stage = gpu_report.Stage("tests", [], 1.0, tmp_path / "log", status="failed")
-    record = gpu_report.test_record(stage, [])
-    assert record["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
-    assert record["failures"] == ["python_tests/test_a.py::test_y"]
-    assert record["summary"] == "1 failed, 1 passed, 1 skipped in 3.21s"
+def test_what_tests_said_is_read(text: str) -> None:
+    found = gpu_report.what_tests_said(text + "= 1 failed, 1 passed, 1 skipped in 3.21s =\n")
+    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert found["failures"] == ["python_tests/test_a.py::test_y"]
+    assert found["summary"] == "1 failed, 1 passed, 1 skipped in 3.21s"
+
+
+def test_the_tests_of_a_report_are_there() -> None:
+    stage = gpu_report.test_stage("cpu", False, 1.0, Path())
+    files = [BENCHMARKS.parent / word for word in stage.command if word.endswith(".py")]
+    assert len(files) > 15
+    assert all(file.exists() for file in files)
+
+
+OF_MEMCHECK = """
+========= COMPUTE-SANITIZER
+sanitize: 2482 cases on cuda, 0 failed
+========= ERROR SUMMARY: 0 errors
+"""
+OF_RACECHECK = """
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at somewhere
+========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)
+"""
+
+
+def test_what_sanitizers_said_is_read(tmp_path: Path) -> None:
+    found = gpu_report.what_sanitizers_said(OF_MEMCHECK)
+    assert (found["errors"], found["cases"]) == (0, 2482)
+    found = gpu_report.what_sanitizers_said(OF_RACECHECK)
+    assert [found[key] for key in ("hazards", "errors", "warnings")] == [3, 1, 2]
+    assert found["report"][0] == "Error: Race reported between Write access at somewhere"
+    # Errors, or no summary at all, fail the stage even where the command ended with 0.
+    for text, status in ((OF_MEMCHECK, "passed"), (OF_RACECHECK, "failed"), ("nothing", "failed")):
+        log = tmp_path / "log"
+        log.write_text(text)
+        stage = gpu_report.Stage("memcheck", [], 1.0, log, read=gpu_report.what_sanitizers_said)
+        assert stage.record(0, 1.0)["status"] == status
+    log.write_text("Device not supported")
+    assert stage.record(1, 1.0)["status"] == "not available"
 
 
 def test_a_report_needs_kernels() -> None:
@@ -121,9 +154,9 @@ def test_a_stage_ends_at_its_limit(tmp_path: Path) -> None:
     commands = {"slow": ["sleep", "60"], "bad": ["sh", "-c", "echo no; exit 3"], "good": ["true"]}
     limits = {"slow": 0.5, "bad": 30.0, "good": 30.0}
     stages = [gpu_report.Stage(n, c, limits[n], tmp_path / n) for n, c in commands.items()]
-    gpu_report.run_side_by_side(stages)
-    assert [stage.status for stage in stages] == ["timed out", "failed", "passed"]
-    assert stages[1].record()["last_lines"] == ["no"]
+    found = gpu_report.run_side_by_side(stages)
+    assert [record["status"] for record in found.values()] == ["timed out", "failed", "passed"]
+    assert found["bad"]["last_lines"] == ["no"]
 
 
 def gpu_result(of_bare: float, nn_peak: int) -> dict[str, Any]:
@@ -195,26 +228,32 @@ def test_quick_runs_leave_the_results_alone() -> None:
     assert harness.out_path(None, "layers", False).parent == harness.RESULTS
 
 
-def test_interleaved_runs_in_turn_and_drops_what_raises() -> None:
+def test_contenders_run_in_turn_and_one_that_raises_drops_out() -> None:
     order: list[str] = []
 
-    def contender(name: str, fails_at: int = 99) -> Callable[[], int]:
+    def contender(name: str, fails_at: int = 99) -> Callable[[], Callable[[], int]]:
         def run() -> int:
             order.append(name)
             if order.count(name) == fails_at:
                 raise ValueError("no more")
             return order.count(name)
 
-        return run
+        return lambda: run
 
-    times, errors = harness.interleaved_for({"a": contender("a"), "b": contender("b", 2)}, 1e9, rounds=3)
+    def left_out() -> Callable[[], int]:
+        raise harness.SkippedError("the time budget")
+
+    made = {"a": contender("a"), "b": contender("b", 2), "c": left_out}
+    times, errors = harness.contest(made, harness.Effort(rounds=3))
     assert order == ["a", "b", "a", "b", "a"]
-    assert times == {"a": [1, 2, 3], "b": [1]}
-    assert errors == {"b": "ValueError: no more"}
+    assert times == {"a": [1, 2, 3]}
+    assert errors == {"b": {"error": "ValueError: no more"}, "c": {"error": "skipped: the time budget"}}
+    with pytest.raises(RuntimeError, match="no more"):
+        harness.of_all((times, errors))
 
 
-def test_interleaved_stops_after_its_time_but_not_before_the_least_rounds() -> None:
-    times, _ = harness.interleaved_for({"a": lambda: 1}, 0.0, rounds=100, least=4)
+def test_rounds_stop_after_their_time_but_not_before_the_least() -> None:
+    times, _ = harness.contest({"a": lambda: lambda: 1}, harness.Effort(rounds=100, seconds=0.0, least=4))
     assert len(times["a"]) == 4
 
 

@@ -1,6 +1,6 @@
 """Runs every op once on small tensors of awkward sizes: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitize.py [--device cuda]
+    compute-sanitizer --tool memcheck python python_tests/sanitize.py [--device cuda]
 
 It checks no numbers (python_tests/ does) and stays with the elementwise ops, but for steps of a linear and of
 a convolution layer: the products of the library are not what is watched. With
