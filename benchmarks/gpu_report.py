@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,15 @@ class Stage:
     name: str
     command: list[str]
     limit: float
-    log: Path
-    environment: dict[str, str] = field(default_factory=dict)
+    work: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
     read: Callable[[str], dict[str, Any]] = lambda text: {}
 
+    @property
+    def log(self) -> Path:
+        return self.work / f"{self.name}.log"
+
     def start(self) -> subprocess.Popen[bytes]:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **self.environment}
         # In a group of its own. SIGINT first, on which pytest still says what failed and why. No limit is 0.
@@ -102,38 +105,35 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
-def ask(program: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program in a process of its own: no memory of the GPU stays here, and no bug there ends this."""
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+# Printed as JSON: the GPU, and why the kernels would not run there, if so. In a process of its own: no memory
+# of the GPU stays here, and no bug there ends this.
+PROBE = """
+import json, sys, torch
+device, found = torch.device(sys.argv[1]), {"name": "cpu"}
+if device.type == "cuda":
+    of = torch.cuda.get_device_properties(0)
+    found = {"name": of.name, "capability": f"{of.major}.{of.minor}"}
+try:
+    from bbb_fast import _backend
+    from bbb_fast.functional import normal
+    assert _backend.use_native(device), _backend.why_not_native()
+    assert normal((5,), torch.tensor([1, 2], device=device)).isfinite().all()
+    try: normal((5,), torch.tensor([1], device=device))
+    except ValueError as error: assert "[1]" in str(error), error
+    else: raise AssertionError("a wrong rng was taken")
+except Exception as error:
+    found["not_native"] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
 
 
-def device_facts(device: str) -> dict[str, Any]:
-    if device == "cpu":
-        return {"name": "cpu"}
-    done = ask(
-        "import json, torch; p = torch.cuda.get_device_properties(0); "
-        "print(json.dumps({'name': p.name, 'capability': f'{p.major}.{p.minor}'}))"
-    )
+def probe(device: str) -> dict[str, Any]:
+    """Raises SystemExit where torch sees no such device."""
+    command = [sys.executable, "-c", PROBE, device]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise SystemExit(f"gpu_report: torch sees no GPU here:\n{done.stderr[-600:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def why_not_native(device: str) -> str | None:
-    """Why the kernels would not run; None if they would."""
-    done = ask(
-        "import torch, bbb_fast; from bbb_fast import _backend; from bbb_fast.functional import normal\n"
-        f"assert _backend.use_native(torch.device({device!r})), _backend.why_not_native()\n"
-        f"rng = torch.tensor([1, 2], device={device!r})\n"
-        "assert normal((5,), rng).isfinite().all()\n"
-        "try: normal((5,), rng[:1])\n"
-        "except ValueError as error: assert '[1]' in str(error), error\n"
-        "else: raise AssertionError('a wrong rng was taken')\n"
-    )
-    if done.returncode == 0:
-        return None
-    return (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
 
 
 def sanitizer() -> str | None:
@@ -145,12 +145,9 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
 
 
-def build_stage(facts: dict[str, Any], limit: float, work: Path) -> Stage:
-    environment = {"MAX_JOBS": str(os.cpu_count() or 1)}
-    if "capability" in facts:
-        environment |= {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": facts["capability"]}
+def build_stage(device: str, limit: float, work: Path) -> Stage:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return Stage("build", command, limit, work / "build.log", environment)
+    return Stage("build", command, limit, work, {"FORCE_CUDA": "1"} if device == "cuda" else {})
 
 
 def test_stage(device: str, smoke: bool, limit: float, work: Path) -> Stage:
@@ -160,7 +157,7 @@ def test_stage(device: str, smoke: bool, limit: float, work: Path) -> Stage:
     command += ["-m", "not slow", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-    return Stage("tests", command, limit, work / "tests.log", read=what_tests_said)
+    return Stage("tests", command, limit, work, read=what_tests_said)
 
 
 def what_tests_said(text: str) -> dict[str, Any]:
@@ -187,7 +184,7 @@ def sanitizer_stages(tool: str | None, device: str, limit: float, work: Path) ->
     """memcheck and racecheck; without compute-sanitizer the same program alone, to see that it runs."""
     program = [sys.executable, "python_tests/sanitize.py", "--device", device]
     if tool is None:
-        return [Stage("ops", program, limit, work / "ops.log", read=how_many_cases)]
+        return [Stage("ops", program, limit, work, read=how_many_cases)]
     # Our kernels alone: their mangled names hold the namespace.
     options = ["--kernel-name", "kns=bbb_fast", "--target-processes", "application-only"]
     options += ["--launch-timeout", "60", "--show-backtrace", "device", "--error-exitcode", "9"]
@@ -200,7 +197,7 @@ def sanitizer_stages(tool: str | None, device: str, limit: float, work: Path) ->
     # Without torch's cache each tensor is an allocation of its own, whose end memcheck knows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Stage(name, command, limit, work / f"{name}.log", environment, what_sanitizers_said)
+        Stage(name, command, limit, work, environment, what_sanitizers_said)
         for name, command in commands.items()
     ]
 
@@ -266,12 +263,12 @@ def main() -> int:
         left = args.budget - (time.monotonic() - start) - RESERVE
         return min((1.0 if stage == "benchmark" else LIMIT) * args.budget, left)
 
-    facts = device_facts(args.device)
-    say(f"{facts['name']}: {args.budget:.0f} s at most; logs in {work}")
+    say(f"{probe(args.device)['name']}: {args.budget:.0f} s at most; logs in {work}")
     stages: dict[str, dict[str, Any]] = {"build": {"status": "skipped", "reason": "--no-build"}}
     if not args.no_build:
-        stages = run_side_by_side([build_stage(facts, limit("build"), work)])
-    if reason := why_not_native(args.device):
+        stages = run_side_by_side([build_stage(args.device, limit("build"), work)])
+    facts = probe(args.device)
+    if reason := facts.pop("not_native", None):
         # What the reference path takes is not what anyone came here for.
         raise SystemExit(f"gpu_report: the kernels do not run here: {reason}; see {work / 'build.log'}")
 
@@ -287,7 +284,7 @@ def main() -> int:
     measured.unlink(missing_ok=True)
     command = [sys.executable, "benchmarks/gpu.py", "--device", args.device, "--out", str(measured)]
     command += ["--budget", f"{max(limit('benchmark') - 12, 1):.0f}"] + (["--smoke"] if args.smoke else [])
-    stages |= run_side_by_side([Stage("benchmark", command, limit("benchmark"), work / "gpu.log")])
+    stages |= run_side_by_side([Stage("benchmark", command, limit("benchmark"), work)])
 
     # Written after every row: also there when the benchmark was stopped.
     result = json.loads(measured.read_text()) if measured.exists() else {}

@@ -137,23 +137,25 @@ def test_what_sanitizers_said_is_read(tmp_path: Path) -> None:
     assert found["report"][0] == "Error: Race reported between Write access at somewhere"
     # Errors, or no summary at all, fail the stage even where the command ended with 0.
     for text, status in ((OF_MEMCHECK, "passed"), (OF_RACECHECK, "failed"), ("nothing", "failed")):
-        log = tmp_path / "log"
-        log.write_text(text)
-        stage = gpu_report.Stage("memcheck", [], 1.0, log, read=gpu_report.what_sanitizers_said)
+        stage = gpu_report.Stage("memcheck", [], 1.0, tmp_path, read=gpu_report.what_sanitizers_said)
+        stage.log.write_text(text)
         assert stage.record(0, 1.0)["status"] == status
-    log.write_text("Device not supported")
+    stage.log.write_text("Device not supported")
     assert stage.record(1, 1.0)["status"] == "not available"
 
 
 def test_a_report_needs_kernels() -> None:
-    found = gpu_report.why_not_native("cpu")
-    assert found is None if _backend.native_available() else "AssertionError" in found
+    found = gpu_report.probe("cpu")
+    assert found["name"] == "cpu"
+    assert ("not_native" not in found) == _backend.native_available()
+    if not _backend.native_available():
+        assert "AssertionError" in found["not_native"]
 
 
 def test_a_stage_ends_at_its_limit(tmp_path: Path) -> None:
     commands = {"slow": ["sleep", "60"], "bad": ["sh", "-c", "echo no; exit 3"], "good": ["true"]}
     limits = {"slow": 0.5, "bad": 30.0, "good": 30.0}
-    stages = [gpu_report.Stage(n, c, limits[n], tmp_path / n) for n, c in commands.items()]
+    stages = [gpu_report.Stage(n, c, limits[n], tmp_path) for n, c in commands.items()]
     found = gpu_report.run_side_by_side(stages)
     assert [record["status"] for record in found.values()] == ["timed out", "failed", "passed"]
     assert found["bad"]["last_lines"] == ["no"]
