@@ -27,7 +27,7 @@ VARIANTS: dict[str, tuple[str, str, Any]] = {
 }
 
 
-def _with_flag(name: str, make: Callable[[str], nn.Module]) -> nn.Module:
+def _with_flag(name: str, make: Callable[[str], Any]) -> nn.Module:
     """What ``make`` builds for a name, or for a variant's estimator, with its flag set."""
     estimator, *flag = VARIANTS.get(name, (name,))
     thing = make(estimator)
@@ -202,8 +202,8 @@ def _sample(t: dict[str, Tensor], with_kl: bool, to: torch.dtype | None = None) 
     return [t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, with_kl, to
 
 
-def _backward(t: dict[str, Tensor], grad: str | None, kl: str | None, noise: str | None) -> tuple[Any, ...]:
-    """Of ``posterior_backward``: the tensors of these names, or none."""
+def _backward(t: dict[str, Tensor], grad: str, kl: str, noise: str) -> tuple[Any, ...]:
+    """Of ``posterior_backward``: the tensors of these names; "" is none."""
     return [t.get(grad)], t.get(kl), [t["mu"]], [t["rho"]], t.get(noise), [0.0], [0.1]
 
 
@@ -222,10 +222,10 @@ def _narrow_sample(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _epilogues(name: str, dtype: torch.dtype, compiled: bool) -> tuple[Kernel, Kernel]:
-    moved, rest = 3 * dtype.itemsize, {"compiled": compiled, "dtype": dtype}
     forward = Kernel(
-        name, moved, "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]), eager.lrt_sample, ("m", "v"), **rest
-    )
+        name, 3 * dtype.itemsize, "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
+        eager.lrt_sample, ("m", "v"), compiled=compiled, dtype=dtype,
+    )  # fmt: skip
     # The gradient of m is the gradient given: v's is all that a backward has to form.
     backward = replace(
         forward, name=f"{name}, backward", op="lrt_sample_backward", leaves=("v",),
@@ -246,7 +246,7 @@ KERNELS = (
     ),
     Kernel("KL", 8, "kl_divergence", lambda t: ([t["mu"]], [t["rho"]], [0.0], [0.1]), _kl, _MU_RHO),
     Kernel(
-        "KL, backward", 16, "posterior_backward", lambda t: _backward(t, None, "one", None),
+        "KL, backward", 16, "posterior_backward", lambda t: _backward(t, "", "one", ""),
         _kl, _MU_RHO, _MU_RHO,
     ),
     Kernel(
@@ -263,7 +263,7 @@ KERNELS = (
     *_epilogues("LRT epilogue", torch.float32, True),
     Kernel("sampling, no KL", 12, "sample_weights", lambda t: _sample(t, False)),
     Kernel(
-        "sampling, no KL, backward", 20, "posterior_backward", lambda t: _backward(t, "grad", None, "rng")
+        "sampling, no KL, backward", 20, "posterior_backward", lambda t: _backward(t, "grad", "", "rng")
     ),
     Kernel(
         "sampling + KL to bf16", 10, "sample_weights", lambda t: _sample(t, True, _BF16), _narrow_sample,
@@ -348,4 +348,4 @@ def model_cases(batch: int, channels: int = 3) -> list[ModelCase]:
         (models.BBBAlexNet, models.AlexNet),
         (models.BBB3Conv3FC, models.ThreeConvThreeFC),
     )
-    return [ModelCase(*pair, batch, channels=channels) for pair in pairs]
+    return [ModelCase(bayesian, point, batch, channels=channels) for bayesian, point in pairs]

@@ -164,7 +164,11 @@ def measure(name: str, counts: Sequence[int], jobs: Sequence[Job], quick: bool) 
 def page(name: str, result: Mapping[str, Any], jobs: Sequence[Job]) -> str:
     """The result as Markdown."""
     benchmark = BENCHMARKS[name]
-    parts = [f"# {benchmark.title}", provenance_line(result["provenance"]), benchmark.about.__doc__.strip()]
+    parts = [
+        f"# {benchmark.title}",
+        provenance_line(result["provenance"]),
+        str(benchmark.about.__doc__).strip(),
+    ]
     parts[1:1] = [QUICK] if result["quick"] else []
     parts += [f"- {name}: {text}." for name, text in result.get("method", {}).items()]
     for run in result["runs"]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import bbb_fast
 from bbb_fast.experiments import checkpoint, data, training, uncertainty
 from bbb_fast.experiments.data import ImageSet
-from bbb_fast.experiments.document import Column, Table
+from bbb_fast.experiments.document import Cell, Column, Table
 
 MARKER = "made-by-demo.txt"
 SAMPLES = 50
@@ -101,18 +101,18 @@ def tables(results: Results) -> list[Table]:
     """Both models side by side, on what they know and on what they have never seen."""
     strange = [result.outside.images.name.split()[0] for result in results["lrt"]]
     scores = (("lrt", "predictive_entropy"), ("none", "predictive_entropy"), ("lrt", "mutual_information"))
-    quality = [[MODELS[kind], *all_[0].quality.values()] for kind, all_ in results.items()]
-    auroc = [
+    quality: list[list[Cell]] = [[MODELS[kind], *all_[0].quality.values()] for kind, all_ in results.items()]
+    auroc: list[list[Cell]] = [
         [f"{MODELS[kind]}, {score.replace('_', ' ')}", *(r.detection[score]["auroc"] for r in results[kind])]
         for kind, score in scores
     ]
-    sure = [
+    sure: list[list[Cell]] = [
         [MODELS[kind], *(one.share_above(0.9) for one in (all_[0].inside, *(r.outside for r in all_)))]
         for kind, all_ in results.items()
     ]
     seen = [results["lrt"][0].inside, *(result.outside for result in results["lrt"])]
     doubt = [float(judged.mutual_information.mean()) for judged in seen]
-    parts = (
+    parts: tuple[tuple[str, Sequence[str], str, Sequence[Sequence[Cell]]], ...] = (
         ("the digits of the test set", ("accuracy", "NLL", "Brier", "ECE"), ".3f", quality),
         ("AUROC of digits against what neither has seen", strange, ".3f", auroc),
         ("called with a probability above 0.9", ("digits", *strange), ".1%", sure),

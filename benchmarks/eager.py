@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class EagerModel(nn.Module):
     """One of bbb_fast's architectures (a class of ``bbb_fast.models``) with the layers above, and with what
     stands between them as PyTorch-BayesianCNN has it: the activation, then torch.nn's pooling."""
 
-    def __init__(self, architecture: type, outputs: int, inputs: int, estimator: str) -> None:
+    def __init__(self, architecture: Any, outputs: int, inputs: int, estimator: str) -> None:
         super().__init__()
 
         def conv(i: int, o: int, k: int, stride: int = 1, padding: int = 0) -> EagerLayer:
@@ -93,8 +94,8 @@ class EagerModel(nn.Module):
 
         architecture._build(self, outputs, inputs, conv, lambda i, o: linear(i, o, estimator), nn.Softplus)
         modules = list(self._modules.items())
-        for k in [k for k, (_, module) in enumerate(modules) if isinstance(module, nn.MaxPool2d)]:
-            name, pool = modules[k]
+        pools = [(k, name, pool) for k, (name, pool) in enumerate(modules) if isinstance(pool, nn.MaxPool2d)]
+        for k, name, pool in pools:
             modules[k : k + 2] = modules[k + 1], (name, nn.MaxPool2d(pool.kernel_size, pool.stride))
         self._modules.clear()
         self._modules.update(modules)

@@ -200,6 +200,11 @@ class Session:
 
         return warmed_up(once, self.effort.warmup)
 
+    def median(self, run: Callable[[], Any], times: int) -> float:
+        """Seconds on the device."""
+        once = self.alone(lambda _: run())
+        return median(once().seconds for _ in range(3 if self.smoke else times))
+
     def in_a_row(self, run: Callable[[], Any]) -> Timed:
         """Wall clock of a call; 10 ms of them, so that the synchronisation at the end is a small part."""
         self.clock.back_to_back(run, 3)
@@ -247,8 +252,7 @@ def measure_copy(session: Session) -> dict[str, Any]:
     """Bytes a second, read and written, of a tensor copy: the yardstick of the parameter kernels."""
     source = torch.randn((1 << 20) if session.smoke else (1 << 28), device=session.device)
     target = torch.empty_like(source)
-    once = session.alone(lambda _: target.copy_(source))
-    seconds = median(once().seconds for _ in range(5 if session.smoke else 21))
+    seconds = session.median(partial(target.copy_, source), 21)
     session.copy_bandwidth = 2 * source.nbytes / seconds
     return {"tensor_bytes": source.nbytes, "bytes_per_second": session.copy_bandwidth}
 
@@ -259,9 +263,7 @@ def measure_products(session: Session) -> dict[str, Any]:
     result: dict[str, Any] = {"size": size}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         a, b = (torch.randn(size, size, device=session.device, dtype=dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        once = session.alone(lambda _, a=a, b=b, out=out: torch.mm(a, b.t(), out=out))
-        seconds = median(once().seconds for _ in range(3 if session.smoke else 11))
+        seconds = session.median(partial(torch.mm, a, b.t(), out=torch.empty_like(a)), 11)
         result[f"{name}_flops"] = 2 * size**3 / seconds
     return result
 

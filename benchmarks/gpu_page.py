@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cases import PRECISIONS
-from tables import Number, pivot
+from tables import Number, pivot, ratio_of
 
 SECTIONS = {
     "kernels": (
@@ -29,23 +29,17 @@ PARTS = {"forward": "forward.median_us", "step": "step.median_us"}
 Judged = list[tuple[float, str]]
 
 
-def _over(row: Mapping[str, Any], mine: str, theirs: str, path: str = "median_us") -> float | None:
-    """The time of one contender over that of another; None if either was not measured."""
-    a, b = (Number("", path).of(row.get("contenders", {}).get(name)) for name in (mine, theirs))
-    return a / b if a and b else None
-
-
 def _against_compiled(result: Mapping[str, Any]) -> Iterator[tuple[float | None, str]]:
     """Ours over torch.compile's, for everything."""
     for row in result["kernels"]:
-        yield _over(row, "ours", "compiled"), row["case"]
+        yield ratio_of(row, "ours", "compiled", "median_us"), row["case"]
     for row in result["models"]:
-        yield _over(row, "lrt", "compiled_lrt"), row["case"]
+        yield ratio_of(row, "lrt", "compiled_lrt", "median_us"), row["case"]
     for row in result["layers"]:
         for estimator in ("lrt", "bbb"):
             for part, path in PARTS.items():
                 for rival in ("compiled", "autotuned"):
-                    over = _over(row, estimator, f"{rival}_{estimator}", path)
+                    over = ratio_of(row, estimator, f"{rival}_{estimator}", path)
                     yield over, f"{row['case']}: {estimator} {part}"
 
 
@@ -92,7 +86,9 @@ def targets(result: Mapping[str, Any], smoke: bool) -> list[dict[str, Any]]:
         and row.get("precision", "float32") != "float32"
     ]
     for part, limit, products in (("forward", 1.15, "two"), ("step", 1.25, "six")):
-        over = known((_over(r, "lrt", "bare_lrt", PARTS[part]), PRECISIONS[r["precision"]]) for r in square)
+        over = known(
+            (ratio_of(r, "lrt", "bare_lrt", PARTS[part]), PRECISIONS[r["precision"]]) for r in square
+        )
         target = f"LRT linear 4096^3 bf16, {part} <= {limit} x its {products} bare products"
         measured = ", ".join(f"{number:.2f} ({case})" for number, case in over)
         add(target, over, [o for o in over if o[0] > limit], "{:.2f} ({})", measured)

@@ -276,9 +276,11 @@ def arguments(doc: str, threads: Sequence[int] | int = 1) -> argparse.ArgumentPa
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    several = {} if isinstance(threads, int) else {"nargs": "+"}
+    several = None if isinstance(threads, int) else "+"
     shown = threads if isinstance(threads, int) else " ".join(map(str, threads))
-    parser.add_argument("--threads", type=int, default=threads, help=f"of torch (default {shown})", **several)
+    parser.add_argument(
+        "--threads", type=int, nargs=several, default=threads, help=f"of torch (default {shown})"
+    )
     parser.add_argument("--out", type=Path, help="result file, without a suffix (default in results)")
     return parser
 

@@ -158,6 +158,7 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 
 
 def _allocations(run: torch.profiler.profile) -> Iterator[Any]:
+    assert run.profiler is not None and run.profiler.kineto_results is not None
     pending = list(run.profiler.kineto_results.experimental_event_tree())
     while pending:
         event = pending.pop()

@@ -44,7 +44,7 @@ Split = tuple[Tensor, Tensor]
 LEARNING_RATE = 1e-3
 ESTIMATORS = {"bbb": BBB, "flipout": Flipout, "lrt": BBB_LRT}
 LAYERS = ("first", "last")
-VARIANCE = {
+VARIANCE: dict[str, Any] = {
     "widths": (784, 1000, 1000, 1000, 10),
     # 0.36 to 0.40 of the initial mu's: as much noise as of Gaussian dropout with a rate of 0.11 to 0.14.
     "initial_sigma": 0.018,
@@ -58,7 +58,12 @@ VARIANCE = {
 }
 # Variances are taken over this many draws and then averaged, whose spread tells how sure they are.
 GROUP = 5
-SPARSE = {"widths": (784, 300, 100, 10), "batch": 100, "learning_rate": LEARNING_RATE, "warm_up": 10}
+SPARSE: dict[str, Any] = {
+    "widths": (784, 300, 100, 10),
+    "batch": 100,
+    "learning_rate": LEARNING_RATE,
+    "warm_up": 10,
+}
 # The paper starts from ln sigma^2 = -10.
 SPARSE_SIGMA = math.exp(-5)
 SEEDS = (0, 1, 2)
@@ -113,7 +118,7 @@ def variance_net(estimator: str) -> nn.Sequential:
 
 def gradient_variance(net: nn.Sequential, x: Tensor, y: Tensor, draws: int) -> dict[str, dict[str, float]]:
     """Of the first and the last layer's W_mu, the mean over its elements, and its standard error."""
-    weights = [net[0].W_mu, net[-1].W_mu]
+    weights = [net.get_parameter(f"{k}.W_mu") for k in (0, len(net) - 1)]
     groups = []
     for _ in range(draws // GROUP):
         drawn = [torch.autograd.grad(F.cross_entropy(net(x), y), weights) for _ in range(GROUP)]
@@ -130,6 +135,7 @@ def gradient_variance(net: nn.Sequential, x: Tensor, y: Tensor, draws: int) -> d
 def variance_rows(data: Split, test: Split, epochs: int) -> list[dict[str, Any]]:
     """Every estimator for the same minibatch, at the start and where training under each of them leads."""
     seed, rows = VARIANCE["seed"], []
+    rates = (LEARNING_RATE, VARIANCE["kl_weight"])
     torch.manual_seed(seed)
     start = variance_net("bbb").state_dict()
     x, y = data
@@ -141,8 +147,7 @@ def variance_rows(data: Split, test: Split, epochs: int) -> list[dict[str, Any]]
             net.load_state_dict(start)
             # Of the noise: the parameters found do not depend on what was measured before.
             torch.manual_seed(seed)
-            rates = (LEARNING_RATE, VARIANCE["kl_weight"])
-            train(net, data, epochs, VARIANCE["batch"], seed, lambda _, rates=rates: rates)
+            train(net, data, epochs, VARIANCE["batch"], seed, lambda _: rates)
             state = net.state_dict()
         variance = {}
         for name in ESTIMATORS:

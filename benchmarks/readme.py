@@ -20,7 +20,7 @@ from typing import Any
 
 from harness import RESULTS
 from rivals import label
-from tables import Number, markdown, plural
+from tables import Number, markdown, plural, ratio_of
 
 from bbb_fast.experiments.document import Cell, Column, Table
 
@@ -40,7 +40,6 @@ TABLE = re.compile(
 )
 ESTIMATORS = ("bbb", "lrt", "eager_bbb", "eager_lrt", "compiled_bbb", "compiled_lrt")
 LIBRARIES = ("bayesian_torch", "blitz", "torchbnn")
-STEP = Number("", "step.median_us")
 
 # The same result, or a part of it, of every machine.
 Runs = Sequence[Mapping[str, Any]]
@@ -82,15 +81,14 @@ def layers_table(runs: Runs) -> str:
 
 def sampling_table(results: Runs) -> str:
     """How many times as fast ours are, each machine's beside its own rivals."""
-    pairs = [(f"ours_{isa}", rival) for isa in ("avx512", "avx2") for rival in ("eager", "compiled")]
+    pairs = [(rival, f"ours_{isa}") for isa in ("avx512", "avx2") for rival in ("eager", "compiled")]
     rows: list[list[Cell]] = []
     for runs in side_by_side(results, "runs"):
         for tables in side_by_side(runs, "sampling"):
             rows.append([f"{tables[0]['count']:,} weights, {plural(runs[0]['threads'])}"])
-            times = [{n: STEP.of(c) for n, c in t["contenders"].items()} for t in tables]
-            for ours, rival in pairs:
-                gains = [t[rival] / t[ours] for t in times if t.get(rival) and t.get(ours)]
-                rows[-1].append(min(gains, default=None))
+            for pair in pairs:
+                gains = (ratio_of(t, *pair) for t in tables)
+                rows[-1].append(min((gain for gain in gains if gain is not None), default=None))
     names = [f"{rival} over {isa}" for isa in ("AVX-512", "AVX2") for rival in ("eager", "compiled")]
     return table(["", *names], rows, ".1f")
 

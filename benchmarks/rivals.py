@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import Case
+from eager import EagerLayer
 from harness import SkippedError
 from torch import Tensor, nn
+
+from bbb_fast.layers.base import BayesianLayer
 
 Device = torch.device | str | None
 
@@ -47,12 +50,14 @@ def output_alone(name: str, case: Case, device: Device = None) -> Layer:
 def ours(name: str, case: Case, device: Device = None) -> Layer:
     """An estimator, or one of VARIANTS."""
     layer = case.layer(name, device)
+    assert isinstance(layer, BayesianLayer)
     return Layer(layer, layer, lambda x: (layer(x), layer.kl_loss()))
 
 
 def formulas(estimator: str, case: Case, device: Device = None) -> Layer:
     """The textbook's, in eager mode."""
     layer = case.layer(f"eager_{estimator}", device)
+    assert isinstance(layer, EagerLayer)
     return Layer(layer, layer.forward, layer.output_with_kl)
 
 
@@ -65,8 +70,9 @@ def compiled(function: Callable[..., Any], autotuned: bool = False) -> Callable[
 
 def compiled_formulas(estimator: str, case: Case, device: Device = None, autotuned: bool = False) -> Layer:
     """The same under torch.compile, output and KL in one graph."""
-    layer, *functions = formulas(estimator, case, device)
-    return Layer(layer, *(compiled(function, autotuned) for function in functions))
+    layer = formulas(estimator, case, device)
+    of_output, of_both = compiled(layer.output, autotuned), compiled(layer.output_with_kl, autotuned)
+    return Layer(layer.module, of_output, of_both)
 
 
 def bayesian_torch(estimator: str, case: Case, device: Device = None) -> Layer:

@@ -24,9 +24,9 @@ import bbb_fast
 
 CONTENDERS = ("nn", "bbb", "lrt", "eager_bbb", "eager_lrt")
 WIDTH, BATCH = 1024, 128
-BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
-WIDTHS = (16, 64, 256, 1024, 4096)
-DRAWS = (1, 4, 16, 64, 256)
+BATCHES: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
+WIDTHS: tuple[int, ...] = (16, 64, 256, 1024, 4096)
+DRAWS: tuple[int, ...] = (1, 4, 16, 64, 256)
 # Products of a step; torch.nn's are three: output, gradient of the input, gradient of the weight.
 PRODUCTS = {"nn": 3, "bbb": 3, "eager_bbb": 3, "lrt": 6, "eager_lrt": 6}
 # Bytes that the passes beside the products have to move in float32, a weight, an input and an output element.
@@ -104,12 +104,8 @@ def all_jobs(quick: bool) -> list[Job]:
         "batch": [linear(width, n) for n in BATCHES[some]],
         "width": [linear(n, batch) for n in WIDTHS[some]],
     }
-    steps = [
-        Job(sweep, case.name, partial(run_step, case, effort))
-        for sweep, cases in sweeps.items()
-        for case in cases
-    ]
     case = linear(width, batch)
-    return steps + [
-        Job("draws", f"{case.name}, {n} draws", partial(run_draws, case, n, effort)) for n in DRAWS[some]
+    return [
+        *(Job(sweep, c.name, partial(run_step, c, effort)) for sweep, cases in sweeps.items() for c in cases),
+        *(Job("draws", f"{case.name}, {n} draws", partial(run_draws, case, n, effort)) for n in DRAWS[some]),
     ]

@@ -29,6 +29,12 @@ class Number(NamedTuple):
         return Column(self.name, self.form)
 
 
+def ratio_of(row: Mapping[str, Any], mine: str, theirs: str, path: str = "step.median_us") -> float | None:
+    """A number of one contender over that of another; None if either was not measured."""
+    a, b = (Number("", path).of(row.get("contenders", {}).get(name)) for name in (mine, theirs))
+    return a / b if a and b else None
+
+
 def contenders(rows: Iterable[tuple[str, Mapping[str, Any]]], numbers: Sequence[Number], title: str) -> Table:
     """A line for each contender of each (case, measured row): its numbers, or why it did not run.
 
