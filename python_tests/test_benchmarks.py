@@ -69,7 +69,7 @@ def result(bbb: float = 1.5, lrt: float = 2.5, spread: float = 0.01, threads: in
         "output_bytes": 0,
         "contenders": {"nn": row(1.0, 0.0), "bbb": row(bbb, spread), "lrt": row(lrt, spread)},
     }
-    provenance = {name: "same" for name in compare.SAME}
+    provenance: dict[str, Any] = {name: "same" for name in compare.SAME}
     provenance |= {
         "python": "3",
         "bbb_fast": "0",
@@ -270,7 +270,8 @@ def test_ratio_of_quantiles() -> None:
     loose = harness.ratio([draw.uniform(1, 2) for _ in base], base)
     assert loose["low"] < loose["ratio"] < loose["high"]
     assert loose["spread"] > 0.01
-    more = harness.ratio(*([draw.uniform(1, 2) for _ in range(1000)] for _ in range(2)))
+    once, again = ([draw.uniform(1, 2) for _ in range(1000)] for _ in range(2))
+    more = harness.ratio(once, again)
     assert more["spread"] < loose["spread"]
     # What hits two thirds of the rounds does not move the lower quartile.
     hit = [t + 5 if i % 3 else t for i, t in enumerate(base)]
@@ -480,7 +481,7 @@ def test_every_contender_takes_a_whole_step(name: str, case: Case) -> None:
     # By storage: blitz registers each parameter twice, and one of the two gets the gradient.
     trained = {p.data_ptr(): p for p in stepper.leaves if p.grad is not None}
     assert set(trained) == {p.data_ptr() for p in stepper.leaves}
-    assert all(p.grad.isfinite().all() for p in trained.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
     # Every library has a mean and a spread for each of the plain layer's weights.
     count = sum(p.numel() for p in plain.parameters())
     assert sum(p.numel() for p in trained.values()) == x.numel() + (count if name == "nn" else 2 * count)

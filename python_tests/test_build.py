@@ -198,6 +198,7 @@ ptxas info    : Used 96 registers, used 1 barriers, 64 bytes smem
 @pytest.fixture
 def cuda_check() -> ModuleType:
     spec = importlib.util.spec_from_file_location("cuda_check", ROOT / ".ci" / "cuda_check.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

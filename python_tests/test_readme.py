@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ EXAMPLES = {
 }
 
 
-def run_examples(document: Path, mark: str = "", **names: object) -> dict[str, object]:
+def run_examples(document: Path, mark: str = "", **names: Any) -> dict[str, Any]:
     """Runs a document's Python blocks of a mark one after the other, each with the names of those before."""
     blocks = re.findall(rf"^ *```python{mark}\n(.*?)```", document.read_text(), flags=re.M | re.S)
     for block in blocks:
