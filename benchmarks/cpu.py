@@ -201,7 +201,7 @@ def measure_again(
     old: Mapping[str, Any], effort: layers.Effort, select: Callable[[compare.Key], bool] = lambda key: True
 ) -> dict[str, Any]:
     """Those cases and contenders of a result of the layers that ``select`` takes (and their bases), now."""
-    wanted = [key for key, _ in compare.ratios(old) if select(key)]
+    wanted = list(filter(select, compare.ratios(old)))
     names = {key.case for key in wanted}
     jobs = layers.jobs(
         effort,

@@ -32,13 +32,8 @@ ESTIMATORS = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}
 
 
 def mlp(family: Any) -> nn.Module:
-    return nn.Sequential(
-        family.BBBLinear(784, 400),
-        nn.ReLU(),
-        family.BBBLinear(400, 400),
-        nn.ReLU(),
-        family.BBBLinear(400, 10),
-    )
+    hidden = (family.BBBLinear(784, 400), nn.ReLU(), family.BBBLinear(400, 400), nn.ReLU())
+    return nn.Sequential(*hidden, family.BBBLinear(400, 10))
 
 
 MODELS: dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]] = {
@@ -74,22 +69,18 @@ def compare(title: str, name: str, samples: int, effort: Effort) -> dict[str, An
     """The three ways under one estimator, and what a model keeps in the last two."""
     make, shape = MODELS[title]
     model, x = make(name), torch.randn(shape)
-    own = list(model.parameters())
-    times = time_in_turn(steps(model, x, samples), effort)
-    medians = {key: summary(t)["median_us"] for key, t in times.items()}
-    return {
-        "model": title,
-        "estimator": name,
-        **{key: summary(t) for key, t in times.items()},
-        "times_as_fast_as_loop": medians["loop"] / medians["multi_sample"],
-        "times_as_fast_as_kept": medians["kept"] / medians["multi_sample"],
-        "bytes_kept": {
-            "forwards": saved_for_backward(
-                lambda: torch.stack([output(model, x) for _ in range(samples)]), own
-            ),
-            "multi_sample": saved_for_backward(lambda: multi_sample(model, x, samples), own),
-        },
+    found = {key: summary(t) for key, t in time_in_turn(steps(model, x, samples), effort).items()}
+    gains = {
+        f"times_as_fast_as_{key}": found[key]["median_us"] / found["multi_sample"]["median_us"]
+        for key in ("loop", "kept")
     }
+    ways = {
+        "forwards": lambda: torch.stack([output(model, x) for _ in range(samples)]),
+        "multi_sample": lambda: multi_sample(model, x, samples),
+    }
+    own = list(model.parameters())
+    kept = {way: saved_for_backward(run, own) for way, run in ways.items()}
+    return {"model": title, "estimator": name, **found, **gains, "bytes_kept": kept}
 
 
 def passes(samples: int, effort: Effort) -> dict[str, Any]:

@@ -390,7 +390,7 @@ def test_suspects_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[set[str]] = []
 
     def again(old: Any, effort: Any, select: Callable[[compare.Key], bool]) -> dict[str, Any]:
-        asked.append({key.contender for key, _ in compare.ratios(old) if select(key)})
+        asked.append({key.contender for key in compare.ratios(old) if select(key)})
         return second
 
     monkeypatch.setattr(cpu, "measure_again", again)
