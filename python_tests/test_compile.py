@@ -660,8 +660,8 @@ def test_checkpoint_within_the_graph(layers: Any) -> None:
     """Free: the gradient is that of the function that was drawn, whose noise does not depend on mu."""
     torch._dynamo.reset()
     # In float64, for the quotient of differences below.
-    x = torch.randn(16, 8, dtype=torch.float64)
     model: Any = blocks(layers).double()
+    x = torch.randn(16, 8, dtype=torch.float64)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return checkpoint(model, x, use_reentrant=False)

@@ -131,9 +131,8 @@ def test_arguments_are_checked_at_once() -> None:
 @pytest.mark.parametrize("kind", ["Linear", "ConvTranspose2d"])
 def test_before_the_first_forward(backend: str, family: ModuleType, kind: str) -> None:
     """What needs the posterior says so, and changes nothing."""
-    x, name = example(kind), f"BBBLazy{kind}"
     model: Any = nn.Sequential(lazy(family, kind), nn.ReLU())
-    layer = model[0]
+    x, layer, name = example(kind), model[0], f"BBBLazy{kind}"
     size = "in_features" if kind == "Linear" else "in_channels"
     of_layer = rf"{name}: not initialised; run a forward first, whose input says what {size} is"
     of_model = rf"the model has layers that are not initialised: 0 \({name}\); run a forward first"

@@ -101,8 +101,8 @@ class TestBound:
 
     def test_is_below_the_log_likelihood(self) -> None:
         """One code number: log p(x) by the trapezoidal rule. More draws come closer."""
-        x = images(3, dtype=torch.float64)
         vae: Any = small(latent=1).double()
+        x = images(3, dtype=torch.float64)
         z = torch.linspace(-8, 8, 1001, dtype=torch.float64)[:, None]
         with torch.no_grad():
             vae.decoder[0].weight.mul_(4)
@@ -244,8 +244,8 @@ class TestDraws:
 
 
 def test_a_bayesian_decoder(backend: str) -> None:
-    x = images(5, inputs=2)
     vae: Any = small(inputs=2)
+    x = images(5, inputs=2)
     with posterior_means():
         plain = vae(x)[0]
     decoder = vae.decoder
@@ -272,8 +272,8 @@ def test_a_bayesian_decoder(backend: str) -> None:
 
 
 def test_a_bayesian_encoder_draws_with_each_code() -> None:
-    x = images(3)
     vae: Any = small()
+    x = images(3)
     vae.encoder = convert(vae.encoder)
     drawn = []
     vae.encoder.register_forward_hook(lambda _, __, output: drawn.append(output))

@@ -486,9 +486,9 @@ def _both(name: str, arguments: Arguments, call: Callable[[], Any]) -> tuple[str
     for backend, answer in answers.items():
         if answer.unfit():
             return f"{backend}: {answer.unfit()}", str(answer.error)
-    for name, one, other in (("native", native, reference), ("reference", reference, native)):
+    for failing, one, other in (("native", native, reference), ("reference", reference, native)):
         if one.error is not None and other.error is None:
-            return "" if one.of_the_dispatcher else f"only {name} raises {one_line(one.error)}", ""
+            return "" if one.of_the_dispatcher else f"only {failing} raises {one_line(one.error)}", ""
     if native.error is None or reference.error is None:
         if len(native.results) != len(reference.results) or not all(
             _agree(a, b) for a, b in zip(native.results, reference.results, strict=True)
