@@ -88,7 +88,7 @@ $(VENV)/.rivals: $(VENV)/.torch benchmarks/rivals.txt
 
 # torch.profiler, which measures memory, announces every start otherwise.
 bench: setup $(VENV)/.rivals
-	KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR $(PY) benchmarks/layers.py $(BENCH_ARGS)
+	KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR $(PY) benchmarks/cpu.py layers $(BENCH_ARGS)
 
 setup: $(INSTALLED)
 

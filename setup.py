@@ -188,6 +188,7 @@ def build_record() -> dict[str, object]:
         record["no_cuda_because"] = why_no_cuda()
         if record["no_cuda_because"] is None:
             toolkit = find_toolkit()
+            assert toolkit is not None  # why_no_cuda would have said so
             record["devices"] = "cpu,cuda"
             record["cuda_toolkit"] = toolkit_version(toolkit)
             record["cuda_architectures"] = architectures(toolkit).replace(";", " ")
@@ -245,6 +246,7 @@ def extension() -> object:
         return CppExtension("bbb_fast._C", sources, extra_compile_args=compile_args, **options)
 
     toolkit = find_toolkit()
+    assert toolkit is not None  # why_no_cuda would have said so
     os.environ["CUDA_HOME"] = str(toolkit)  # read by torch when the next line is imported
     from torch.utils.cpp_extension import CUDAExtension
 

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "portability"
@@ -52,20 +53,22 @@ PAST_BASE = (
     "vpaddd %zmm0, %zmm0, %zmm0",
 )
 OP_TESTS = ("isa", "sample_weights", "kl_divergence", "lrt")
-FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Werror")
-FLAGS += ("-Wno-psabi", "-Wno-maybe-uninitialized")
+FLAGS = (
+    "-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Werror", "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+)  # fmt: skip
 
 
 class CheckError(Exception):
     """A check that did not hold, or could not run, and why."""
 
 
-def run(*command: object, **options: object) -> str:
+def run(*command: object, **options: Any) -> str:
     """Runs a command and returns what it printed; raises CheckError with that if it fails."""
     words = [str(c) for c in command]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(words, text=True, check=False, cwd=ROOT, **pipes, **options)
+        done = subprocess.run(words, text=True, check=False, cwd=ROOT, **options)
     except OSError as error:
         raise CheckError(f"cannot run {words[0]}: {error}") from error
     if done.returncode:
@@ -166,9 +169,9 @@ def tests(*names: str, isa: str, before: tuple[str, ...] = ()) -> str:
     else:
         env["BBB_FAST_ISA"] = isa
     # opcheck is about the registration of ops, the same everywhere, and slow.
-    options = ("-p", "no:cacheprovider", "--tb=short", "-o", "addopts=", "-k", "not opcheck")
+    options = ["-p", "no:cacheprovider", "--tb=short", "-o", "addopts=", "-k", "not opcheck"]
     if not before:
-        options += ("-n", "2")
+        options += ["-n", "2"]
     text = run(*before, sys.executable, "-c", start, isa, *options, *files, env=env)
     return text.strip().splitlines()[-1].strip("= ")
 

@@ -27,13 +27,12 @@ VARIANTS: dict[str, tuple[str, str, Any]] = {
 }
 
 
-def _with_flag(name: str, make: Callable[[str], nn.Module]) -> nn.Module:
+def _with_flag(name: str, make: Callable[[str], Any]) -> nn.Module:
     """What ``make`` builds for a name, or for a variant's estimator, with its flag set."""
-    if name not in VARIANTS:
-        return make(name)
-    estimator, flag, value = VARIANTS[name]
+    estimator, *flag = VARIANTS.get(name, (name,))
     thing = make(estimator)
-    thing.set_flag(flag, value)
+    if flag:
+        thing.set_flag(*flag)
     return thing
 
 
@@ -41,8 +40,8 @@ def _with_flag(name: str, make: Callable[[str], nn.Module]) -> nn.Module:
 class Case:
     """A layer and its input: ``kernel`` 0 means linear, else a 2-d convolution on ``size``^2 images.
 
-    ``targets`` says by contender how many times torch.nn's step one may take; ``overhead_us`` how many
-    microseconds more. ``repeat``: calls in a row that are timed as one, where one is too short.
+    ``targets`` says by contender how many times torch.nn's step one may take. ``overhead``: starting the work
+    is most of the time. ``repeat``: calls in a row that are timed as one, where one is too short.
     ``compiled`` names the estimators whose textbook formulas are also timed under torch.compile, where a
     benchmark does that (it takes seconds each); ``autotuned`` also under its mode "max-autotune".
     """
@@ -59,7 +58,7 @@ class Case:
     compiled: tuple[str, ...] = ()
     autotuned: bool = False
     targets: Mapping[str, float] = field(default_factory=dict, hash=False)
-    overhead_us: float | None = None
+    overhead: bool = False
     repeat: int = 1
 
     def place(self, thing: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
@@ -99,34 +98,23 @@ class Case:
         """The same layer with a sixteenth of the batch, for a run that only shows that it runs."""
         batch = max(2, self.batch // 16)
         name = self.name.replace(f"batch {self.batch}", f"batch {batch}")
-        return replace(self, name=name, batch=batch, repeat=1, targets={}, overhead_us=None)
+        return replace(self, name=name, batch=batch, repeat=1, targets={}, overhead=False)
 
 
-def _targets(bbb: float, lrt: float, lrt_bf16: float) -> dict[str, float]:
-    return {"bbb": bbb, "lrt": lrt, "lrt_bf16": lrt_bf16}
+def _targets(*most: float) -> dict[str, float]:
+    return dict(zip(("bbb", "lrt", "lrt_bf16"), most, strict=True))
 
 
-# For benchmarks/layers.py: the sizes users meet, then one where nothing but overhead is left.
+# Of the layers' benchmark: the sizes users meet, then one where nothing but overhead is left.
 CASES = (
     Case("linear 1200x1200, batch 128", 1200, 1200, 128, targets=_targets(1.8, 2.6, 1.9)),
     Case("linear 784x400, batch 128", 784, 400, 128, targets=_targets(1.8, 2.6, 1.9)),
     Case("linear 1024x1024, batch 512", 1024, 1024, 512, targets=_targets(1.25, 2.25, 1.5)),
-    Case(
-        "conv 6-16 k5, 14^2, batch 256", 6, 16, 256,
-        kernel=5, size=14, targets=_targets(1.05, 2.3, 1.8),
-    ),
-    Case(
-        "conv 32-64 k5 p2, 15^2, batch 256", 32, 64, 256,
-        kernel=5, padding=2, size=15, targets=_targets(1.03, 2.15, 1.4),
-    ),
-    Case(
-        "conv 64-64 k3 p1, 32^2, batch 128", 64, 64, 128,
-        kernel=3, padding=1, size=32, targets=_targets(1.03, 2.15, 1.5),
-    ),
-    Case("linear 16x16, batch 8", 16, 16, 8, repeat=200, overhead_us=30.0),
-)  # fmt: skip
-# Milliseconds that sampling + KL of 10^6 weights may take on one thread, by instruction set.
-SAMPLING_TARGETS_MS = {"avx512": 2.0, "avx2": 3.0}
+    Case("conv 6-16 k5, 14^2, batch 256", 6, 16, 256, 5, 0, 14, targets=_targets(1.05, 2.3, 1.8)),
+    Case("conv 32-64 k5 p2, 15^2, batch 256", 32, 64, 256, 5, 2, 15, targets=_targets(1.03, 2.15, 1.4)),
+    Case("conv 64-64 k3 p1, 32^2, batch 128", 64, 64, 128, 3, 1, 32, targets=_targets(1.03, 2.15, 1.5)),
+    Case("linear 16x16, batch 8", 16, 16, 8, repeat=200, overhead=True),
+)
 
 
 def _linear(size: int, batch: int, precision: str, **options: Any) -> Case:
@@ -137,17 +125,9 @@ def _linear(size: int, batch: int, precision: str, **options: Any) -> Case:
 def _conv(channels: int, size: int, batch: int, precision: str, **options: Any) -> Case:
     last = precision != "float32"
     name = f"conv {channels}-{channels} k3 p1, {size}^2, batch {batch}, {PRECISIONS[precision]}"
+    name += " channels_last" if last else ""
     return Case(
-        name + (" channels_last" if last else ""),
-        channels,
-        channels,
-        batch,
-        kernel=3,
-        padding=1,
-        size=size,
-        precision=precision,
-        channels_last=last,
-        **options,
+        name, channels, channels, batch, 3, 1, size, precision=precision, channels_last=last, **options
     )
 
 
@@ -197,39 +177,37 @@ class Kernel:
 
     name: str
     bytes_per_element: int
-    tensors: Callable[[int, torch.device], dict[str, Tensor]]
     op: str
     arguments: Callable[[dict[str, Tensor]], tuple[Any, ...]]
     formula: Callable[..., Any] | None = None
     inputs: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     compiled: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def tensors(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        """Every tensor that a pass may want: parameters, activations ``m`` and ``v``, gradients, outputs."""
+
+        def normal() -> Tensor:
+            return torch.randn(n, device=device).to(self.dtype)
+
+        return {
+            "mu": normal() * 0.1, "rho": normal() * 0.1 - 3, "m": normal(), "v": normal().abs() + 0.1,
+            "grad": normal(), "grad_variance": normal(), "out": normal(), "out_rho": normal(),
+            "one": torch.ones((), device=device), "rng": functional.draw_rng(device),
+        }  # fmt: skip
 
 
-def _weights(n: int, device: torch.device) -> dict[str, Tensor]:
-    return {
-        "mu": torch.randn(n, device=device) * 0.1,
-        "rho": torch.randn(n, device=device) * 0.1 - 3,
-        "grad": torch.randn(n, device=device),
-        "one": torch.ones((), device=device),
-        "rng": functional.draw_rng(device),
-    }
+def _sample(t: dict[str, Tensor], with_kl: bool, to: torch.dtype | None = None) -> tuple[Any, ...]:
+    return [t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, with_kl, to
 
 
-def _activations(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {
-        "m": torch.randn(n, device=device).to(dtype),
-        "v": (torch.rand(n, device=device) + 0.1).to(dtype),
-        "grad": torch.randn(n, device=device).to(dtype),
-        "rng": functional.draw_rng(device),
-    }
+def _backward(t: dict[str, Tensor], grad: str, kl: str, noise: str) -> tuple[Any, ...]:
+    """Of ``posterior_backward``: the tensors of these names; "" is none."""
+    return [t.get(grad)], t.get(kl), [t["mu"]], [t["rho"]], t.get(noise), [0.0], [0.1]
 
 
-def _narrow_activations(n: int, device: torch.device) -> dict[str, Tensor]:
-    return _activations(n, device, torch.bfloat16)
-
-
-def _kl_formula(mu: Tensor, rho: Tensor) -> Tensor:
+def _kl(mu: Tensor, rho: Tensor) -> Tensor:
     return eager.kl(mu, eager.sigma(rho))
 
 
@@ -238,107 +216,71 @@ def _variance_and_kl(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     return sig**2, eager.kl(mu, sig)
 
 
-def _moments(n: int, device: torch.device) -> dict[str, Tensor]:
-    more = ("grad_variance", "out", "out_rho")
-    return {**_weights(n, device), **{name: torch.randn(n, device=device) for name in more}}
-
-
-def _narrow_variance(rho: Tensor) -> Tensor:
-    return eager.variance(rho).to(torch.bfloat16)
-
-
 def _narrow_sample(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     w, kl = eager.sample_and_kl(mu, rho)
     return w.to(torch.bfloat16), kl
 
 
-_MU_RHO = ("mu", "rho")
+def _epilogues(name: str, dtype: torch.dtype, compiled: bool) -> tuple[Kernel, Kernel]:
+    forward = Kernel(
+        name, 3 * dtype.itemsize, "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
+        eager.lrt_sample, ("m", "v"), compiled=compiled, dtype=dtype,
+    )  # fmt: skip
+    # The gradient of m is the gradient given: v's is all that a backward has to form.
+    backward = replace(
+        forward, name=f"{name}, backward", op="lrt_sample_backward", leaves=("v",),
+        arguments=lambda t: (t["grad"], t["v"], t["rng"]),
+    )  # fmt: skip
+    return forward, backward
+
+
+_BF16, _MU_RHO = torch.bfloat16, ("mu", "rho")
 
 KERNELS = (
     Kernel(
-        "sampling + KL", 12, _weights,
-        "sample_weights", lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, True, None),
-        eager.sample_and_kl, _MU_RHO,
+        "sampling + KL", 12, "sample_weights", lambda t: _sample(t, True), eager.sample_and_kl, _MU_RHO
     ),
     Kernel(
-        "sampling + KL, backward", 20, _weights,
-        "posterior_backward",
-        lambda t: ([t["grad"]], t["one"], [t["mu"]], [t["rho"]], t["rng"], [0.0], [0.1]),
-        eager.sample_and_kl, _MU_RHO, leaves=_MU_RHO,
+        "sampling + KL, backward", 20, "posterior_backward", lambda t: _backward(t, "grad", "one", "rng"),
+        eager.sample_and_kl, _MU_RHO, _MU_RHO,
+    ),
+    Kernel("KL", 8, "kl_divergence", lambda t: ([t["mu"]], [t["rho"]], [0.0], [0.1]), _kl, _MU_RHO),
+    Kernel(
+        "KL, backward", 16, "posterior_backward", lambda t: _backward(t, "", "one", ""),
+        _kl, _MU_RHO, _MU_RHO,
     ),
     Kernel(
-        "KL", 8, _weights,
-        "kl_divergence", lambda t: ([t["mu"]], [t["rho"]], [0.0], [0.1]),
-        _kl_formula, _MU_RHO,
-    ),
-    Kernel(
-        "KL, backward", 16, _weights,
-        "posterior_backward",
-        lambda t: ([None], t["one"], [t["mu"]], [t["rho"]], None, [0.0], [0.1]),
-        _kl_formula, _MU_RHO, leaves=_MU_RHO,
-    ),
-    Kernel(
-        "variance + KL", 12, _weights,
-        "variance", lambda t: ([t["mu"]], [t["rho"]], 0.0, 0.1, True, torch.float32),
+        "variance + KL", 12, "variance", lambda t: ([t["mu"]], [t["rho"]], 0.0, 0.1, True, torch.float32),
         _variance_and_kl, _MU_RHO,
     ),
     Kernel(
-        "variance + KL, backward", 24, _moments,
-        "posterior_backward_out",
+        "variance + KL, backward", 24, "posterior_backward_out",
         lambda t: (
             [t["grad"]], [t["grad_variance"]], t["one"], [t["mu"]], [t["rho"]], None, [0.0], [0.1],
             [t["out"]], [t["out_rho"]],
         ),
     ),
+    *_epilogues("LRT epilogue", torch.float32, True),
+    Kernel("sampling, no KL", 12, "sample_weights", lambda t: _sample(t, False)),
     Kernel(
-        "LRT epilogue", 12, _activations,
-        "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
-        eager.lrt_sample, ("m", "v"),
-    ),
-    # The gradient of m is the gradient given: v's is all that a backward has to form.
-    Kernel(
-        "LRT epilogue, backward", 12, _activations,
-        "lrt_sample_backward", lambda t: (t["grad"], t["v"], t["rng"]),
-        eager.lrt_sample, ("m", "v"), leaves=("v",),
+        "sampling, no KL, backward", 20, "posterior_backward", lambda t: _backward(t, "grad", "", "rng")
     ),
     Kernel(
-        "sampling, no KL", 12, _weights,
-        "sample_weights", lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, False, None),
+        "sampling + KL to bf16", 10, "sample_weights", lambda t: _sample(t, True, _BF16), _narrow_sample,
+        _MU_RHO, compiled=False,
     ),
     Kernel(
-        "sampling, no KL, backward", 20, _weights,
-        "posterior_backward",
-        lambda t: ([t["grad"]], None, [t["mu"]], [t["rho"]], t["rng"], [0.0], [0.1]),
+        "variance to bf16", 6, "variance", lambda t: ([t["rho"]], [t["rho"]], 0.0, 0.1, False, _BF16),
+        lambda rho: eager.variance(rho).to(_BF16), ("rho",), compiled=False,
+    ),
+    *_epilogues("LRT epilogue, bf16", _BF16, False),
+    Kernel(
+        "square, bf16", 4, "square", lambda t: (t["m"], _BF16), lambda x: x**2, ("m",), compiled=False,
+        dtype=_BF16,
     ),
     Kernel(
-        "sampling + KL to bf16", 10, _weights,
-        "sample_weights", lambda t: ([t["mu"]], [t["rho"]], t["rng"], 0.0, 0.1, True, torch.bfloat16),
-        _narrow_sample, _MU_RHO, compiled=False,
-    ),
-    Kernel(
-        "variance to bf16", 6, _weights,
-        "variance", lambda t: ([t["rho"]], [t["rho"]], 0.0, 0.1, False, torch.bfloat16),
-        _narrow_variance, ("rho",), compiled=False,
-    ),
-    Kernel(
-        "LRT epilogue, bf16", 6, _narrow_activations,
-        "lrt_sample_", lambda t: (t["m"], t["v"], t["rng"]),
-        eager.lrt_sample, ("m", "v"), compiled=False,
-    ),
-    Kernel(
-        "LRT epilogue, bf16, backward", 6, _narrow_activations,
-        "lrt_sample_backward", lambda t: (t["grad"], t["v"], t["rng"]),
-        eager.lrt_sample, ("m", "v"), leaves=("v",), compiled=False,
-    ),
-    Kernel(
-        "square, bf16", 4, _narrow_activations,
-        "square", lambda t: (t["m"], torch.bfloat16),
-        lambda x: x**2, ("m",), compiled=False,
-    ),
-    Kernel(
-        "square, bf16, backward", 8, _narrow_activations,
-        "square_backward_", lambda t: (t["v"], t["m"], t["grad"]),
-        lambda g, x, grad: g + 2 * x * grad, ("v", "m", "grad"), compiled=False,
+        "square, bf16, backward", 8, "square_backward_", lambda t: (t["v"], t["m"], t["grad"]),
+        lambda g, x, grad: g + 2 * x * grad, ("v", "m", "grad"), compiled=False, dtype=_BF16,
     ),
 )  # fmt: skip
 
@@ -400,62 +342,10 @@ class ModelCase:
         return torch.randn(self.batch, self.channels, 32, 32, device=device)
 
 
-# How many times faster than eager LRT a training step of LRT must be, by the rules (bbb_fast.routes) that
-# hold on a kind of CPU: "other" for every kind that has none of its own.
-MODEL_TARGETS = {
-    "intel-avx512": {
-        "LeNet": {"lrt": 1.9, "lrt_auto": 1.9},
-        "AlexNet": {"lrt": 1.6, "lrt_auto": 1.65},
-        "3Conv3FC": {"lrt": 1.6, "lrt_auto": 1.65},
-    },
-    "other": {
-        "LeNet": {"lrt": 1.55, "lrt_auto": 1.6},
-        "AlexNet": {"lrt": 1.5, "lrt_auto": 1.65},
-        "3Conv3FC": {"lrt": 1.4, "lrt_auto": 1.65},
-    },
-}
-# How many times its point-estimate twin's step one of BBB may take.
-MODEL_BBB_TARGET = 1.15
-# How many times faster than a loop of eager LRT forwards prediction must be.
-PREDICT_TARGET = 2.5
-
-
 def model_cases(batch: int, channels: int = 3) -> list[ModelCase]:
     pairs = (
         (models.BBBLeNet, models.LeNet),
         (models.BBBAlexNet, models.AlexNet),
         (models.BBB3Conv3FC, models.ThreeConvThreeFC),
     )
-    return [ModelCase(*pair, batch, channels=channels) for pair in pairs]
-
-
-@dataclass(frozen=True)
-class PredictCase:
-    """``samples`` outputs for ``batch`` inputs, of 3Conv3FC (LRT layers) or of one BBB linear layer."""
-
-    batch: int
-    samples: int
-    size: int = 0  # of the linear layer; 0: the model
-
-    @property
-    def group(self) -> str:
-        what = f"BBBLinear {self.size}x{self.size}" if self.size else "BBB3Conv3FC"
-        return f"{what}, batch {self.batch}"
-
-    @property
-    def name(self) -> str:
-        return f"predict, {self.group}, {self.samples} draws"
-
-    def model(self, name: str, device: torch.device | str | None = None) -> nn.Module:
-        """The contender "ours", "eager_bbb" or "eager_lrt"."""
-        if not self.size:
-            case = ModelCase(models.BBB3Conv3FC, models.ThreeConvThreeFC, self.batch)
-            return case.model("lrt" if name == "ours" else name, device)
-        return Case("", self.size, self.size, self.batch).layer("bbb" if name == "ours" else name, device)
-
-    def input(self, device: torch.device | str | None = None) -> Tensor:
-        return torch.randn(self.batch, *((self.size,) if self.size else (3, 32, 32)), device=device)
-
-
-def predict_cases(batches: tuple[int, ...], samples: tuple[int, ...], size: int) -> list[PredictCase]:
-    return [PredictCase(n, s, linear) for linear in (0, size) for n in batches for s in samples]
+    return [ModelCase(bayesian, point, batch, channels=channels) for bayesian, point in pairs]

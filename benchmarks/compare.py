@@ -43,13 +43,18 @@ class Change(NamedTuple):
         )
 
 
-def ratios(result: Mapping[str, Any]) -> Iterator[tuple[Key, Mapping[str, float]]]:
-    """Every ratio of a result; bases and contenders that failed have none."""
+def _rows(result: Mapping[str, Any]) -> Iterator[tuple[Key, Mapping[str, Any]]]:
+    """Every contender of a result but the bases."""
     for run in result["runs"]:
-        for table in (*run["sampling"], *run["layers"]):
+        for table in (*run.get("sampling", ()), *run.get("layers", ())):
             for name, row in table["contenders"].items():
-                if "lower_over_base" in row and name != table["base"]:
-                    yield Key(run["threads"], table["case"], name), row["lower_over_base"]
+                if name != table["base"]:
+                    yield Key(run["threads"], table["case"], name), row
+
+
+def ratios(result: Mapping[str, Any]) -> dict[Key, Mapping[str, float]]:
+    """Every ratio of a result; contenders that failed have none."""
+    return {key: row["lower_over_base"] for key, row in _rows(result) if "lower_over_base" in row}
 
 
 def incompatible(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -62,7 +67,7 @@ def incompatible(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     counts = [sorted(run["threads"] for run in result["runs"]) for result in (old, new)]
     if not set(counts[0]) & set(counts[1]):
         reasons.append(f"no number of threads in common: {counts[0]} and {counts[1]}")
-    elif not {key for key, _ in ratios(old)} & {key for key, _ in ratios(new)}:
+    elif not ratios(old).keys() & ratios(new).keys():
         reasons.append("no case and contender in common")
     return reasons
 
@@ -75,10 +80,10 @@ def tolerance(old: Mapping[str, float], new: Mapping[str, float]) -> float:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Every ratio that both results have."""
-    before = dict(ratios(old))
+    before = ratios(old)
     return [
         Change(key, before[key]["ratio"], now["ratio"], tolerance(before[key], now))
-        for key, now in ratios(new)
+        for key, now in ratios(new).items()
         if key in before
     ]
 
@@ -96,11 +101,5 @@ def blind(found: list[Change], share: float = 0.2) -> list[Change]:
 
 def missing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Key]:
     """What ``old`` measured and ``new`` tried and could not: its contenders that failed."""
-    failed = {
-        Key(run["threads"], table["case"], name)
-        for run in new["runs"]
-        for table in (*run["sampling"], *run["layers"])
-        for name, row in table["contenders"].items()
-        if "error" in row
-    }
-    return [key for key, _ in ratios(old) if key in failed]
+    failed = {key for key, row in _rows(new) if "error" in row}
+    return [key for key in ratios(old) if key in failed]

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 import bbb_fast
 from bbb_fast.experiments import checkpoint, data, training, uncertainty
 from bbb_fast.experiments.data import ImageSet
+from bbb_fast.experiments.document import Cell, Column, Table
 
 MARKER = "made-by-demo.txt"
 SAMPLES = 50
@@ -37,7 +37,6 @@ CONFIG = training.TrainConfig(
     lr_schedule="cosine",
 )
 MODELS = {"lrt": "Bayesian", "none": "point estimate"}
-SHORT = {"predictive_entropy": "entropy", "mutual_information": "mutual inf."}
 
 # Letters of 8 x 8 pixels, a byte a row, the leftmost pixel its highest bit. Those that can pass for a
 # digit (B, D, G, I, O, Q, S, Z and the like) are left out.
@@ -95,77 +94,34 @@ def train(layer_type: str, folder: Path, seed: int, threads: int) -> checkpoint.
     return checkpoint.load_model(folder / layer_type / training.LAST)
 
 
-def judge_all(
-    loaded: checkpoint.LoadedModel, known: ImageSet, others: list[ImageSet], seed: int
-) -> list[uncertainty.Comparison]:
-    """The known images against each never-seen set."""
-    return [uncertainty.compare(loaded, known, other, samples=SAMPLES, seed=seed) for other in others]
+Results = Mapping[str, Sequence[uncertainty.Comparison]]
 
 
-def row(title: str, numbers: Iterable[float], form: str) -> str:
-    return f"  {title:26s}" + "".join(f"{number:>10{form}}" for number in numbers)
-
-
-def header(title: str, names: Iterable[str]) -> str:
-    return f"{title:28s}" + "".join(f"{name:>10s}" for name in names)
-
-
-def tables(results: dict[str, list[uncertainty.Comparison]]) -> str:
-    """Both models side by side."""
-    names = [result.outside.images.name.split()[0] for result in results["lrt"]]
-    lines = [header("known digits", ("accuracy", "NLL", "Brier", "ECE"))]
-    lines += [row(MODELS[kind], all_[0].quality.values(), ".3f") for kind, all_ in results.items()]
-    lines += ["", header("AUROC of digits against", names)]
-    for kind, score in (
-        ("lrt", "predictive_entropy"),
-        ("none", "predictive_entropy"),
-        ("lrt", "mutual_information"),
-    ):
-        values = [result.detection[score]["auroc"] for result in results[kind]]
-        lines.append(row(f"{MODELS[kind]}, {SHORT[score]}", values, ".3f"))
-    lines += ["", header("called with p > 0.9", ("digits", *names))]
-    for kind, all_ in results.items():
-        shares = [
-            all_[0].inside.share_above(0.9),
-            *(result.outside.share_above(0.9) for result in all_),
-        ]
-        lines.append(row(MODELS[kind], shares, ".1%"))
-    return "\n".join(lines)
-
-
-def one_letter_each(bayesian: uncertainty.Judged, point: uncertainty.Judged) -> str:
-    """What the first image of each letter is taken for."""
-    lines = ["", "letter     Bayesian says (probability, mutual information)     point estimate says"]
-    for label, letter in enumerate(LETTERS):
-        i = int((bayesian.images.labels == label).nonzero()[0])
-        lines.append(
-            f"  {letter}        {bayesian.prediction[i]}  ({1 - bayesian.doubt[i]:.2f}, "
-            f"{bayesian.mutual_information[i]:.2f} nats){'':29s}"
-            f"{point.prediction[i]}  ({1 - point.doubt[i]:.2f})"
-        )
-    return "\n".join(lines)
-
-
-def comment(results: dict[str, list[uncertainty.Comparison]]) -> str:
-    """What the numbers say, in words."""
-    bayesian, point = (results[kind][-1] for kind in MODELS)
-    strange, known = (
-        [getattr(result, side).share_above(0.9) for result in (point, bayesian)]
-        for side in ("outside", "inside")
+def tables(results: Results) -> list[Table]:
+    """Both models side by side, on what they know and on what they have never seen."""
+    strange = [result.outside.images.name.split()[0] for result in results["lrt"]]
+    scores = (("lrt", "predictive_entropy"), ("none", "predictive_entropy"), ("lrt", "mutual_information"))
+    quality: list[list[Cell]] = [[MODELS[kind], *all_[0].quality.values()] for kind, all_ in results.items()]
+    auroc: list[list[Cell]] = [
+        [f"{MODELS[kind]}, {score.replace('_', ' ')}", *(r.detection[score]["auroc"] for r in results[kind])]
+        for kind, score in scores
+    ]
+    sure: list[list[Cell]] = [
+        [MODELS[kind], *(one.share_above(0.9) for one in (all_[0].inside, *(r.outside for r in all_)))]
+        for kind, all_ in results.items()
+    ]
+    seen = [results["lrt"][0].inside, *(result.outside for result in results["lrt"])]
+    doubt = [float(judged.mutual_information.mean()) for judged in seen]
+    parts: tuple[tuple[str, Sequence[str], str, Sequence[Sequence[Cell]]], ...] = (
+        ("the digits of the test set", ("accuracy", "NLL", "Brier", "ECE"), ".3f", quality),
+        ("AUROC of digits against what neither has seen", strange, ".3f", auroc),
+        ("called with a probability above 0.9", ("digits", *strange), ".1%", sure),
+        ("how much the draws disagree, nats", ("digits", *strange), ".3f", [["mutual information", *doubt]]),
     )
-    sets = [bayesian.inside, *(result.outside for result in results["lrt"])]
-    means = {judged.images.name: float(judged.mutual_information.mean()) for judged in sets}
-    highest = max(means, key=lambda name: means[name])
-    text = (
-        "No letter is a digit, yet both models must call it one. The point estimate gives its answer "
-        f"a probability above 0.9 for {strange[0]:.0%} of the letters; the Bayesian model, an average "
-        f"over {SAMPLES} draws of its weights, for {strange[1]:.0%}. For the digits it is "
-        f"{known[0]:.0%} and {known[1]:.0%}. Mutual information says how much the draws disagree (a "
-        f"point estimate has only one, so always 0): {means['digits']:.3f} nats on average for digits, "
-        f"{means['letters']:.3f} for letters, most for {highest} ({means[highest]:.3f}). Neither model "
-        "notices everything; the figure shows the letters that the Bayesian one is most certain of."
-    )
-    return textwrap.fill(text, 100)
+    return [
+        Table(title, [Column(""), *(Column(name, form) for name in names)], rows)
+        for title, names, form, rows in parts
+    ]
 
 
 def main() -> int:
@@ -188,13 +144,18 @@ def main() -> int:
     known = data.load("digits", "test")
     others = [uncertainty.unseen(kind, known, args.seed) for kind in uncertainty.DERIVED]
     others.append(letters(len(known) // len(LETTERS), args.seed))
-    print(f"judging both: {len(known)} digits of the test set, and images they have never seen ...\n")
-    results = {kind: judge_all(one, known, others, args.seed) for kind, one in loaded.items()}
-    print(tables(results))
-    print(one_letter_each(results["lrt"][-1].outside, results["none"][-1].outside))
-    print()
-    print(comment(results))
-    print()
+    print(f"judging both: {len(known)} digits of the test set, and images they have never seen ...")
+    results = {
+        kind: [uncertainty.compare(one, known, other, samples=SAMPLES, seed=args.seed) for other in others]
+        for kind, one in loaded.items()
+    }
+    for table in tables(results):
+        print(f"\n{table.text()}")
+    print(
+        "\nNo letter is a digit, yet both models must call it one. Mutual information is how much the draws\n"
+        "of the Bayesian model's weights disagree; a point estimate has but one, so always 0. Neither\n"
+        "notices everything: the figure shows the letters that the Bayesian one is most certain of.\n"
+    )
     settings = {
         "samples": SAMPLES,
         "seed": args.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,23 +65,11 @@ class EagerLayer(nn.Module):
         return lrt_sample(mean, v), (W_sigma, bias_sigma)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, self.sigmas = self._run(x)
-        return y
-
-    def kl_loss(self) -> Tensor:
-        return self._kl(self.sigmas)
-
-    def _kl(self, sigmas: tuple[Tensor, Tensor]) -> Tensor:
-        return kl(self.W_mu, sigmas[0]) + kl(self.bias_mu, sigmas[1])
-
-    # What torch.compile gets: functions without side effects, the KL in the same graph as the output.
-
-    def output(self, x: Tensor) -> Tensor:
         return self._run(x)[0]
 
     def output_with_kl(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, sigmas = self._run(x)
-        return y, self._kl(sigmas)
+        y, (W_sigma, bias_sigma) = self._run(x)
+        return y, kl(self.W_mu, W_sigma) + kl(self.bias_mu, bias_sigma)
 
 
 def linear(i: int, o: int, estimator: str) -> EagerLayer:
@@ -97,7 +86,7 @@ class EagerModel(nn.Module):
     """One of bbb_fast's architectures (a class of ``bbb_fast.models``) with the layers above, and with what
     stands between them as PyTorch-BayesianCNN has it: the activation, then torch.nn's pooling."""
 
-    def __init__(self, architecture: type, outputs: int, inputs: int, estimator: str) -> None:
+    def __init__(self, architecture: Any, outputs: int, inputs: int, estimator: str) -> None:
         super().__init__()
 
         def conv(i: int, o: int, k: int, stride: int = 1, padding: int = 0) -> EagerLayer:
@@ -105,15 +94,15 @@ class EagerModel(nn.Module):
 
         architecture._build(self, outputs, inputs, conv, lambda i, o: linear(i, o, estimator), nn.Softplus)
         modules = list(self._modules.items())
-        for k in [k for k, (_, module) in enumerate(modules) if isinstance(module, nn.MaxPool2d)]:
-            name, pool = modules[k]
+        pools = [(k, name, pool) for k, (name, pool) in enumerate(modules) if isinstance(pool, nn.MaxPool2d)]
+        for k, name, pool in pools:
             modules[k : k + 2] = modules[k + 1], (name, nn.MaxPool2d(pool.kernel_size, pool.stride))
         self._modules.clear()
         self._modules.update(modules)
 
-    def output(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for module in self.children():
-            x = module.output(x) if isinstance(module, EagerLayer) else module(x)
+            x = module(x)
         return x
 
     def output_with_kl(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,17 @@
-"""Timing that can be trusted on a shared machine, and what a result file says about where it comes from."""
+"""What every benchmark shares: timing that can be trusted on a shared machine, options, files, provenance."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-import os
 import platform
 import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 
 import bbb_fast
 from bbb_fast import routes
+from bbb_fast._files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 # Where runs go that measure nothing worth keeping: not under version control.
@@ -33,107 +35,93 @@ def clock(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-class Timing(NamedTuple):
-    """Seconds that count, and seconds the caller's thread was busy starting the work."""
+class Job(NamedTuple):
+    """One row of a result: where it goes, what it is called, and how it is measured."""
 
-    seconds: float
-    host: float
+    section: str
+    case: str
+    run: Callable[[], dict[str, Any]]
 
 
-class Clock:
-    """Times one call on a device, the CPU or a GPU.
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds go on to ``rounds`` or, after ``least``, until ``seconds`` are over.
 
-    :meth:`alone` is the time the device takes. On a GPU: a read of a buffer several times the L2 cache goes
-    first, so that every call finds its operands in memory; the call's kernels are queued behind a pause, so
-    that the two events around them enclose their run time and not the time Python takes to launch them.
-    :meth:`back_to_back` is the time a user waits: wall clock of several calls in a row, launches included.
+    ``warmup``: calls of each contender that do not count.
     """
 
-    LONGEST_PAUSE = 0.03
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cuda = device.type == "cuda"
-        if not self.cuda:
-            return
-        torch.cuda.set_device(device)
-        size = torch.cuda.get_device_properties(device).L2_cache_size or 64 << 20
-        # Read, not written: lines that a write leaves in the cache would be written back during the call.
-        self._buffer = torch.ones(size, device=device)  # 4 bytes each: 4 times the cache
-        self._sink = torch.empty((), device=device)
-        self._start = torch.cuda.Event(enable_timing=True)
-        self._stop = torch.cuda.Event(enable_timing=True)
-        # An idle GPU's clock is slow; a pause counted in its cycles would be too short later.
-        until = time.perf_counter() + 0.3
-        while time.perf_counter() < until:
-            self._flush()
-            torch.cuda.synchronize(device)
-        cycles = 2_000_000
-        seconds = [self._events(lambda: torch.cuda._sleep(cycles)) for _ in range(5)]
-        self._cycles_per_second = cycles / min(seconds)
-
-    def _flush(self) -> None:
-        torch.sum(self._buffer, 0, out=self._sink)
-
-    def _events(self, run: Callable[[], Any]) -> float:
-        self._start.record()
-        run()
-        self._stop.record()
-        self._stop.synchronize()
-        return self._start.elapsed_time(self._stop) / 1e3
-
-    def synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-
-    def alone(self, run: Callable[[], Any], pause: float) -> Timing:
-        """One call, its operands not in the cache; ``pause`` should be longer than launching takes."""
-        host = 0.0
-
-        def timed() -> None:
-            nonlocal host
-            host = clock(run)
-
-        if not self.cuda:
-            timed()
-            return Timing(host, host)
-        torch.cuda._sleep(int(min(pause, self.LONGEST_PAUSE) * self._cycles_per_second))
-        self._flush()
-        return Timing(self._events(timed), host)
-
-    def back_to_back(self, run: Callable[[], Any], calls: int) -> Timing:
-        """Seconds a call of ``calls`` calls in a row, from an idle device to an idle device."""
-        self.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        started = time.perf_counter()
-        self.synchronize()
-        return Timing((time.perf_counter() - start) / calls, (started - start) / calls)
+    rounds: int = 100
+    seconds: float = 15.0
+    least: int = 6
+    warmup: int = 2
 
 
-def interleaved_for(
-    contenders: Mapping[str, Callable[[], T]], seconds: float, rounds: int, least: int = 5
-) -> tuple[dict[str, list[T]], dict[str, str]]:
-    """Runs every contender once a round, in turn, so that the machine's drift hits all alike.
+class SkippedError(Exception):
+    """A contender that was left out, and why."""
 
-    Goes on until ``rounds`` rounds or, after ``least``, ``seconds`` are over. Contenders come warmed up and
-    return their timing; one that raises drops out. Returns the timings, and the errors by name.
+
+Errors = dict[str, dict[str, Any]]
+
+
+def contest(
+    contenders: Mapping[str, Callable[[], Callable[[], T]]], effort: Effort
+) -> tuple[dict[str, list[T]], Errors]:
+    """Builds every contender, then runs each once a round, so that the machine's drift hits all alike.
+
+    What builds a contender also warms it up, and returns what a round calls, which returns its timing. One
+    that raises drops out. Returns the timings of the others, and the errors, as rows of a result.
     """
+    runs: dict[str, Callable[[], T]] = {}
     times: dict[str, list[T]] = {name: [] for name in contenders}
-    errors: dict[str, str] = {}
+    errors: Errors = {}
+
+    @contextlib.contextmanager
+    def dropping_out(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            skipped = isinstance(error, SkippedError)
+            errors[name] = {"error": f"skipped: {error}" if skipped else describe(error)}
+            runs.pop(name, None)
+            del times[name]
+            # Its frames hold the contender's tensors.
+            error.__traceback__ = None
+
+    for name, build in contenders.items():
+        with dropping_out(name):
+            runs[name] = build()
     begin = time.perf_counter()
-    for k in range(rounds):
-        if k >= least and time.perf_counter() - begin > seconds:
+    for k in range(effort.rounds):
+        if k >= effort.least and time.perf_counter() - begin > effort.seconds:
             break
-        for name, run in contenders.items():
-            if name in errors:
-                continue
-            try:
+        for name, run in list(runs.items()):
+            with dropping_out(name):
                 times[name].append(run())
-            except Exception as error:
-                errors[name] = describe(error)
     return times, errors
+
+
+def warmed_up(run: Callable[[], T], calls: int) -> Callable[[], T]:
+    """The function, after so many calls."""
+    for _ in range(calls):
+        run()
+    return run
+
+
+def time_in_turn(runs: Mapping[str, Callable[[], Any]], effort: Effort) -> dict[str, list[float]]:
+    """Seconds of calls on the CPU. Raises RuntimeError if one fails."""
+    return of_all(
+        contest(
+            {n: partial(warmed_up, partial(clock, run), effort.warmup) for n, run in runs.items()}, effort
+        )
+    )
+
+
+def of_all(found: tuple[dict[str, T], Errors]) -> dict[str, T]:
+    """The timings of a :func:`contest` that all have to finish. Raises RuntimeError if one did not."""
+    times, errors = found
+    if errors:
+        raise RuntimeError(f"{errors}")
+    return times
 
 
 def describe(error: BaseException) -> str:
@@ -144,16 +132,10 @@ def describe(error: BaseException) -> str:
 
 def summary(times: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and the outer twentieths, in microseconds."""
-    t = torch.tensor(times, dtype=torch.float64) * 1e6
-    q = torch.quantile(t, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)).tolist()
-    return {
-        "median_us": q[2],
-        "q05_us": q[0],
-        "q25_us": q[1],
-        "q75_us": q[3],
-        "q95_us": q[4],
-        "runs": len(times),
-    }
+    quantiles = torch.tensor([0.5, 0.05, 0.25, 0.75, 0.95], dtype=torch.float64)
+    found = (torch.tensor(times, dtype=torch.float64) * 1e6).quantile(quantiles).tolist()
+    names = ("median_us", "q05_us", "q25_us", "q75_us", "q95_us")
+    return {**dict(zip(names, found, strict=True)), "runs": len(times)}
 
 
 def ratio(
@@ -168,15 +150,9 @@ def ratio(
     rounds = pairs.shape[1]
     draws = torch.randint(rounds, (resamples, rounds), generator=torch.Generator().manual_seed(0))
     mine, theirs = pairs[:, draws].quantile(quantile, dim=-1)
-    ratios = mine / theirs
-    center = pairs.quantile(quantile, dim=-1)
+    ratios, (center, base_center) = mine / theirs, pairs.quantile(quantile, dim=-1).tolist()
     low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {
-        "ratio": (center[0] / center[1]).item(),
-        "low": low,
-        "high": high,
-        "spread": ratios.log().std().item(),
-    }
+    return {"ratio": center / base_center, "low": low, "high": high, "spread": ratios.log().std().item()}
 
 
 def _command(*words: str) -> str | None:
@@ -189,11 +165,10 @@ def _command(*words: str) -> str | None:
 def _cpuinfo() -> dict[str, str]:
     """The first processor's fields in /proc/cpuinfo; empty where there is none."""
     try:
-        text = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return {}
-    fields = (line.partition(":") for line in text.splitlines())
-    return {name.strip(): value.strip() for name, _, value in fields}
+    return dict(re.findall(r"^(.+?)\s*: (.*)$", text.split("\n\n")[0], re.MULTILINE))
 
 
 def _cpu() -> str:
@@ -202,8 +177,6 @@ def _cpu() -> str:
 
 # What tells CPUs apart for these benchmarks, the best first, by the name of the flag in /proc/cpuinfo.
 _FEATURES = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512f": "avx512", "avx2": "avx2"}
-
-
 # Generations that the model's name need not tell apart, by AMD's number of the family. A Zen 4, of family 25,
 # goes by its name and instructions alone.
 _FAMILIES = {"26": "zen5"}
@@ -283,9 +256,7 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces the file at once: a run that is killed leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    atomic_write(path, text.encode())
 
 
 @contextlib.contextmanager
@@ -299,21 +270,24 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """--threads, --quick and --out, the same for every benchmark of the CPU."""
-    counts = sorted({1, torch.get_num_threads()})
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=counts, help="numbers of threads (default: one, and all)"
+def arguments(doc: str, threads: Sequence[int] | int = 1) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has: --threads (several where several are the default)
+    and --out; ``doc`` is the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, no more")
+    several = None if isinstance(threads, int) else "+"
+    shown = threads if isinstance(threads, int) else " ".join(map(str, threads))
     parser.add_argument(
-        "--out", type=Path, help=f"result files, without a suffix (default results/{name}-{this_machine()})"
+        "--threads", type=int, nargs=several, default=threads, help=f"of torch (default {shown})"
     )
+    parser.add_argument("--out", type=Path, help="result file, without a suffix (default in results)")
+    return parser
 
 
-def out_path(out: Path | None, name: str, quick: bool) -> Path:
-    """Where a benchmark's files go, without a suffix. A quick run never replaces a result."""
-    return out or (SCRATCH / f"{name}-quick" if quick else RESULTS / f"{name}-{this_machine()}")
+def out_path(out: Path | None, name: str, trial: bool) -> Path:
+    """Where a benchmark's files go, without a suffix. A trial never replaces a result."""
+    return out or (SCRATCH if trial else RESULTS) / name
 
 
 def with_suffix(path: Path, suffix: str) -> Path:

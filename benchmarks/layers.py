@@ -1,49 +1,27 @@
 """Times each layer against torch.nn's, the textbook formulas, torch.compile and other libraries.
 
-    python benchmarks/layers.py [--threads 1 2] [--case TEXT] [--contenders NAME ...] [--quick] [--out PATH]
-    python benchmarks/layers.py --compare OLD.json [NEW.json]
-
-Every contender of a case runs once a round, in one process. Prints a table and writes PATH.json, PATH.md and
-PATH.png. With --compare, measures what OLD.json holds again (or reads NEW.json) and exits with 1 if anything
-became slower beyond noise, with 2 if the two cannot be compared; writes files only where --out says.
+Every contender of a case runs once a round, in one process, and so do the instruction sets of a weight draw.
+Float32. Ratios are those of medians, to the whole step (forward, backward, KL) of torch.nn's layer, and to
+the eager formulas' draw. The formulas and libraries are described in rivals.py. A variance in bfloat16 gains
+nothing on a CPU without such instructions: numbers are converted back and forth there.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import operator
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
-import compare
 import eager
 import torch
 from cases import CASES, Case
-from harness import (
-    add_common_arguments,
-    clock,
-    describe,
-    interleaved_for,
-    out_path,
-    provenance,
-    ratio,
-    summary,
-    threads,
-    with_suffix,
-    write_json,
-    write_text,
-)
-from memory import peak_bytes, saved_for_backward
-from report import layers_console, layers_figure, layers_markdown
-from rivals import CONTENDERS, Layer, compiled, versions
+from harness import Effort, Errors, Job, clock, contest, ratio, summary, warmed_up
+from rivals import CONTENDERS, Layer, compiled
 from torch import Tensor
 
 from bbb_fast import _backend, functional
@@ -73,16 +51,6 @@ class Times(NamedTuple):
 
 
 Wrap = Callable[[str, Callable[[], Times]], Callable[[], Times]]
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure: rounds go on to ``rounds`` or, after ``least``, until ``seconds`` are over."""
-
-    rounds: int = 100
-    seconds: float = 15.0
-    least: int = 6
-    warmup: int = 2
 
 
 QUICK = Effort(rounds=3, seconds=1.0, least=2, warmup=1)
@@ -147,15 +115,65 @@ class Stepper:
         return {"saved_bytes": saved, "peak_bytes": peak}
 
 
-def _over_base(times: Sequence[float], base: Sequence[float]) -> dict[str, dict[str, float]]:
-    return {"over_base": ratio(times, base), "lower_over_base": ratio(times, base, quantile=0.25)}
+def saved_for_backward(forward: Callable[[], Any], kept_anyway: Iterable[Tensor]) -> int:
+    """Bytes that autograd holds between ``forward`` and its backward, each storage counted once.
+
+    Storages of ``kept_anyway`` (the parameters and the layer's input, which are there in any case) do not
+    count. Tensors that C++ autograd functions save are counted like any others.
+    """
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    for t in kept_anyway:
+        sizes.pop(t.untyped_storage().data_ptr(), None)
+    del result
+    return sum(sizes.values())
 
 
-def unchanged(_: str, run: Callable[[], Times]) -> Callable[[], Times]:
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most bytes of tensors that ``step`` itself allocated and had at one time.
+
+    From the allocations and releases that torch.profiler records; releases of older tensors do not count.
+    Scratch space that oneDNN and MKL take past torch's allocator is not in it.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        step()
+    sizes: dict[int, int] = {}
+    now = peak = 0
+    for event in sorted(_allocations(run), key=lambda e: e.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            sizes[address] = size
+            now += size
+        else:
+            now -= sizes.pop(address, 0)
+        peak = max(peak, now)
+    return peak
+
+
+def _allocations(run: torch.profiler.profile) -> Iterator[Any]:
+    assert run.profiler is not None and run.profiler.kineto_results is not None
+    pending = list(run.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event
+
+
+def _unchanged(_: str, run: Callable[[], Times]) -> Callable[[], Times]:
     return run
 
 
-def run_case(case: Case, contenders: Sequence[str], effort: Effort, wrap: Wrap = unchanged) -> dict[str, Any]:
+def run_case(
+    case: Case, contenders: Sequence[str], effort: Effort, wrap: Wrap = _unchanged
+) -> dict[str, Any]:
     """Forward, backward, step and memory of every contender, and the ratio to torch.nn's step.
 
     ``wrap`` may put something around a contender's timed step, by name: how tests slow one down.
@@ -167,35 +185,37 @@ def run_case(case: Case, contenders: Sequence[str], effort: Effort, wrap: Wrap =
     plain = case.layer("nn")
     with torch.no_grad():
         g = torch.randn_like(plain(x))
-    rows: dict[str, dict[str, Any]] = {}
-    steppers: dict[str, Stepper] = {}
-    for name in dict.fromkeys(("nn", *contenders)):
-        if CONTENDERS[name].for_overhead and case.overhead_us is None:
-            continue
-        try:
-            stepper = Stepper(CONTENDERS[name].build(case), x, g, case.repeat)
-            for _ in range(effort.warmup):
-                stepper.timed()
-            rows[name] = stepper.memory()
-            steppers[name] = stepper
-        except Exception as error:
-            rows[name] = {"error": describe(error)}
-    runs = {name: wrap(name, stepper.timed) for name, stepper in steppers.items()}
-    times, errors = interleaved_for(runs, effort.seconds, effort.rounds, effort.least)
-    for name, error in errors.items():
-        rows[name] = {"error": error}
-    for name, steps in times.items():
-        if name in errors:
-            continue
-        for part in Times._fields:
-            rows[name][part] = summary([getattr(t, part) for t in steps])
-        rows[name] |= _over_base([t.step for t in steps], [t.step for t in times["nn"]])
+    memory: dict[str, dict[str, int]] = {}
+
+    def ready(name: str) -> Callable[[], Times]:
+        stepper = Stepper(CONTENDERS[name].build(case), x, g, case.repeat)
+        warmed_up(stepper.timed, effort.warmup)
+        memory[name] = stepper.memory()
+        return wrap(name, stepper.timed)
+
+    names = [n for n in dict.fromkeys(("nn", *contenders)) if case.overhead or not CONTENDERS[n].for_overhead]
+    times, errors = contest({name: partial(ready, name) for name in names}, effort)
+    parts = {
+        name: {part: summary([getattr(t, part) for t in found]) for part in Times._fields}
+        for name, found in times.items()
+    }
+    steps = {name: [t.step for t in found] for name, found in times.items()}
+    over = _over_base(steps, "nn", errors)
+    rows = {name: errors.get(name) or {**memory[name], **parts[name], **over[name]} for name in names}
+    sizes = {"weight_bytes": plain.weight.nbytes, "output_bytes": g.nbytes}
+    return {"case": case.name, "base": "nn", **sizes, "contenders": rows}
+
+
+def _over_base(times: Mapping[str, list[float]], base: str, errors: Errors) -> dict[str, dict[str, Any]]:
+    """Raises RuntimeError where the base could not be measured."""
+    if base in errors:
+        raise RuntimeError(f"{base}: {errors[base]}")
     return {
-        "case": case.name,
-        "base": "nn",
-        "weight_bytes": plain.weight.nbytes,
-        "output_bytes": g.nbytes,
-        "contenders": rows,
+        name: {
+            "over_base": ratio(seconds, times[base]),
+            "lower_over_base": ratio(seconds, times[base], quantile=0.25),
+        }
+        for name, seconds in times.items()
     }
 
 
@@ -228,6 +248,10 @@ def _ours_by_instruction_set(draw: Callable[[], Any]) -> dict[str, Callable[[], 
     return found
 
 
+def sampling_name(count: int) -> str:
+    return f"sampling + KL of {count:,} weights"
+
+
 def run_sampling(count: int, effort: Effort) -> dict[str, Any]:
     """One weight draw with its KL: forward alone, no gradient."""
     torch.compiler.reset()
@@ -239,140 +263,25 @@ def run_sampling(count: int, effort: Effort) -> dict[str, Any]:
         **_ours_by_instruction_set(lambda: functional.sample_weight(mu, rho, rng, with_kl=True)),
         "compiled": lambda: compiled_draw(mu, rho),
     }
-    rows: dict[str, dict[str, Any]] = {}
-    runs: dict[str, Callable[[], float]] = {}
-    for name, draw in draws.items():
-        try:
-            for _ in range(effort.warmup + 1):
-                draw()
-            runs[name] = lambda draw=draw: clock(draw)
-            rows[name] = {}
-        except Exception as error:
-            rows[name] = {"error": describe(error)}
-    times, errors = interleaved_for(runs, effort.seconds / 5, 3 * effort.rounds, effort.least)
-    for name, seconds in times.items():
-        if name in errors:
-            rows[name] = {"error": errors[name]}
-        else:
-            rows[name] = {"step": summary(seconds), **_over_base(seconds, times["eager"])}
-    return {
-        "case": f"sampling + KL of {count:,} weights",
-        "count": count,
-        "base": "eager",
-        "contenders": rows,
-    }
+    # A draw takes less than a step.
+    more = replace(effort, rounds=3 * effort.rounds, seconds=effort.seconds / 5)
+    ready = {n: partial(warmed_up, partial(clock, draw), effort.warmup + 1) for n, draw in draws.items()}
+    times, errors = contest(ready, more)
+    over = _over_base(times, "eager", errors)
+    rows = {n: errors.get(n) or {"step": summary(times[n]), **over[n]} for n in draws}
+    return {"case": sampling_name(count), "count": count, "base": "eager", "contenders": rows}
 
 
-def measure(
-    counts: Sequence[int],
-    cases: Sequence[Case],
-    sampling: Sequence[int],
-    contenders: Sequence[str],
-    effort: Effort,
-) -> dict[str, Any]:
-    """The whole table, for each number of threads; prints each part as it comes."""
-    result: dict[str, Any] = {
-        "provenance": {**provenance(), "threads": list(counts), "libraries": versions()},
-        "quick": effort is QUICK,
-        "method": METHOD,
-        "contenders": {name: CONTENDERS[name].note for name in contenders},
-        "runs": [],
-    }
-    for count in counts:
-        run: dict[str, Any] = {"threads": count, "sampling": [], "layers": []}
-        result["runs"].append(run)
-        with threads(count):
-            for weights in sampling:
-                run["sampling"].append(run_sampling(weights, effort))
-                print(layers_console(run["sampling"][-1], count), flush=True)
-            for case in cases:
-                run["layers"].append(run_case(case, contenders, effort))
-                print(layers_console(run["layers"][-1], count), flush=True)
-    return result
+def jobs(
+    effort: Effort, cases: Sequence[Case], counts: Sequence[int], contenders: Sequence[str]
+) -> list[Job]:
+    """A row for each number of weights that are sampled, then one for each layer."""
+    return [
+        *(Job("sampling", sampling_name(n), partial(run_sampling, n, effort)) for n in counts),
+        *(Job("layers", case.name, partial(run_case, case, contenders, effort)) for case in cases),
+    ]
 
 
-def measure_again(
-    old: Mapping[str, Any], effort: Effort, select: Callable[[compare.Key], bool] = lambda key: True
-) -> dict[str, Any]:
-    """Those cases and contenders of a result that ``select`` takes (and their bases), measured now."""
-    wanted = [key for key, _ in compare.ratios(old) if select(key)]
-    counts = list(dict.fromkeys(key.threads for key in wanted))
-    names = {key.case for key in wanted}
-    known = [*CASES, *(case.smaller() for case in CASES)]
-    return measure(
-        counts,
-        [case for case in known if case.name in names],
-        [n for n in COUNTS if f"sampling + KL of {n:,} weights" in names],
-        [name for name in CONTENDERS if any(key.contender == name for key in wanted)],
-        effort,
-    )
-
-
-def judge(old: Mapping[str, Any], new: Mapping[str, Any], effort: Effort, again: bool) -> int:
-    """Prints what became slower; with ``again``, only what is slower in a second measurement too."""
-    if reasons := compare.incompatible(old, new):
-        print("these results cannot be compared:", *reasons, sep="\n  ")
-        return 2
-    found = compare.changes(old, new)
-    slower = compare.regressions(found)
-    if slower and again:
-        suspects = {change.key for change in slower}
-        print(f"\n{len(suspects)} suspected, measuring them again")
-        second = measure_again(old, effort, suspects.__contains__)
-        slower = [c for c in compare.regressions(compare.changes(old, second)) if c.key in suspects]
-    failed = compare.missing(old, new)
-    print(f"\n{len(found)} ratios compared")
-    for change in compare.blind(found):
-        print(f"too noisy to see a slow-down by 20 %: {change}")
-    for key in failed:
-        print(f"failed now, ran before: {key}")
-    for change in slower:
-        print(f"slower: {change}")
-    if not slower and not failed:
-        print("nothing became slower beyond noise")
-    return 1 if slower or failed else 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser, "layers")
-    parser.add_argument("--case", default="", help='only the cases with this in their names ("sampling" too)')
-    parser.add_argument(
-        "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
-        help=f"which (torch.nn always runs): {', '.join(CONTENDERS)}",
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=Effort.rounds, help="rounds a case at most")
-    parser.add_argument("--seconds", type=float, default=Effort.seconds, help="seconds a case, about")
-    parser.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="OLD.json [NEW.json]")
-    args = parser.parse_args()
-    if args.compare and len(args.compare) > 2:
-        parser.error("--compare takes one or two files")
-    # The formulas on many shapes: torch.compile has a lot to say that is no result.
-    warnings.filterwarnings("ignore", module="torch")
-    effort = QUICK if args.quick else Effort(rounds=args.rounds, seconds=args.seconds)
-    if args.compare:
-        old, *rest = (json.loads(path.read_text()) for path in args.compare)
-        new = rest[0] if rest else measure_again(old, effort)
-        if args.out:
-            write_json(with_suffix(args.out, ".json"), new)
-        return judge(old, new, effort, again=not rest)
-    cases = [case for case in CASES if args.case in case.name]
-    if args.quick:
-        cases = [case.smaller() for case in cases if case in (CASES[1], CASES[3], CASES[-1])]
-    result = measure(
-        args.threads,
-        cases,
-        [n for n in COUNTS if args.case in f"sampling + KL of {n:,} weights"],
-        args.contenders,
-        effort,
-    )
-    out = out_path(args.out, "layers", args.quick)
-    write_json(with_suffix(out, ".json"), result)
-    write_text(with_suffix(out, ".md"), layers_markdown(result))
-    layers_figure(result, with_suffix(out, ".png"))
-    print(f"\nwrote {out}.json, .md and .png")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def all_jobs(quick: bool) -> list[Job]:
+    cases = [case.smaller() for case in (CASES[1], CASES[3], CASES[-1])] if quick else CASES
+    return jobs(QUICK if quick else Effort(), cases, COUNTS, list(CONTENDERS))

@@ -1,7 +1,5 @@
 """Several draws in a training step: multi_sample against a loop of forwards.
 
-    python benchmarks/multi_sample.py [--samples 16] [--threads 1 2] [--quick] [--out PATH]
-
 A training step (forward, mean of squares, backward) of models whose layers draw under each estimator, in
 three ways: ``loop``, a backward after each of the forwards, as one draw at a time is trained; ``kept``, one
 backward after all forwards; and ``multi_sample``. Medians, interleaved. ``bytes_kept`` is what autograd
@@ -13,42 +11,29 @@ call a draw, ``sum`` for all draws in one call.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from harness import (
-    add_common_arguments,
-    clock,
-    interleaved_for,
-    out_path,
-    provenance,
-    summary,
-    threads,
-    with_suffix,
-    write_json,
-)
+from harness import Effort, Job, summary, time_in_turn
+from layers import saved_for_backward
 from torch import Tensor, nn
 
 from bbb_fast import multi_sample
 from bbb_fast.layers import BBB, BBB_LRT, Flipout
 from bbb_fast.models import BBBLeNet
 
+SAMPLES = 16
 # For each comparison.
-SECONDS = 6.0
+EFFORT = Effort(rounds=200, seconds=6.0, least=5, warmup=1)
+QUICK = Effort(rounds=5, warmup=1)
 ESTIMATORS = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}
 
 
 def mlp(family: Any) -> nn.Module:
-    return nn.Sequential(
-        family.BBBLinear(784, 400),
-        nn.ReLU(),
-        family.BBBLinear(400, 400),
-        nn.ReLU(),
-        family.BBBLinear(400, 10),
-    )
+    hidden = (family.BBBLinear(784, 400), nn.ReLU(), family.BBBLinear(400, 400), nn.ReLU())
+    return nn.Sequential(*hidden, family.BBBLinear(400, 10))
 
 
 MODELS: dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]] = {
@@ -80,47 +65,25 @@ def steps(model: nn.Module, x: Tensor, samples: int) -> dict[str, Callable[[], N
     return {"loop": loop, "kept": kept, "multi_sample": at_once}
 
 
-def bytes_kept(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """What a forward keeps for backward, without the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = forward()  # alive while the rest is counted, so that no address is used twice
-    del outputs
-    return sum(kept.values())
-
-
-def compare(
-    make: Callable[[str], nn.Module], shape: tuple[int, ...], name: str, samples: int, seconds: float
-) -> dict[str, Any]:
+def compare(title: str, name: str, samples: int, effort: Effort) -> dict[str, Any]:
+    """The three ways under one estimator, and what a model keeps in the last two."""
+    make, shape = MODELS[title]
     model, x = make(name), torch.randn(shape)
-    contenders = steps(model, x, samples)
-    for run in contenders.values():
-        run()
-    timed = {key: (lambda run=run: clock(run)) for key, run in contenders.items()}
-    times, errors = interleaved_for(timed, seconds, 200)
-    if errors:
-        raise RuntimeError(f"{name}: {errors}")
-    medians = {key: summary(t)["median_us"] for key, t in times.items()}
-    return {
-        **{key: summary(t) for key, t in times.items()},
-        "times_as_fast_as_loop": medians["loop"] / medians["multi_sample"],
-        "times_as_fast_as_kept": medians["kept"] / medians["multi_sample"],
-        "bytes_kept": {
-            "forwards": bytes_kept(lambda: torch.stack([output(model, x) for _ in range(samples)]), model),
-            "multi_sample": bytes_kept(lambda: multi_sample(model, x, samples), model),
-        },
+    found = {key: summary(t) for key, t in time_in_turn(steps(model, x, samples), effort).items()}
+    gains = {
+        f"times_as_fast_as_{key}": found[key]["median_us"] / found["multi_sample"]["median_us"]
+        for key in ("loop", "kept")
     }
+    ways = {
+        "forwards": lambda: torch.stack([output(model, x) for _ in range(samples)]),
+        "multi_sample": lambda: multi_sample(model, x, samples),
+    }
+    own = list(model.parameters())
+    kept = {way: saved_for_backward(run, own) for way, run in ways.items()}
+    return {"model": title, "estimator": name, **found, **gains, "bytes_kept": kept}
 
 
-def passes(samples: int, seconds: float) -> dict[str, Any]:
+def passes(samples: int, effort: Effort) -> dict[str, Any]:
     """Nanoseconds a weight and draw: of one draw, and of all in one call."""
     ops = torch.ops.bbb_fast
     mu, rho = torch.randn(1200, 1200), torch.randn(1200, 1200) - 4
@@ -140,39 +103,26 @@ def passes(samples: int, seconds: float) -> dict[str, Any]:
         "forward": (lambda: draw(rng), samples),
         "backward": (lambda: backward(grads, rng), samples),
     }
-    for run, _ in calls.values():
-        run()
-    times, _ = interleaved_for(
-        {key: (lambda run=run: clock(run)) for key, (run, _) in calls.items()}, seconds, 200
-    )
+    times = time_in_turn({key: run for key, (run, _) in calls.items()}, effort)
     ns = {key: summary(t)["median_us"] * 1e3 / (mu.numel() * calls[key][1]) for key, t in times.items()}
     return {**ns, "one": ns["forward_one"] + ns["backward_one"], "sum": ns["forward"] + ns["backward"]}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=16, help="draws (default 16)")
-    add_common_arguments(parser, "multi_sample")
-    args = parser.parse_args()
-    seconds = 0.0 if args.quick else SECONDS
-    out = with_suffix(out_path(args.out, "multi_sample", args.quick), ".json")
-    result: dict[str, Any] = {"provenance": provenance(), "samples": args.samples, "steps": [], "passes": {}}
-    for count in args.threads:
-        with threads(count):
-            for title, (make, shape) in MODELS.items():
-                for name in ESTIMATORS:
-                    row = compare(make, shape, name, args.samples, seconds)
-                    result["steps"].append({"model": title, "estimator": name, "threads": count, **row})
-                    kept, forwards = (row["bytes_kept"][k] / 1e6 for k in ("multi_sample", "forwards"))
-                    faster = f"{row['times_as_fast_as_loop']:.2f} times as fast as the loop"
-                    memory = f"keeps {kept:.1f} MB, forwards {forwards:.1f}"
-                    print(f"{title}, {name}, {count} threads: {faster}; {memory}", flush=True)
-            result["passes"][str(count)] = passes(args.samples, seconds)
-            print(f"passes, {count} threads: {result['passes'][str(count)]}", flush=True)
-    write_json(out, result)
-    print(f"wrote {out}")
-    return 0
+def all_jobs(quick: bool) -> list[Job]:
+    """A row for each model and estimator, and one for the passes."""
+    effort = QUICK if quick else EFFORT
+    steps = [
+        Job("steps", f"{title}, {name}", partial(compare, title, name, SAMPLES, effort))
+        for title in MODELS
+        for name in ESTIMATORS
+    ]
+    return [*steps, Job("passes", "passes", partial(passes, SAMPLES, effort))]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def arrange(result: dict[str, Any]) -> dict[str, Any]:
+    """All rows in one list, and the passes by number of threads."""
+    runs = result["runs"]
+    steps = [{"threads": run["threads"], **row} for run in runs for row in run.get("steps", [])]
+    passes = {str(run["threads"]): row for run in runs for row in run.get("passes", [])}
+    rest = {key: value for key, value in result.items() if key != "runs"}
+    return {**rest, "samples": SAMPLES, "steps": steps, "passes": passes}

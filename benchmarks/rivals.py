@@ -1,21 +1,29 @@
-"""Every contender of the layer benchmark: torch.nn, ours, the textbook formulas, and other libraries."""
+"""Every contender of the layers' benchmarks: torch.nn, ours, the textbook formulas, and other libraries."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from cases import Case
+from eager import EagerLayer
+from harness import SkippedError
 from torch import Tensor, nn
+
+from bbb_fast.layers.base import BayesianLayer
+
+Device = torch.device | str | None
 
 
 class Layer(NamedTuple):
-    """A layer, and its output with the KL as its library forms it (None where there is none)."""
+    """A layer, its output, and its output with the KL as its library forms it (None where there is none)."""
 
     module: nn.Module
+    output: Callable[[Tensor], Tensor]
     output_with_kl: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -23,7 +31,7 @@ class Layer(NamedTuple):
 class Contender:
     """``family`` groups contenders in figures; ``note`` says what a reader of its numbers must know.
 
-    ``for_overhead``: measured only where a case is about overhead, and judged there.
+    ``for_overhead``: measured only where a case is about overhead.
     """
 
     label: str
@@ -33,51 +41,54 @@ class Contender:
     for_overhead: bool = False
 
 
-def _of_case(name: str) -> Callable[[Case], Layer]:
-    def build(case: Case) -> Layer:
-        layer = case.layer(name)
-        if name == "nn":
-            return Layer(layer, lambda x: (layer(x), None))
-        if name.startswith("eager_"):
-            return Layer(layer, layer.output_with_kl)
-        return Layer(layer, lambda x: (layer(x), layer.kl_loss()))
-
-    return build
+def output_alone(name: str, case: Case, device: Device = None) -> Layer:
+    """Of torch.nn or ours, without the KL."""
+    layer = case.layer(name, device)
+    return Layer(layer, layer, lambda x: (layer(x), None))
 
 
-def _output_alone(name: str) -> Callable[[Case], Layer]:
-    def build(case: Case) -> Layer:
-        layer = case.layer(name)
-        return Layer(layer, lambda x: (layer(x), None))
-
-    return build
-
-
-def _compiled(estimator: str) -> Callable[[Case], Layer]:
-    def build(case: Case) -> Layer:
-        layer = case.layer(f"eager_{estimator}")
-        return Layer(layer, compiled(layer.output_with_kl))
-
-    return build
+def ours(name: str, case: Case, device: Device = None) -> Layer:
+    """An estimator, or one of VARIANTS."""
+    layer = case.layer(name, device)
+    assert isinstance(layer, BayesianLayer)
+    return Layer(layer, layer, lambda x: (layer(x), layer.kl_loss()))
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def formulas(estimator: str, case: Case, device: Device = None) -> Layer:
+    """The textbook's, in eager mode."""
+    layer = case.layer(f"eager_{estimator}", device)
+    assert isinstance(layer, EagerLayer)
+    return Layer(layer, layer.forward, layer.output_with_kl)
+
+
+def compiled(function: Callable[..., Any], autotuned: bool = False) -> Callable[..., Any]:
     """The function under torch.compile, one graph for its sizes."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    # Of the autotuning modes the one without CUDA graphs, which would only add copies of the input.
+    mode = "max-autotune-no-cudagraphs" if autotuned else "default"
+    return torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
 
 
-def _bayesian_torch(estimator: str) -> Callable[[Case], Layer]:
-    def build(case: Case) -> Layer:
+def compiled_formulas(estimator: str, case: Case, device: Device = None, autotuned: bool = False) -> Layer:
+    """The same under torch.compile, output and KL in one graph."""
+    layer = formulas(estimator, case, device)
+    of_output, of_both = compiled(layer.output, autotuned), compiled(layer.output_with_kl, autotuned)
+    return Layer(layer.module, of_output, of_both)
+
+
+def bayesian_torch(estimator: str, case: Case, device: Device = None) -> Layer:
+    """ "Reparameterization" or "Flipout" of bayesian-torch. Raises SkippedError where it is not installed."""
+    try:
         from bayesian_torch import layers
-
-        i, o, k = case.inputs, case.outputs, case.kernel
+    except ImportError as error:
+        raise SkippedError(f"bayesian-torch is not installed ({error})") from None
+    i, o, k = case.inputs, case.outputs, case.kernel
+    with torch.device(device or "cpu"):
         if k:
             layer = getattr(layers, f"Conv2d{estimator}")(i, o, k, padding=case.padding)
         else:
             layer = getattr(layers, f"Linear{estimator}")(i, o)
-        return Layer(layer, layer)
-
-    return build
+    layer = case.place(layer, device, torch.bfloat16 if case.precision == "bfloat16" else None)
+    return Layer(layer, lambda x: layer(x, return_kl=False), layer)
 
 
 def _blitz(case: Case) -> Layer:
@@ -86,59 +97,53 @@ def _blitz(case: Case) -> Layer:
 
     i, o, k = case.inputs, case.outputs, case.kernel
     layer = BayesianConv2d(i, o, (k, k), padding=case.padding) if k else BayesianLinear(i, o)
-    return Layer(layer, lambda x: (layer(x), kl_divergence_from_nn(layer)))
+    return Layer(layer, layer, lambda x: (layer(x), kl_divergence_from_nn(layer)))
 
 
 def _torchbnn(case: Case) -> Layer:
     import torchbnn
     from torchbnn.functional import bayesian_kl_loss
 
-    i, o, k = case.inputs, case.outputs, case.kernel
-    prior = (0.0, 0.1)
-    if k:
-        layer = torchbnn.BayesConv2d(*prior, i, o, k, padding=case.padding)
+    sizes, prior = (case.inputs, case.outputs), (0.0, 0.1)
+    if case.kernel:
+        layer = torchbnn.BayesConv2d(*prior, *sizes, case.kernel, padding=case.padding)
     else:
-        layer = torchbnn.BayesLinear(*prior, i, o)
-    return Layer(layer, lambda x: (layer(x), bayesian_kl_loss(layer, reduction="sum")))
+        layer = torchbnn.BayesLinear(*prior, *sizes)
+    return Layer(layer, layer, lambda x: (layer(x), bayesian_kl_loss(layer, reduction="sum")))
 
 
+def _ours(label: str, name: str, note: str = "") -> Contender:
+    return Contender(label, "ours", partial(ours, name), note)
+
+
+_FORMULAS = "the textbook formulas"
+_COMPILED = "the same formulas under torch.compile, output and KL in one graph"
+_ALONE = (
+    "as much as torch.nn's layer gives, without the KL: backward starts from one result and not from two, "
+    "which takes autograd time of its own"
+)
 CONTENDERS = {
-    "nn": Contender("torch.nn", "torch.nn", _of_case("nn"), "the plain layer"),
-    "bbb": Contender("BBB", "ours", _of_case("bbb")),
-    "bbb_recompute": Contender(
-        "BBB, recompute_weight", "ours", _of_case("bbb_recompute"),
+    "nn": Contender("torch.nn", "torch.nn", partial(output_alone, "nn"), "the plain layer"),
+    "bbb": _ours("BBB", "bbb"),
+    "bbb_recompute": _ours(
+        "BBB, recompute_weight", "bbb_recompute",
         "forms the sampled weight again in backward instead of keeping it",
     ),
-    "lrt": Contender("LRT", "ours", _of_case("lrt")),
-    "lrt_bf16": Contender(
-        "LRT, bf16 variance", "ours", _of_case("lrt_bf16"), "variance_dtype=torch.bfloat16"
-    ),
-    "lrt_auto": Contender("LRT, auto", "ours", _of_case("lrt_auto"), 'variance_dtype="auto"'),
-    **{
-        f"{name}_output": Contender(
-            f"{name.upper()}, output alone", "ours", _output_alone(name),
-            "as much as torch.nn's layer gives, without the KL: backward starts from one result and not from "
-            "two, which takes autograd time of its own",
-            for_overhead=True,
-        )
-        for name in ("bbb", "lrt")
-    },
-    "eager_bbb": Contender("eager BBB", "formulas", _of_case("eager_bbb"), "the textbook formulas"),
-    "eager_lrt": Contender("eager LRT", "formulas", _of_case("eager_lrt"), "the textbook formulas"),
-    "compiled_bbb": Contender(
-        "compiled BBB", "torch.compile", _compiled("bbb"),
-        "the same formulas under torch.compile, output and KL in one graph",
-    ),
-    "compiled_lrt": Contender(
-        "compiled LRT", "torch.compile", _compiled("lrt"),
-        "the same formulas under torch.compile, output and KL in one graph",
-    ),
+    "lrt": _ours("LRT", "lrt"),
+    "lrt_bf16": _ours("LRT, bf16 variance", "lrt_bf16", "variance_dtype=torch.bfloat16"),
+    "lrt_auto": _ours("LRT, auto", "lrt_auto", 'variance_dtype="auto"'),
+    "bbb_output": Contender("BBB, output alone", "ours", partial(output_alone, "bbb"), _ALONE, True),
+    "lrt_output": Contender("LRT, output alone", "ours", partial(output_alone, "lrt"), _ALONE, True),
+    "eager_bbb": Contender("eager BBB", "formulas", partial(formulas, "bbb"), _FORMULAS),
+    "eager_lrt": Contender("eager LRT", "formulas", partial(formulas, "lrt"), _FORMULAS),
+    "compiled_bbb": Contender("compiled BBB", "torch.compile", partial(compiled_formulas, "bbb"), _COMPILED),
+    "compiled_lrt": Contender("compiled LRT", "torch.compile", partial(compiled_formulas, "lrt"), _COMPILED),
     "bayesian_torch": Contender(
-        "bayesian-torch Reparameterization", "libraries", _bayesian_torch("Reparameterization"),
+        "bayesian-torch Reparameterization", "libraries", partial(bayesian_torch, "Reparameterization"),
         "one weight draw a forward, as BBB; its KL is a mean over the weights",
     ),
     "bayesian_torch_flipout": Contender(
-        "bayesian-torch Flipout", "libraries", _bayesian_torch("Flipout"),
+        "bayesian-torch Flipout", "libraries", partial(bayesian_torch, "Flipout"),
         "signs for each example and two products: nearest to LRT, but another estimator; its KL is a mean",
     ),
     "blitz": Contender(
@@ -150,11 +155,11 @@ CONTENDERS = {
         "one weight draw a forward, as BBB; sigma = exp of a parameter; the KL summed",
     ),
 }  # fmt: skip
-# Rivals by the estimator of ours that they stand against.
-RIVALS = {
-    "bbb": ("eager_bbb", "compiled_bbb", "bayesian_torch", "blitz", "torchbnn"),
-    "lrt": ("eager_lrt", "compiled_lrt", "bayesian_torch_flipout"),
-}
+
+
+def label(name: str) -> str:
+    """How a contender of any benchmark is called in tables and figures."""
+    return CONTENDERS[name].label if name in CONTENDERS else name.replace("_", ", ")
 
 
 def versions() -> dict[str, str]:

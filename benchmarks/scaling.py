@@ -1,45 +1,32 @@
 """What a linear layer costs against batch, width, draws and threads, and how near to its bounds it runs.
 
-    python benchmarks/scaling.py [--threads 1 2] [--quick] [--out PATH]
-
-Steps are those of benchmarks/layers.py. Rates come from work that is known: a product of a step is 2 N I O
-operations and there are 3 (6 under LRT); the passes beside the products have to move BYTES. Prints a
-table; writes PATH.json, PATH.md and PATH.png.
+Steps are those of layers.py; draws: outputs of `predict`, against loops of eager forwards and against
+torch.nn's one function run as often. Rates come from work that is known. GFLOP/s: operations of the products
+(three in a step, six under LRT; one and two in a draw), 2 N I O each, over the whole time. Of plain rate:
+that over torch.nn's. GB/s beside the products: the bytes that the other passes have to move, over the time
+beyond torch.nn's (twice torch.nn's under LRT), where that is at least 5 % of the whole.
 """
 
 from __future__ import annotations
 
-import argparse
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from cases import Case
-from harness import (
-    add_common_arguments,
-    clock,
-    interleaved_for,
-    out_path,
-    provenance,
-    ratio,
-    summary,
-    threads,
-    with_suffix,
-    write_json,
-    write_text,
-)
-from layers import Effort, run_case
-from report import scaling_console, scaling_figure, scaling_markdown
+from harness import Effort, Job, ratio, summary, time_in_turn
+from layers import run_case
 from torch import Tensor
 
 import bbb_fast
 
 CONTENDERS = ("nn", "bbb", "lrt", "eager_bbb", "eager_lrt")
 WIDTH, BATCH = 1024, 128
-BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
-WIDTHS = (16, 64, 256, 1024, 4096)
-DRAWS = (1, 4, 16, 64, 256)
+BATCHES: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
+WIDTHS: tuple[int, ...] = (16, 64, 256, 1024, 4096)
+DRAWS: tuple[int, ...] = (1, 4, 16, 64, 256)
 # Products of a step; torch.nn's are three: output, gradient of the input, gradient of the weight.
 PRODUCTS = {"nn": 3, "bbb": 3, "eager_bbb": 3, "lrt": 6, "eager_lrt": 6}
 # Bytes that the passes beside the products have to move in float32, a weight, an input and an output element.
@@ -78,7 +65,11 @@ def with_rates(case: Case, table: dict[str, Any]) -> dict[str, Any]:
     return {**table, "width": case.inputs, "batch": case.batch}
 
 
-def run_draws(case: Case, samples: int, rounds: int) -> dict[str, Any]:
+def run_step(case: Case, effort: Effort) -> dict[str, Any]:
+    return with_rates(case, run_case(case, CONTENDERS, effort))
+
+
+def run_draws(case: Case, samples: int, effort: Effort) -> dict[str, Any]:
     """``samples`` outputs of one layer; torch.nn's is its one function run as often, the floor."""
     torch.manual_seed(0)
     x = case.input()
@@ -90,13 +81,7 @@ def run_draws(case: Case, samples: int, rounds: int) -> dict[str, Any]:
     runs = {name: loop(name) for name in layers}
     runs["bbb"] = lambda: bbb_fast.predict(layers["bbb"], x, samples=samples)
     with torch.no_grad():
-        for run in runs.values():
-            run()
-        times, errors = interleaved_for(
-            {name: lambda run=run: clock(run) for name, run in runs.items()}, EFFORT.seconds, rounds, 3
-        )
-    if errors:
-        raise RuntimeError(f"{samples} draws: {errors}")
+        times = time_in_turn(runs, replace(effort, seconds=EFFORT.seconds, least=3, warmup=1))
     product = 2 * case.batch * case.inputs * case.outputs * samples
     rows = {
         name: {
@@ -106,55 +91,21 @@ def run_draws(case: Case, samples: int, rounds: int) -> dict[str, Any]:
         }
         for name, seconds in times.items()
     }
-    return {
-        "case": f"{case.name}, {samples} draws",
-        "width": case.inputs,
-        "batch": case.batch,
-        "draws": samples,
-        "base": "nn",
-        "contenders": rows,
-    }
+    sizes = {"width": case.inputs, "batch": case.batch, "draws": samples}
+    return {"case": f"{case.name}, {samples} draws", **sizes, "base": "nn", "contenders": rows}
 
 
-def measure(counts: Sequence[int], quick: bool) -> dict[str, Any]:
-    batches, widths, draws = (BATCHES[:2], WIDTHS[:2], DRAWS[:2]) if quick else (BATCHES, WIDTHS, DRAWS)
+def all_jobs(quick: bool) -> list[Job]:
+    """A row for each batch, each width, and each number of draws."""
+    some = slice(2 if quick else None)
     width, batch = (64, 8) if quick else (WIDTH, BATCH)
     effort = QUICK if quick else EFFORT
-    result: dict[str, Any] = {
-        "provenance": {**provenance(), "threads": list(counts)},
-        "quick": quick,
-        "bytes_beside_products": BYTES,
-        "runs": [],
+    sweeps = {
+        "batch": [linear(width, n) for n in BATCHES[some]],
+        "width": [linear(n, batch) for n in WIDTHS[some]],
     }
-    for count in counts:
-        run: dict[str, Any] = {"threads": count, "batch": [], "width": [], "draws": []}
-        result["runs"].append(run)
-        with threads(count):
-            for sweep, cases in (
-                ("batch", [linear(width, n) for n in batches]),
-                ("width", [linear(n, batch) for n in widths]),
-            ):
-                for case in cases:
-                    run[sweep].append(with_rates(case, run_case(case, CONTENDERS, effort)))
-                    print(scaling_console(run[sweep][-1], count), flush=True)
-            for samples in draws:
-                run["draws"].append(run_draws(linear(width, batch), samples, effort.rounds))
-                print(scaling_console(run["draws"][-1], count), flush=True)
-    return result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser, "scaling")
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", module="torch")
-    result = measure(args.threads, args.quick)
-    out = out_path(args.out, "scaling", args.quick)
-    write_json(with_suffix(out, ".json"), result)
-    write_text(with_suffix(out, ".md"), scaling_markdown(result))
-    scaling_figure(result, with_suffix(out, ".png"))
-    print(f"\nwrote {out}.json, .md and .png")
-
-
-if __name__ == "__main__":
-    main()
+    case = linear(width, batch)
+    return [
+        *(Job(sweep, c.name, partial(run_step, c, effort)) for sweep, cases in sweeps.items() for c in cases),
+        *(Job("draws", f"{case.name}, {n} draws", partial(run_draws, case, n, effort)) for n in DRAWS[some]),
+    ]

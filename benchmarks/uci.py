@@ -1,31 +1,15 @@
-"""The regression sets of the literature on Bayesian networks, 20 splits each, beside published numbers.
-
-    python benchmarks/uci.py --data-dir DIR [--methods lrt ensemble mc-dropout] [--splits N] [--jobs N]
-        [--runs FOLDER] [--out PATH]
-
-DIR holds yacht, energy, bostonHousing, concrete and wine-quality-red. Runs `bbb-fast regress` once a method
-by the protocol of docs/regression.md, each in a folder of FOLDER; what is there already is not done again, so
-that the same command goes on where it was interrupted. `readme.py` puts the tables into docs/regression.md.
-"""
+"""The regression sets of the literature on Bayesian networks, beside published numbers."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from harness import RESULTS, SCRATCH, provenance, write_json
-
-from bbb_fast.cli import main as bbb_fast
-from bbb_fast.experiments.document import Column, Document, Table, mean_and_error, read
+from bbb_fast.experiments.document import Cell, Column, Document, Table, mean_and_error
 
 SETS = ("yacht", "energy", "bostonHousing", "concrete", "wine-quality-red")
-METHODS = ("lrt", "ensemble", "mc-dropout")
-OPTIONS = ("--steps", "10000", "--samples", "1000")
-
-# RMSE and log likelihood by set, in the order of SETS.
+NUMBERS_OF_ROWS = ("predictions", "observed")
+# By method: whose numbers, and RMSE and log likelihood in the order of SETS.
 PUBLISHED: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     "lrt": (
         "PBP (Hernández-Lobato and Adams 2015)",
@@ -45,101 +29,55 @@ PUBLISHED: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
-def judged(name: str, score: str, better: str, values: list[float], published: float) -> dict[str, Any]:
+def judged(name: str, score: str, values: list[float], published: float) -> dict[str, Any]:
     """Mean and standard error over the splits, and how many errors it is worse than what is published."""
     mean, error = mean_and_error(values)
-    worse = mean - published if better == "low" else published - mean
+    worse = mean - published if score == "rmse" else published - mean
     return {
         "set": name, "score": score, "mean": mean, "error": error, "published": published,
         "worse_by_errors": None if not error else worse / error,
     }  # fmt: skip
 
 
-def compare(method: str, document: Document) -> list[dict[str, Any]]:
-    """Both scores of every set of a finished run."""
-    _, rmse, likelihood = PUBLISHED[method]
-    rows = []
-    for name, of_set in document.results.items():
-        place = SETS.index(name)
-        for score, better, published in (("rmse", "low", rmse), ("log_likelihood", "high", likelihood)):
-            values = [split[score] for split in of_set[method]]
-            rows.append(judged(name, score, better, values, published[place]))
-    return rows
+def beside_published(document: Document) -> Document:
+    """A run of ``regress`` with a table for each method, without the predictions of each row."""
+    methods = document.settings["methods"]
+    compared = {
+        method: [
+            judged(name, score, [split[score] for split in of_set[method]], numbers[SETS.index(name)])
+            for name, of_set in document.results.items()
+            for score, numbers in zip(("rmse", "log_likelihood"), PUBLISHED[method][1:], strict=True)
+        ]
+        for method in methods
+    }
+    splits = {
+        name: {
+            method: [{k: v for k, v in split.items() if k not in NUMBERS_OF_ROWS} for split in of_set[method]]
+            for method in methods
+        }
+        for name, of_set in document.results.items()
+    }
+    sets = {name: {**of_set, "source": None} for name, of_set in document.settings["sets"].items()}
+    return replace(
+        document,
+        settings={**document.settings, "sets": sets},
+        tables=[_table(method, compared[method], splits) for method in methods],
+        results={"compared": compared, "splits": splits},
+    )
 
 
-def table(method: str, rows: list[dict[str, Any]], document: Document) -> Table:
-    """The table of docs/regression.md for one method."""
+def _table(method: str, rows: list[dict[str, Any]], splits: dict[str, Any]) -> Table:
     source = PUBLISHED[method][0].partition(" (")[0]
     head = [Column(method), *(Column(name) for name in ("RMSE", source, "log likelihood", source))]
     head += [Column("in 95 %", ".1f"), Column("seconds a split", ".1f")]
     lines = []
-    for name, of_set in document.results.items():
-        cells: list[Any] = [name]
-        for row in rows:
-            if row["set"] == name:
-                error = "" if row["error"] is None else f" ± {row['error']:.2f}"
-                cells += [f"{row['mean']:.2f}{error}", f"{row['published']:.2f}"]
-        splits = of_set[method]
-        cells.append(100 * sum(split["coverage"] for split in splits) / len(splits))
-        cells.append(sum(split["train_seconds"] + split["predict_seconds"] for split in splits) / len(splits))
+    for name in splits:
+        cells: list[Cell] = [name]
+        for row in (row for row in rows if row["set"] == name):
+            error = "" if row["error"] is None else f" ± {row['error']:.2f}"
+            cells += [f"{row['mean']:.2f}{error}", f"{row['published']:.2f}"]
+        found = splits[name][method]
+        cells.append(100 * sum(split["coverage"] for split in found) / len(found))
+        cells.append(sum(split["train_seconds"] + split["predict_seconds"] for split in found) / len(found))
         lines.append(cells)
     return Table(f"{method}, beside {PUBLISHED[method][0]}", head, lines)
-
-
-def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The other fields: a result file has no paths of this machine, and no prediction of each row."""
-    return {key: value for key, value in fields.items() if key not in names}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--splits", type=int)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=Path, default=SCRATCH / "uci")
-    parser.add_argument("--out", type=Path, default=RESULTS / "uci-regression.json")
-    args = parser.parse_args()
-    found: dict[str, Any] = {}
-    tables = []
-    for method in args.methods:
-        run = args.runs / method
-        command = [
-            "regress", "--data-dir", args.data_dir, "--sets", *SETS, "--methods", method, *OPTIONS,
-            "--jobs", str(args.jobs), "--threads", str(args.threads), "--out", str(run),
-        ]  # fmt: skip
-        command += [] if args.splits is None else ["--splits", str(args.splits)]
-        command += ["--resume"] if (run / "settings.json").exists() else []
-        if bbb_fast(command) != 0:
-            return 1
-        document = read(run / "regress.json")
-        rows = compare(method, document)
-        tables.append(table(method, rows, document))
-        splits = {
-            name: [without(split, "predictions", "observed") for split in of_set[method]]
-            for name, of_set in document.results.items()
-        }
-        found[method] = {
-            "published": PUBLISHED[method][0],
-            "compared": rows,
-            "splits": splits,
-            "settings": {
-                **document.settings,
-                "sets": {
-                    name: without(of_set, "source") for name, of_set in document.settings["sets"].items()
-                },
-            },
-            "build": document.build,
-            "seconds": document.seconds,
-        }
-    write_json(args.out, {"provenance": provenance(), "tables": list(map(asdict, tables)), "methods": found})
-    print("\n\n".join(table.text() for table in tables))
-    print(f"\nwrote {args.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import browser
 import helpers
@@ -42,7 +43,7 @@ def _instruction_sets(config: pytest.Config) -> list[str | None]:
     """What the ``isa`` fixture goes through: None where there is only one set of kernels."""
     if _backend._C is None or config.stash[_device] == "cuda" or _launched_before in config.stash:
         return [None]
-    names = ["base", "avx2", "avx512"]
+    names: list[str | None] = ["base", "avx2", "avx512"]
     return names[: names.index(_backend._C.build_info()["instruction_set"]) + 1]
 
 
@@ -135,7 +136,7 @@ def _launches(config: pytest.Config) -> int:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: object, error: object) -> None:
+def pytest_testnodedown(node: Any, error: object) -> None:
     """A worker of pytest-xdist has ended: what it counted."""
     counted = getattr(node, "workeroutput", {}).get("launches", 0)
     stash = node.config.stash
@@ -197,8 +198,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = ["reference", "native"] if NATIVE else ["reference"]
         metafunc.parametrize("backend", names, indirect=True)
     if "isa" in metafunc.fixturenames:
-        names = _instruction_sets(metafunc.config)
-        metafunc.parametrize("isa", names, indirect=True, ids=[name or "only" for name in names])
+        sets = _instruction_sets(metafunc.config)
+        metafunc.parametrize("isa", sets, indirect=True, ids=[name or "only" for name in sets])
 
 
 @pytest.fixture(autouse=True)

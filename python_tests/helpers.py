@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import bbb_fast
+from bbb_fast._backend import BackendName
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -42,7 +43,7 @@ def rng(seed: int = 1234, stream: int = 5) -> Tensor:
     return torch.tensor([seed, stream])
 
 
-def on(backend: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def on(backend: BackendName, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Runs a function with the given backend chosen."""
     bbb_fast.set_backend(backend)
     try:
@@ -290,7 +291,7 @@ def assert_same(
 
 
 def compare(
-    run: Callable[[], Any], leaves: Sequence[Tensor | None], dtype: torch.dtype, loosen: float = 1.0
+    run: Callable[..., Any], leaves: Sequence[Tensor | None], dtype: torch.dtype, loosen: float = 1.0
 ) -> None:
     """Outputs, their strides and the gradients of ``leaves``: native against reference."""
     with torch.no_grad():
@@ -317,10 +318,10 @@ def compare_subsets(
     for wanted in product((False, True), repeat=len(case)):
         leaves = [t.detach().requires_grad_(w) for t, w in zip(case, wanted, strict=True)]
         if any(wanted):
-            compare(lambda args=leaves: run(*args), [t for t in leaves if t.requires_grad], dtype, loosen)
+            compare(partial(run, *leaves), [t for t in leaves if t.requires_grad], dtype, loosen)
 
 
-def ones_and_formats(spatial: int) -> Iterator[tuple[list[Tensor], bool]]:
+def ones_and_formats(spatial: int) -> Iterator[tuple[list[Any], bool]]:
     """Arguments of a convolution in every memory format of input and weight, with every choice of up to two
     dimensions of size 1; whether the input is to be given without its batch dimension of 1."""
     last = torch.channels_last if spatial == 2 else torch.channels_last_3d
@@ -343,7 +344,7 @@ def linear_case(
     bias: bool = True,
     dtype: torch.dtype = torch.float32,
     parameter_dtype: torch.dtype | None = None,
-) -> list[Tensor | None]:
+) -> list[Any]:
     """Input, W_mu, W_rho, bias_mu and bias_rho of a linear layer."""
     parameter_dtype = parameter_dtype or dtype
     W = posterior(o, i, dtype=parameter_dtype)
@@ -362,7 +363,7 @@ def conv_case(
     bias: bool = True,
     dtype: torch.dtype = torch.float32,
     parameter_dtype: torch.dtype | None = None,
-) -> list[Tensor | None]:
+) -> list[Any]:
     """Input, W_mu, W_rho, bias_mu and bias_rho of a convolution."""
     parameter_dtype = parameter_dtype or dtype
     W = posterior(o, i // groups, *kernel, dtype=parameter_dtype)

@@ -37,6 +37,7 @@ class Says(nn.Module):
 
     def __init__(self, probs: list[tuple[float, ...]]) -> None:
         super().__init__()
+        self.logits: Tensor
         self.register_buffer("logits", torch.tensor(probs).log())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ class TestModel:
 
     def test_an_ensemble_asks_each_member_once(self) -> None:
         settings = SETTINGS | {"method": "ensemble", "members": 3}
-        model = active.build(3, 1, settings).eval()
+        model: Any = active.build(3, 1, settings).eval()
         with torch.no_grad():
             probs = torch.stack([member(self.X).softmax(-1) for member in model.members]).mean(0)
         said = active.ask(model, self.X, settings, 0)
@@ -318,7 +319,7 @@ class TestDocument:
         assert active.labels_needed([20, 30, 40], [0.5, 0.9, 0.8], 0.91) is None
 
     def test_tables(self) -> None:
-        curves = {
+        curves: dict[str, list[dict[str, Any]]] = {
             name: [
                 {"labels": [20, 30], "accuracy": [0.5, high]},
                 {"labels": [20, 30], "accuracy": [0.7, high]},
@@ -339,7 +340,7 @@ class TestDocument:
 
     def test_without_matplotlib(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "bbb_fast.experiments.active_plots", None)
-        curve = {"labels": [20], "accuracy": [0.5]}
+        curve: dict[str, Any] = {"labels": [20], "accuracy": [0.5]}
         made = active.document({**OF_ALL, "seeds": 1, "accuracies": [0.6]}, {"random": [curve]}, 100, 50, 1.0)
         assert made.figures == []
         assert any("matplotlib is missing" in note for note in made.notes)

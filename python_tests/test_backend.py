@@ -58,7 +58,7 @@ class TestChoice:
 
     def test_decides_what_runs(self, native: None) -> None:
         """Autograd nodes tell the two apart."""
-        layer = BBB.BBBLinear(3, 2)
+        layer: Any = BBB.BBBLinear(3, 2)
         bbb_fast.set_backend("native")
         assert "kl_backward" in layer.kl_loss().grad_fn.name()
         bbb_fast.set_backend("reference")
@@ -135,7 +135,7 @@ class TestLoading:
         self.record(monkeypatch, native=True, reason=None, torch="1.4.0+cu92")
         self.importing(monkeypatch, AssertionError("must not import"))
         module, reason = _backend._load()
-        assert module is None
+        assert module is None and reason is not None
         assert f"the extension was built for torch 1.4 and this is torch {torch.__version__};" in reason
         assert "pip install --no-build-isolation" in reason and "\n" not in reason
 

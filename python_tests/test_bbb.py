@@ -29,9 +29,16 @@ from torch import Tensor
 
 from bbb_fast import functional
 
-CONV = {1: functional.bbb_conv1d, 2: functional.bbb_conv2d, 3: functional.bbb_conv3d}
-TORCH_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-KL = {"prior_mu": 0.05, "prior_sigma": 0.4, "with_kl": True}
+# Called with lists of arguments.
+bbb_conv2d: Callable[..., Any] = functional.bbb_conv2d
+bbb_linear: Callable[..., Any] = functional.bbb_linear
+CONV: dict[int, Callable[..., Any]] = {
+    1: functional.bbb_conv1d,
+    2: functional.bbb_conv2d,
+    3: functional.bbb_conv3d,
+}
+TORCH_CONV: dict[int, Callable[..., Any]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+KL: dict[str, Any] = {"prior_mu": 0.05, "prior_sigma": 0.4, "with_kl": True}
 KINDS = ["linear", "conv"]
 # What the ops take between rng and the prior: stride, padding, dilation, transposed, output_padding, groups.
 GEOMETRY: dict[str, tuple[Any, ...]] = {
@@ -40,7 +47,7 @@ GEOMETRY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def small(kind: str, bias: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+def small(kind: str, bias: bool = True, dtype: torch.dtype = torch.float32) -> list[Any]:
     if kind == "linear":
         return linear_case((4,), 6, 3, bias, dtype)
     return conv_case(2, 2, 3, 4, (3, 3), (6, 6), bias=bias, dtype=dtype)
@@ -50,7 +57,7 @@ def op(kind: str) -> Callable[..., Any]:
     return functional.bbb_linear if kind == "linear" else functional.bbb_conv2d
 
 
-def drawn(case: list[Tensor | None], dtype: torch.dtype | None = None) -> tuple[list[Tensor | None], Tensor]:
+def drawn(case: list[Any], dtype: torch.dtype | None = None) -> tuple[list[Any], Tensor]:
     """The weight and bias that the op draws for ``rng()``, and the KL, by sample_weights."""
     _, W_mu, W_rho, b_mu, b_rho = case
     mu, rho = ([W_mu], [W_rho]) if b_mu is None else ([W_mu, b_mu], [W_rho, b_rho])
@@ -58,7 +65,7 @@ def drawn(case: list[Tensor | None], dtype: torch.dtype | None = None) -> tuple[
     return [*weights, None][:2], kl
 
 
-def composed(kind: str, case: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+def composed(kind: str, case: list[Any]) -> tuple[Tensor, Tensor]:
     """The same layer as sample_weights and torch's own product."""
     weights, kl = drawn(case)
     product = F.linear if kind == "linear" else F.conv2d
@@ -69,8 +76,8 @@ def composed(kind: str, case: list[Tensor | None]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("batch", "i", "o"), LINEAR_CASES)
 def test_linear_equals_reference(isa: str, batch: tuple[int, ...], i: int, o: int, bias: bool) -> None:
     case = linear_case(batch, i, o, bias)
-    compare(lambda: functional.bbb_linear(*case, rng()), case, torch.float32)
-    compare(lambda: functional.bbb_linear(*case, rng(), **KL), case, torch.float32)
+    compare(lambda: bbb_linear(*case, rng()), case, torch.float32)
+    compare(lambda: bbb_linear(*case, rng(), **KL), case, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -122,7 +129,7 @@ def test_linear_is_torch_linear_with_drawn_weights(
 ) -> None:
     """Bit for bit: the same draw, the same KL, the same library product."""
     case = linear_case(batch, i, o, bias)
-    y, kl = functional.bbb_linear(*case, rng(), **KL)
+    y, kl = bbb_linear(*case, rng(), **KL)
     weights, expected_kl = drawn(case)
     assert torch.equal(y, F.linear(case[0], *weights)) and torch.equal(kl, expected_kl)
 
@@ -146,7 +153,7 @@ def test_conv_is_torch_conv_with_drawn_weights(
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_drawn_in_the_input_dtype(native: None, kind: str, dtype: torch.dtype) -> None:
     """The weight that is kept is that of sample_weights in the input's type."""
-    case = [None if t is None else t.detach() for t in small(kind, dtype=dtype)]
+    case: list[Any] = [None if t is None else t.detach() for t in small(kind, dtype=dtype)]
     y, weight, kl = getattr(torch.ops.bbb_fast, f"bbb_{kind}")(
         *case, rng(), *GEOMETRY[kind], *KL.values(), False
     )
@@ -167,7 +174,7 @@ def test_without_kl_it_is_zero_and_has_no_gradient(native: None, kind: str) -> N
 def test_the_bias_takes_the_next_stream(backend: str) -> None:
     """Alone it is all of the output: a zero input drops the weight."""
     _, W_mu, W_rho, b_mu, b_rho = linear_case((2,), 6, 50)
-    y = functional.bbb_linear(torch.zeros(2, 6), W_mu, W_rho, b_mu, b_rho, rng(3, 40))
+    y = bbb_linear(torch.zeros(2, 6), W_mu, W_rho, b_mu, b_rho, rng(3, 40))
     expected = b_mu + F.softplus(b_rho) * functional.normal(50, rng(3, 41))
     assert_same(y, expected.expand(2, 50), torch.float32)
 
@@ -217,13 +224,13 @@ def test_linear_strided_inputs(native: None, bias: bool) -> None:
         lambda: x[:, :6].expand(3, 10, 6),
     ):
         compare(
-            lambda v=view: functional.bbb_linear(v(), *parameters, rng(), **KL),
+            lambda v=view: bbb_linear(v(), *parameters, rng(), **KL),
             [x, *parameters],
             torch.float32,
         )
     W = posterior(6, 7)
     compare(
-        lambda: functional.bbb_linear(x[:, :6], W[0].t(), W[1].t(), *parameters[2:], rng(), **KL),
+        lambda: bbb_linear(x[:, :6], W[0].t(), W[1].t(), *parameters[2:], rng(), **KL),
         [x, *W, *parameters[2:]],
         torch.float32,
     )
@@ -310,9 +317,9 @@ def test_conv_unbatched(backend: str, spatial: int, with_kl: bool) -> None:
 def test_conv_padding_by_name(backend: str, padding: str) -> None:
     """An uneven "same" puts the odd element behind, as torch.nn.functional does."""
     case = conv_case(2, 2, 3, 5, (4, 3), (7, 7))
-    y = functional.bbb_conv2d(*case, rng(), padding=padding, dilation=(1, 2))
-    weights, _ = drawn(case)
-    assert_same(y, F.conv2d(case[0], *weights, padding=padding, dilation=(1, 2)), torch.float32)
+    y = bbb_conv2d(*case, rng(), padding=padding, dilation=(1, 2))
+    (weight, bias), _ = drawn(case)
+    assert_same(y, F.conv2d(case[0], weight, bias, padding=padding, dilation=(1, 2)), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -361,7 +368,7 @@ def test_thread_count_changes_nothing(isa: str, threads: None) -> None:
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        y, kl = functional.bbb_linear(x, W_mu, W_rho, None, None, rng(), **KL)
+        y, kl = bbb_linear(x, W_mu, W_rho, None, None, rng(), **KL)
         results.append([y, kl, *torch.autograd.grad([y, kl], [W_mu, W_rho], [torch.eye(300, 211), None])])
     assert all(map(torch.equal, *results))
 

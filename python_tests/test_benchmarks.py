@@ -23,21 +23,22 @@ BENCHMARKS = repository_root() / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402
+import cpu  # noqa: E402
+import figures  # noqa: E402
+import gpu_page  # noqa: E402
 import gpu_report  # noqa: E402
 import harness  # noqa: E402
 import layers  # noqa: E402
-import memory  # noqa: E402
 import models  # noqa: E402
-import predict  # noqa: E402
 import readme  # noqa: E402
-import report  # noqa: E402
 import rivals  # noqa: E402
 import scaling  # noqa: E402
+import tables  # noqa: E402
 from cases import CASES, VARIANTS, Case, model_cases  # noqa: E402
 
 LINEAR = Case("linear 6x5, batch 4", 6, 5, 4)
 CONV = Case("conv 2-3 k3 p1, 5^2, batch 4", 2, 3, 4, kernel=3, padding=1, size=5)
-EFFORT = layers.Effort(rounds=25, seconds=1e9, least=25, warmup=1)
+EFFORT = harness.Effort(rounds=25, seconds=1e9, least=25, warmup=1)
 
 
 def over(ratio: float, spread: float = 0.01) -> dict[str, float]:
@@ -69,7 +70,7 @@ def result(bbb: float = 1.5, lrt: float = 2.5, spread: float = 0.01, threads: in
         "output_bytes": 0,
         "contenders": {"nn": row(1.0, 0.0), "bbb": row(bbb, spread), "lrt": row(lrt, spread)},
     }
-    provenance = {name: "same" for name in compare.SAME}
+    provenance: dict[str, Any] = {name: "same" for name in compare.SAME}
     provenance |= {
         "python": "3",
         "bbb_fast": "0",
@@ -103,19 +104,97 @@ python_tests/test_a.py::test_x[1-2]
 
 
 @pytest.mark.parametrize("text", [OF_ONE_PROCESS, OF_SEVERAL])
-def test_what_tests_said_is_read(tmp_path: Path, text: str) -> None:
-    (tmp_path / "log").write_text(text + "= 1 failed, 1 passed, 1 skipped in 3.21s =\n")
-    stage = gpu_report.Stage("tests", [], 1.0, tmp_path / "log", status="failed")
-    record = gpu_report.test_record(stage, [])
-    assert record["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
-    assert record["failures"] == ["python_tests/test_a.py::test_y"]
-    assert record["summary"] == "1 failed, 1 passed, 1 skipped in 3.21s"
+def test_what_tests_said_is_read(text: str) -> None:
+    found = gpu_report.what_tests_said(text + "= 1 failed, 1 passed, 1 skipped in 3.21s =\n")
+    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert found["failures"] == ["python_tests/test_a.py::test_y"]
+    assert found["summary"] == "1 failed, 1 passed, 1 skipped in 3.21s"
+
+
+def test_the_tests_of_a_report_are_there() -> None:
+    stage = gpu_report.test_stage("cpu", False, 1.0, Path())
+    files = [BENCHMARKS.parent / word for word in stage.command if word.endswith(".py")]
+    assert len(files) > 15
+    assert all(file.exists() for file in files)
+
+
+OF_MEMCHECK = """
+========= COMPUTE-SANITIZER
+sanitize: 2482 cases on cuda, 0 failed
+========= ERROR SUMMARY: 0 errors
+"""
+OF_RACECHECK = """
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at somewhere
+========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)
+"""
+
+
+def test_what_sanitizers_said_is_read(tmp_path: Path) -> None:
+    found = gpu_report.what_sanitizers_said(OF_MEMCHECK)
+    assert (found["errors"], found["cases"]) == (0, 2482)
+    found = gpu_report.what_sanitizers_said(OF_RACECHECK)
+    assert [found[key] for key in ("hazards", "errors", "warnings")] == [3, 1, 2]
+    assert found["report"][0] == "Error: Race reported between Write access at somewhere"
+    # Errors, or no summary at all, fail the stage even where the command ended with 0.
+    for text, status in ((OF_MEMCHECK, "passed"), (OF_RACECHECK, "failed"), ("nothing", "failed")):
+        stage = gpu_report.Stage("memcheck", [], 1.0, tmp_path, read=gpu_report.what_sanitizers_said)
+        stage.log.write_text(text)
+        assert stage.record(0, 1.0)["status"] == status
+    stage.log.write_text("Device not supported")
+    assert stage.record(1, 1.0)["status"] == "not available"
 
 
 def test_a_report_needs_kernels() -> None:
-    found = gpu_report.why_not_native("cpu")
-    assert found is None if _backend.native_available() else "AssertionError" in found
-    assert gpu_report.why_not_native("meta")
+    found = gpu_report.probe("cpu")
+    assert found["name"] == "cpu"
+    assert ("not_native" not in found) == _backend.native_available()
+    if not _backend.native_available():
+        assert "AssertionError" in found["not_native"]
+
+
+def test_a_stage_ends_at_its_limit(tmp_path: Path) -> None:
+    commands = {"slow": ["sleep", "60"], "bad": ["sh", "-c", "echo no; exit 3"], "good": ["true"]}
+    limits = {"slow": 0.5, "bad": 30.0, "good": 30.0}
+    stages = [gpu_report.Stage(n, c, limits[n], tmp_path) for n, c in commands.items()]
+    found = gpu_report.run_side_by_side(stages)
+    assert [record["status"] for record in found.values()] == ["timed out", "failed", "passed"]
+    assert found["bad"]["last_lines"] == ["no"]
+
+
+def gpu_result(of_bare: float, nn_peak: int) -> dict[str, Any]:
+    """A result of benchmarks/gpu.py with one layer and one kernel."""
+
+    def row(us: float, peak: int) -> dict[str, Any]:
+        return {"forward": {"median_us": us}, "step": {"median_us": us}, "peak_bytes": peak}
+
+    layer = {
+        "case": "linear 4096x4096, batch 4096, bf16 autocast", "precision": "autocast",
+        "parameter_bytes": 10, "output_bytes": 5,
+        "contenders": {
+            "lrt": row(100 * of_bare, 100), "bare_lrt": row(100, 0), "nn": row(50, nn_peak),
+            "compiled_lrt": row(130, 0), "bbb": {"error": "RuntimeError: no"},
+        },
+    }  # fmt: skip
+    kernel = {
+        "case": "KL, 4 elements", "kernel": "KL", "elements": 4,
+        "contenders": {"ours": {"median_us": 2.0, "of_copy_bandwidth": 0.75}},
+    }  # fmt: skip
+    return {"kernels": [kernel], "layers": [layer], "models": [{"case": "m", "skipped": "x"}], "predict": []}
+
+
+def test_a_gpus_targets_are_judged() -> None:
+    found = gpu_page.targets(gpu_result(of_bare=1.2, nn_peak=85), smoke=False)
+    assert [target["verdict"] for target in found] == ["missed", "missed", "met", "met", "met"]
+    assert found[0]["measured"] == "1 kernels, missed in 1: KL 75 %"
+    found = gpu_page.targets(gpu_result(of_bare=1.3, nn_peak=84), smoke=False)
+    assert [target["verdict"] for target in found] == ["missed", "missed", "missed", "missed", "missed"]
+    page = gpu_page.page(
+        {**gpu_result(1.2, 85), "targets": found, "smoke": False, "native": True,
+         "float32_matmul_precision": "high", "provenance": {"cpu": "c", "torch": "t", "commit": "x"}}
+    )  # fmt: skip
+    assert "rows skipped: 1; contenders left out: 0; failures: 1" in page
+    assert "missed       every parameter kernel" in page
 
 
 # ---------------------------------------------------------------- harness
@@ -152,26 +231,32 @@ def test_quick_runs_leave_the_results_alone() -> None:
     assert harness.out_path(None, "layers", False).parent == harness.RESULTS
 
 
-def test_interleaved_runs_in_turn_and_drops_what_raises() -> None:
+def test_contenders_run_in_turn_and_one_that_raises_drops_out() -> None:
     order: list[str] = []
 
-    def contender(name: str, fails_at: int = 99) -> Callable[[], int]:
+    def contender(name: str, fails_at: int = 99) -> Callable[[], Callable[[], int]]:
         def run() -> int:
             order.append(name)
             if order.count(name) == fails_at:
                 raise ValueError("no more")
             return order.count(name)
 
-        return run
+        return lambda: run
 
-    times, errors = harness.interleaved_for({"a": contender("a"), "b": contender("b", 2)}, 1e9, rounds=3)
+    def left_out() -> Callable[[], int]:
+        raise harness.SkippedError("the time budget")
+
+    made = {"a": contender("a"), "b": contender("b", 2), "c": left_out}
+    times, errors = harness.contest(made, harness.Effort(rounds=3))
     assert order == ["a", "b", "a", "b", "a"]
-    assert times == {"a": [1, 2, 3], "b": [1]}
-    assert errors == {"b": "ValueError: no more"}
+    assert times == {"a": [1, 2, 3]}
+    assert errors == {"b": {"error": "ValueError: no more"}, "c": {"error": "skipped: the time budget"}}
+    with pytest.raises(RuntimeError, match="no more"):
+        harness.of_all((times, errors))
 
 
-def test_interleaved_stops_after_its_time_but_not_before_the_least_rounds() -> None:
-    times, _ = harness.interleaved_for({"a": lambda: 1}, 0.0, rounds=100, least=4)
+def test_rounds_stop_after_their_time_but_not_before_the_least() -> None:
+    times, _ = harness.contest({"a": lambda: lambda: 1}, harness.Effort(rounds=100, seconds=0.0, least=4))
     assert len(times["a"]) == 4
 
 
@@ -186,7 +271,8 @@ def test_ratio_of_quantiles() -> None:
     loose = harness.ratio([draw.uniform(1, 2) for _ in base], base)
     assert loose["low"] < loose["ratio"] < loose["high"]
     assert loose["spread"] > 0.01
-    more = harness.ratio(*([draw.uniform(1, 2) for _ in range(1000)] for _ in range(2)))
+    once, again = ([draw.uniform(1, 2) for _ in range(1000)] for _ in range(2))
+    more = harness.ratio(once, again)
     assert more["spread"] < loose["spread"]
     # What hits two thirds of the rounds does not move the lower quartile.
     hit = [t + 5 if i % 3 else t for i, t in enumerate(base)]
@@ -244,8 +330,8 @@ def compare_files(folder: Path, monkeypatch: pytest.MonkeyPatch, *results: dict[
     files = [folder / f"{i}.json" for i in range(len(results))]
     for file, content in zip(files, results, strict=True):
         file.write_text(json.dumps(content))
-    monkeypatch.setattr(sys, "argv", ["layers.py", "--compare", *map(str, files)])
-    return layers.main()
+    monkeypatch.setattr(sys, "argv", ["cpu.py", "layers", "--compare", *map(str, files)])
+    return cpu.main()
 
 
 def test_compare_says_what_became_slower(
@@ -305,23 +391,24 @@ def test_suspects_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[set[str]] = []
 
     def again(old: Any, effort: Any, select: Callable[[compare.Key], bool]) -> dict[str, Any]:
-        asked.append({key.contender for key, _ in compare.ratios(old) if select(key)})
+        asked.append({key.contender for key in compare.ratios(old) if select(key)})
         return second
 
-    monkeypatch.setattr(layers, "measure_again", again)
+    monkeypatch.setattr(cpu, "measure_again", again)
     second = copy.deepcopy(old)
-    assert layers.judge(old, suspicious, EFFORT, again=True) == 0
+    assert cpu.judge(old, suspicious, EFFORT, again=True) == 0
     assert asked == [{"bbb", "lrt"}]
     second = result(lrt=3.5)
-    assert layers.judge(old, suspicious, EFFORT, again=True) == 1
+    assert cpu.judge(old, suspicious, EFFORT, again=True) == 1
 
 
 def test_measuring_again_takes_the_old_cases_and_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr(layers, "measure", lambda *args: taken.extend(args))
-    layers.measure_again(result(threads=2), EFFORT)
-    counts, cases, sampling, contenders, _ = taken
-    assert (counts, cases, sampling, contenders) == ([2], [CASES[0]], [], ["bbb", "lrt"])
+    monkeypatch.setattr(cpu, "measure", lambda *args: taken.extend(args))
+    cpu.measure_again(result(threads=2), EFFORT)
+    name, counts, (job,), _ = taken
+    assert (name, counts, job.section, job.case) == ("layers", [2], "layers", CASES[0].name)
+    assert job.run.args == (CASES[0], ["bbb", "lrt"], EFFORT)
 
 
 # ---------------------------------------------------------------- memory
@@ -329,12 +416,12 @@ def test_measuring_again_takes_the_old_cases_and_contenders(monkeypatch: pytest.
 
 def test_saved_counts_a_storage_once_and_leaves_out_what_is_kept_anyway() -> None:
     x = torch.randn(100, requires_grad=True)
-    assert memory.saved_for_backward(lambda: x.exp(), [x]) == 400
+    assert layers.saved_for_backward(lambda: x.exp(), [x]) == 400
     # exp keeps its result, which the product keeps too, as a view of the same storage.
-    assert memory.saved_for_backward(lambda: (lambda e: e * e.view(100))(x.exp()), [x]) == 400
+    assert layers.saved_for_backward(lambda: (lambda e: e * e.view(100))(x.exp()), [x]) == 400
     layer = nn.Linear(100, 7)
-    assert memory.saved_for_backward(lambda: layer(x), [x, *layer.parameters()]) == 0
-    assert memory.saved_for_backward(lambda: layer(x), layer.parameters()) == 400
+    assert layers.saved_for_backward(lambda: layer(x), [x, *layer.parameters()]) == 0
+    assert layers.saved_for_backward(lambda: layer(x), layer.parameters()) == 400
 
 
 @pytest.mark.skipif(not _backend.native_available(), reason="the native extension is not loaded")
@@ -342,10 +429,10 @@ def test_saved_sees_what_native_functions_keep() -> None:
     mu = torch.randn(5, 6, requires_grad=True)
     rho, x = (torch.randn(5, 6) - 3).requires_grad_(), torch.randn(4, 6, requires_grad=True)
     rng = functional.draw_rng()
-    saved = memory.saved_for_backward(
+    saved = layers.saved_for_backward(
         lambda: functional.lrt_linear(x, mu, rho, None, None, rng), [x, mu, rho]
     )
-    assert saved == 4 * 5 * 4 + report.RNG_BYTES
+    assert saved == 4 * 5 * 4 + 16  # and the rng: two 64-bit numbers
 
 
 def test_peak_is_of_the_steps_own_tensors() -> None:
@@ -359,7 +446,7 @@ def test_peak_is_of_the_steps_own_tensors() -> None:
         del third
         return second
 
-    assert memory.peak_bytes(step) == 100_000
+    assert layers.peak_bytes(step) == 100_000
 
 
 # ---------------------------------------------------------------- contenders
@@ -395,7 +482,7 @@ def test_every_contender_takes_a_whole_step(name: str, case: Case) -> None:
     # By storage: blitz registers each parameter twice, and one of the two gets the gradient.
     trained = {p.data_ptr(): p for p in stepper.leaves if p.grad is not None}
     assert set(trained) == {p.data_ptr() for p in stepper.leaves}
-    assert all(p.grad.isfinite().all() for p in trained.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
     # Every library has a mean and a spread for each of the plain layer's weights.
     count = sum(p.numel() for p in plain.parameters())
     assert sum(p.numel() for p in trained.values()) == x.numel() + (count if name == "nn" else 2 * count)
@@ -428,43 +515,34 @@ def test_the_libraries_are_pinned_where_they_are_installed_from() -> None:
 
 
 def test_verdict() -> None:
-    assert report.verdict(1.5, 1.8) == "1.50 (≤ 1.8: met)"
-    assert report.verdict(1.9, 1.8) == "1.90 (≤ 1.8: **missed**)"
-    assert report.verdict(2.6, 2.5, at_most=False) == "2.60 (≥ 2.5: met)"
-    assert report.verdict(None, 1.8) == "-"
-    assert report.verdict(1.5, None) == "1.50"
+    assert tables.verdict(1.5, 1.8) == "1.50 (≤ 1.8: met)"
+    assert tables.verdict(1.9, 1.8) == "1.90 (≤ 1.8: **missed**)"
+    assert tables.verdict(None, 1.8) is None
+    assert tables.verdict(1.5, None) == 1.5
 
 
-def test_memory_limits_follow_the_rule() -> None:
-    table = layers.run_case(LINEAR, ("bbb", "lrt"), layers.QUICK)
-    assert report.memory_limit(table, "bbb") == 6 * 5 * 4 + 16
-    assert report.memory_limit(table, "bbb_recompute") == 16
-    assert report.memory_limit(table, "lrt") == 4 * 5 * 4 + 16
-    assert report.memory_limit(table, "eager_lrt") is None
+def test_numbers_are_found_by_their_path() -> None:
+    number = tables.Number("ms", "step.median_us", 1e3)
+    assert number.of({"step": {"median_us": 1500}}) == 1.5
+    assert number.of({"step": {}}) is number.of({"error": "no"}) is number.of(None) is None
 
 
-def test_layers_markdown_judges_the_targets() -> None:
+def test_layers_page_judges_the_targets() -> None:
     made = result(bbb=1.5, lrt=2.9)
     rows = made["runs"][0]["layers"][0]["contenders"]
-    rows["lrt_bf16"] = copy.deepcopy(rows["bbb"])
-    rows["eager_bbb"] = copy.deepcopy(rows["lrt"])
     rows["torchbnn"] = {"error": "ModuleNotFoundError: No module named 'torchbnn'"}
-    text = report.layers_markdown(made)
-    assert f"| {CASES[0].name} | 1.50 (≤ 1.8: met) | 2.90 (≤ 2.6: **missed**) | 1.50 (≤ 1.9: met) | " in text
-    assert "2.90 (eager BBB)" in text
-    assert f"torchbnn did not run ({CASES[0].name}): ModuleNotFoundError" in text
-    made["provenance"]["bf16_instructions"] = False
-    text = report.layers_markdown(made)
-    assert "1.50 (not meaningful)" in text
-    assert report.NO_BF16 in text
+    jobs = [harness.Job("layers", CASES[0].name, dict)]
+    text = cpu.page("layers", made, jobs)
+    assert f"| {CASES[0].name} | 1.50 (≤ 1.8: met) | 2.90 (≤ 2.6: **missed**) | - |" in text
+    assert f"| {CASES[0].name} | torchbnn | - | - | - | - | - | - | - | - | ModuleNotFoundError" in text
+    assert f"| {CASES[0].name} | BBB | 1.5 | 1.5 | 1.5 | 1.50 | 1.47 | 1.53 | 0.0 | 1.0 |  |" in text
 
 
-def test_figures_are_written(tmp_path: Path) -> None:
+def test_figures_are_drawn() -> None:
     pytest.importorskip("matplotlib")
     made = result()
     made["runs"].append(result(threads=2)["runs"][0])
-    report.layers_figure(made, tmp_path / "layers.png")
-    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert figures.layers(made).startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- the other benchmarks
@@ -497,22 +575,22 @@ def test_models_go_through_every_minibatch() -> None:
 
 def test_prediction_agrees_with_the_loop_of_weight_draws() -> None:
     torch.manual_seed(1)
-    table = predict.run_predict(model_cases(4, channels=1)[0], images=8, samples=30)
+    table = models.run_predict(model_cases(4, channels=1)[0], images=8, samples=30)
     assert table["agrees"]
 
 
 def test_agreement_notices_another_mean() -> None:
     x = [torch.zeros(50, 3)]
 
-    def predictor(shift: float) -> predict.Predictor:
-        made = predict.Predictor(lambda x: torch.randn(100, *x.shape) + torch.tensor([shift, 0, 0]), x)
+    def predictor(shift: float) -> models.Predictor:
+        made = models.Predictor(lambda x: torch.randn(100, *x.shape) + torch.tensor([shift, 0, 0]), x)
         made.next_batch()
         return made
 
     torch.manual_seed(0)
     ours = predictor(0.0)
-    assert predict.agreement(ours, predictor(0.0))["rms_standardised"] < predict.AGREEMENT
-    assert predict.agreement(ours, predictor(1.0))["rms_standardised"] > predict.AGREEMENT
+    assert models.agreement(ours, predictor(0.0))["rms_standardised"] < models.AGREEMENT
+    assert models.agreement(ours, predictor(1.0))["rms_standardised"] > models.AGREEMENT
 
 
 def test_rates_come_from_known_work() -> None:
@@ -576,5 +654,5 @@ def test_readme_shows_the_worse_of_two_machines() -> None:
         rows = run["layers"][0]["contenders"]
         rows["eager_bbb"] = copy.deepcopy(rows["bbb"])
         rows["eager_bbb"]["over_base"]["ratio"] = ratio
-    row = readme._layers(runs).splitlines()[2]
+    row = readme.layers_table(runs).splitlines()[2]
     assert [cell.strip() for cell in row.split("|")][2:5] == ["1.50", "2.90", "3.00"]

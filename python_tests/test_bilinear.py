@@ -171,7 +171,8 @@ def test_wrong_inputs(estimator: str) -> None:
 def test_arguments(estimator: str) -> None:
     layer = make(estimator)
     point = nn.Bilinear(5, 4, 3)
-    assert layer.W_mu.shape == point.weight.shape and layer.bias_mu.shape == point.bias.shape
+    assert layer.bias_mu is not None and layer.bias_mu.shape == point.bias.shape
+    assert layer.W_mu.shape == point.weight.shape
     assert repr(layer).startswith(f"BBBBilinear(5, 4, 3, bias=True, estimator='{estimator}'")
     for args, message in (
         ((0, 4, 3), "in1_features must be an int >= 1, got 0"),

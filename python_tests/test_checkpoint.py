@@ -231,7 +231,7 @@ class TestBuildModel:
         assert torch.equal(one, other) == (layer_type == "none")
 
     def test_the_last_layer_alone(self) -> None:
-        model = checkpoint.build_model(model_config(layer_type="last"))
+        model: Any = checkpoint.build_model(model_config(layer_type="last"))
         names = [name for name, module in model.named_modules() if isinstance(module, BayesianLayer)]
         assert names == ["fc3"]
         assert model.fc3.prior_sigma == 0.2
@@ -256,7 +256,7 @@ class TestBuildModel:
             assert layer.length_scale == pytest.approx(1 / 0.2)
 
     def test_priors_and_activation_reach_the_layers(self) -> None:
-        model = checkpoint.build_model(model_config(activation="relu"))
+        model: Any = checkpoint.build_model(model_config(activation="relu"))
         assert model.conv1.prior_sigma == 0.2
         assert isinstance(model.act1, torch.nn.ReLU)
 

@@ -220,6 +220,7 @@ class TestEntries:
         study, tasks = classifiers.read_study(finished[0])
         wide = classifiers.open_entry(tasks, Entry("laplace", "", "laplace"), 5, 4, fewer, "cpu").model
         (wider,) = (m for m in wide.modules() if isinstance(m, LaplaceLinear))
+        assert layer.bias_scale is not None and wider.bias_scale is not None
         assert float(layer.bias_scale.mean()) < 0.9 * float(wider.bias_scale.mean())
 
     def test_temperature_is_fitted_to_the_validation_set(self, finished: tuple[Path, dict[str, Any]]) -> None:
@@ -232,6 +233,7 @@ class TestEntries:
             probs = (outputs / temperature).softmax(-1).mean(0)
             return metrics.nll(probs, sets.valid.labels)
 
+        assert opened.temperature is not None
         assert opened.temperature == pytest.approx(float(opened.model.temperature))
         best = nll(opened.temperature)
         assert best < min(nll(opened.temperature * 1.05), nll(opened.temperature / 1.05), nll(1.0))
@@ -277,6 +279,7 @@ class TestCompare:
         loaded = checkpoint.load_model(tasks / "lrt-seed6/run/best.pt")
         draws = {}
         for name, images in (("known", sets.test), ("other", sets.outside)):
+            assert images is not None
             x = data.normalize(images.images, loaded.mean, loaded.std)
             draws[name] = predict(loaded.model, x, 3, seed=6).double().softmax(-1)
         probs = draws["known"].mean(0)

@@ -158,7 +158,7 @@ class TestTrain:
         pytest.importorskip("sklearn")
         out = tmp_path / "run"
         assert main([*SMALL, "--epochs", "1", "--variance-dtype", "bfloat16", "--out", str(out)]) == 0
-        model = checkpoint.load_model(out / "best.pt").model
+        model: Any = checkpoint.load_model(out / "best.pt").model
         assert model.conv1.variance_dtype == model.fc3.variance_dtype == torch.bfloat16
 
     def test_defaults(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ class TestErrors:
         def interrupt(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(train.data, "load", interrupt)
+        monkeypatch.setattr("bbb_fast.experiments.data.load", interrupt)
         assert main([*SMALL, "--out", str(tmp_path)]) == 130
         assert capsys.readouterr().err == "bbb-fast: interrupted\n"
 

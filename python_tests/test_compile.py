@@ -30,10 +30,10 @@ pytestmark = pytest.mark.usefixtures("native")
 
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_compiled_layer_trains(layers: object, kind: str) -> None:
+def test_compiled_layer_trains(layers: Any, kind: str) -> None:
     """One graph; the compiled ops give the eager numbers for the same rng; fresh noise at each call."""
     torch._dynamo.reset()
-    layer: nn.Module = layers.BBBLinear(6, 4) if kind == "linear" else layers.BBBConv2d(2, 3, 3)
+    layer: Any = layers.BBBLinear(6, 4) if kind == "linear" else layers.BBBConv2d(2, 3, 3)
     x = torch.randn(5, 6) if kind == "linear" else torch.randn(2, 2, 6, 6)
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_compiled_op_equals_eager() -> None:
     W_mu, W_rho = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
     x, rng = torch.randn(5, 6), torch.tensor([3, 4])
 
-    def run(x: torch.Tensor) -> torch.Tensor:
+    def run(x: torch.Tensor) -> Any:
         return functional.lrt_linear(x, W_mu, W_rho, None, None, rng)
 
     eager = run(x)
@@ -69,10 +69,10 @@ def test_compiled_op_equals_eager() -> None:
 
 
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
-def test_compiled_kl_is_that_of_the_parameters(layers: object) -> None:
+def test_compiled_kl_is_that_of_the_parameters(layers: Any) -> None:
     """Eager and compiled calls may alternate: neither takes a KL of other parameters from the other."""
     torch._dynamo.reset()
-    layer: nn.Module = layers.BBBLinear(6, 4)
+    layer: Any = layers.BBBLinear(6, 4)
     x = torch.randn(5, 6)
 
     def step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,6 +198,7 @@ def _strides_of_a_layer(
 ) -> None:
     """Forward, and backward for the first so many masks."""
     forward, backward = (getattr(torch.ops.bbb_fast, name + end) for end in ("", "_backward"))
+    kept: Any
     y, kept, kl = _like_the_kernel(forward, *operands, rng(), *geometry, *PRIOR, True, option)
     kept = None if option is True else kept
     grads = [torch.randn_like(y)] + ([_stored(torch.randn_like(y), "channels_last")] if y.dim() > 2 else [])
@@ -278,7 +279,8 @@ def _many(cases: list[tuple[Tensor, ...]], calls: list[Callable[..., Any]]) -> t
 def _table(
     estimator: str, dtypes: tuple[torch.dtype, torch.dtype], hows: list[tuple[str, str]]
 ) -> tuple[list[tuple[Tensor, ...]], list[Callable[..., Any]]]:
-    cases, calls = [], []
+    cases: list[tuple[Tensor, ...]] = []
+    calls: list[Callable[..., Any]] = []
     for (shape, weight, options), how in product(CONVS, hows):
         operands, _ = _arguments(shape, weight, options, how, *dtypes)
         cases.append(tuple(t.requires_grad_() for t in operands))
@@ -299,7 +301,7 @@ def _compare_with_eager(cases: list[tuple[Tensor, ...]], calls: list[Callable[..
         for p in parameters:
             torch._dynamo.mark_static(p)
     # Rounds what lies between two ops as eager does.
-    options = {"emulate_precision_casts": True} if how.get("backend", "inductor") == "inductor" else None
+    options: Any = {"emulate_precision_casts": True} if how.get("backend", "inductor") == "inductor" else None
     compiled = torch.compile(partial(_many, calls=calls), fullgraph=True, options=options, **how)
     results = []
     for run in (partial(_many, calls=calls), compiled):
@@ -324,7 +326,8 @@ def test_inductor_compiles_convolutions() -> None:
             ("lrt", [("contiguous", "channels_last")]),
         )
     ]
-    _compare_with_eager(*(tables[0][k] + tables[1][k] for k in (0, 1)))
+    (bbb_cases, bbb_calls), (lrt_cases, lrt_calls) = tables
+    _compare_with_eager(bbb_cases + lrt_cases, bbb_calls + lrt_calls)
 
 
 @pytest.mark.slow
@@ -366,7 +369,7 @@ def test_dynamic_batches(estimator: str) -> None:
 
 def _network(layers: ModuleType, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
+    network: Any = nn.Sequential(
         layers.BBBConv2d(3, 8, 3, padding=1),
         nn.Softplus(),
         nn.MaxPool2d(2),
@@ -375,7 +378,8 @@ def _network(layers: ModuleType, memory_format: torch.memory_format = torch.chan
         layers.BBBConv2d(16, 8, 1, groups=2),
         nn.Flatten(),
         layers.BBBLinear(128, 4),
-    ).to(memory_format=memory_format)
+    )
+    return network.to(memory_format=memory_format)
 
 
 def _images(n: int = 6) -> Tensor:
@@ -507,7 +511,8 @@ def test_inductor_compiles_the_bound(
     """Model, KL and loss in one graph, and the gradients of eager mode."""
     torch._dynamo.reset()
     memory_format = torch.channels_last if last else torch.contiguous_format
-    model = build(10, 3, layer_type=layer_type).to(memory_format=memory_format)
+    model: Any = build(10, 3, layer_type=layer_type)
+    model = model.to(memory_format=memory_format)
     x, target, bound = torch.randn(4, 3, 32, 32).to(memory_format=memory_format), torch.arange(4), ELBO(100)
 
     def step(x: Tensor) -> Tensor:
@@ -535,7 +540,7 @@ def test_inductor_predicts(layers: ModuleType) -> None:
     """The draws that fixed_noise pins are the same, compiled or not."""
     torch._dynamo.reset()
     model, x = _network(layers), _images()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled: Any = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(predict(compiled, x, 3, seed=1), predict(model, x, 3, seed=1))
     with torch.no_grad():
         for seed in (4, 5):
@@ -568,7 +573,8 @@ def test_layers_of_one_kind_compiled_one_by_one(named: bool) -> None:
     torch._dynamo.reset()
     layers = [BBB.BBBLinear(6, 6) for _ in range(3)]
     model = nn.Sequential(*layers)
-    compiled = nn.Sequential(*(torch.compile(layer, fullgraph=True, backend="eager") for layer in layers))
+    one_by_one: list[Any] = [torch.compile(layer, fullgraph=True, backend="eager") for layer in layers]
+    compiled = nn.Sequential(*one_by_one)
     x = torch.randn(5, 6)
     with fixed_noise(1):
         expected = model(x)
@@ -598,7 +604,7 @@ def test_contexts_within_the_graph() -> None:
     assert not torch.equal(free, other) and not torch.equal(layer(x), layer(x))
 
 
-def blocks(layers: object) -> nn.Sequential:
+def blocks(layers: Any) -> nn.Sequential:
     return nn.Sequential(*(nn.Sequential(layers.BBBLinear(8, 8), nn.Tanh()) for _ in range(3)))
 
 
@@ -608,7 +614,7 @@ def gradients(run: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, x: 
 
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("budget", [0.0, 0.3, 1.0])
-def test_recomputation_by_the_partitioner(layers: object, budget: float) -> None:
+def test_recomputation_by_the_partitioner(layers: Any, budget: float) -> None:
     """A pinned draw is the same when it is computed again; a fresh one would not be, so it is refused."""
     torch._dynamo.reset()
     model, x = blocks(layers), torch.randn(16, 8)
@@ -631,7 +637,7 @@ def test_recomputation_by_the_partitioner(layers: object, budget: float) -> None
 )
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
 @pytest.mark.parametrize("budget", [0.0, 0.5, 1.0])
-def test_recomputation_of_a_region(layers: object, budget: float) -> None:
+def test_recomputation_of_a_region(layers: Any, budget: float) -> None:
     """A budget that is given in the graph takes the place of the configuration's."""
     torch._dynamo.reset()
     model, x = blocks(layers), torch.randn(16, 8)
@@ -656,11 +662,12 @@ def test_recomputation_of_a_region(layers: object, budget: float) -> None:
 
 
 @pytest.mark.parametrize("layers", [BBB, BBB_LRT, Flipout])
-def test_checkpoint_within_the_graph(layers: object) -> None:
+def test_checkpoint_within_the_graph(layers: Any) -> None:
     """Free: the gradient is that of the function that was drawn, whose noise does not depend on mu."""
     torch._dynamo.reset()
     # In float64, for the quotient of differences below.
-    model, x = blocks(layers).double(), torch.randn(16, 8, dtype=torch.float64)
+    model: Any = blocks(layers).double()
+    x = torch.randn(16, 8, dtype=torch.float64)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return checkpoint(model, x, use_reentrant=False)

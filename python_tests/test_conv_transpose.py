@@ -17,7 +17,7 @@ from bbb_fast import functional, reference
 from bbb_fast._layer_functions import ESTIMATORS
 from bbb_fast.layers import BBB, BBB_LRT, Flipout
 
-KL = {"prior_mu": 0.05, "prior_sigma": 0.4, "with_kl": True}
+KL: dict[str, Any] = {"prior_mu": 0.05, "prior_sigma": 0.4, "with_kl": True}
 
 # Spatial dimensions, batch, channels in and out, kernel, size, options.
 CASES: list[tuple[int, int, int, int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
@@ -43,7 +43,7 @@ def case_of(
     bias: bool = True,
     dtype: torch.dtype = torch.float32,
     parameter_dtype: torch.dtype | None = None,
-) -> list[Tensor | None]:
+) -> list[Any]:
     parameter_dtype = parameter_dtype or dtype
     W = posterior(i, o // groups, *kernel, dtype=parameter_dtype)
     b = posterior(o, dtype=parameter_dtype) if bias else (None, None)

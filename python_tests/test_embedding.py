@@ -16,9 +16,9 @@ from bbb_fast.layers import BBB
 INDEX = torch.tensor([[1, 2, 3, 1], [3, 10, 1, 0]])
 
 
-def table(layer: nn.Module, seed: int = 3) -> Tensor:
+def table(layer: Any, seed: int = 3) -> Tensor:
     """The whole table of the draw that fixed_noise(seed) names."""
-    w = functional.sample_weight(layer.W_mu, layer.W_rho, torch.tensor([seed, 0]))
+    w: Any = functional.sample_weight(layer.W_mu, layer.W_rho, torch.tensor([seed, 0]))
     if layer.padding_idx is not None:
         w = torch.cat(
             (w[: layer.padding_idx], layer.W_mu[layer.padding_idx, None], w[layer.padding_idx + 1 :])

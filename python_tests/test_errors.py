@@ -61,14 +61,15 @@ def valid(op: str) -> dict[str, Any]:
             "bias_rho": zeros(3),
             "rng": rng(),
         }
-    return {
+    made: dict[str, Callable[[], dict[str, Any]]] = {
         "normal": lambda: {"size": (3, 2), "rng": rng()},
         "uniform": lambda: {"size": (3, 2), "rng": rng()},
         "dropout": lambda: {"input": zeros(3, 2), "rng": rng(), "p": 0.5},
         "sample_weights": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)], "rng": rng()},
         "sample_weight": lambda: {"mu": zeros(3, 2), "rho": zeros(3, 2), "rng": rng()},
         "kl_divergence": lambda: {"mu": [zeros(3, 2)], "rho": [zeros(3, 2)]},
-    }[op]()
+    }
+    return made[op]()
 
 
 def call(op: str, changes: dict[str, Any]) -> Any:
@@ -477,7 +478,7 @@ def test_numbers_that_would_overflow(backend: str, op: str, name: str, least: in
 
 def test_one_result_twice(native: None) -> None:
     one, other = zeros(3), zeros(3)
-    arguments = ([zeros(3)], [], None, [one], [other], rng(), [0.0], [0.1])
+    arguments: Any = ([zeros(3)], [], None, [one], [other], rng(), [0.0], [0.1])
     result = zeros(3)
     with pytest.raises(ValueError, match="result 0 must be two tensors, got one twice"):
         torch.ops.bbb_fast.posterior_backward_out(*arguments, [result], [result])
@@ -486,7 +487,8 @@ def test_one_result_twice(native: None) -> None:
 def test_lists_of_meta_tensors(native: None) -> None:
     """Their fake kernels check nothing; what autograd keeps of them is checked all the same."""
     one = [zeros(3, device="meta").requires_grad_()]
-    for arguments in ((one, [], [0.0], [0.1]), (one, one, [], [0.1]), (one, one, [0.0], [])):
+    wrong: Any = ((one, [], [0.0], [0.1]), (one, one, [], [0.1]), (one, one, [0.0], []))
+    for arguments in wrong:
         with pytest.raises(ValueError, match="kl_divergence: "):
             torch.ops.bbb_fast.kl_divergence(*arguments)
     bias, x, W = (

@@ -15,7 +15,11 @@ import bbb_fast
 from bbb_fast.layers import BBB, BBB_LRT, Flipout
 
 ESTIMATORS = {"bbb": BBB, "lrt": BBB_LRT, "flipout": Flipout}
-PRIORS = {"prior_sigma": 0.5, "posterior_mu_initial": (0.0, 0.5), "posterior_rho_initial": (-1.0, 0.2)}
+PRIORS: dict[str, Any] = {
+    "prior_sigma": 0.5,
+    "posterior_mu_initial": (0.0, 0.5),
+    "posterior_rho_initial": (-1.0, 0.2),
+}
 BETA = 0.01
 
 
@@ -99,7 +103,7 @@ def gradients_by_definition(net: nn.Sequential, x: Tensor, y: Tensor, draws: int
     return list(torch.autograd.grad(nll + BETA * kl, leaves))
 
 
-def gradients(net: nn.Sequential, x: Tensor, y: Tensor, draws: int) -> list[Tensor]:
+def gradients(net: Any, x: Tensor, y: Tensor, draws: int) -> list[Tensor]:
     """The gradient of the loss, draw by draw: [draws, ...] for each of the net's parameters."""
     parameters = list(net.parameters())
     found = []

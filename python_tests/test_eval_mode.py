@@ -20,9 +20,13 @@ from bbb_fast.layers import BBB
 class Referring(nn.Module):
     """A model that gets at its dropout in one way or another."""
 
+    get: Callable[[], Any]
+    kept: Any
+
     def __init__(self, way: str) -> None:
         super().__init__()
-        self.drop = drop = nn.Dropout(0.5)
+        drop: Any = nn.Dropout(0.5)
+        self.drop = drop
         self.way = way
         if way == "closure":
             self.get = lambda: drop
@@ -63,7 +67,8 @@ class Referring(nn.Module):
         return self.kept.drop
 
     def _by_parent(self) -> nn.Module:
-        return self.drop.parent.drop
+        parent: Any = self.drop.parent
+        return parent.drop
 
     def _tail(self) -> nn.Module:
         return self.tail
@@ -100,8 +105,9 @@ def test_references_between_modules(way: str) -> None:
     assert not torch.equal(model(x), x)
 
 
-def registered() -> dict[str, Callable[[], nn.Module]]:
+def registered() -> dict[str, Callable[[], Any]]:
     norms = torch.nn.utils.parametrizations
+    compile: Callable[..., Any] = torch.compile
     return {
         "batch norm": lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout()),
         "tied": lambda: nn.Sequential(*[nn.Sequential(nn.Linear(3, 3), nn.Dropout())] * 2),
@@ -110,8 +116,8 @@ def registered() -> dict[str, Callable[[], nn.Module]]:
         "spectral norm": lambda: norms.spectral_norm(nn.Linear(3, 3)),
         "old spectral norm": lambda: torch.nn.utils.spectral_norm(nn.Linear(3, 3)),
         "recurrent": lambda: nn.Sequential(nn.RNN(3, 3, 2, dropout=0.5)),
-        "compiled": lambda: torch.compile(nn.Sequential(nn.Linear(3, 3), nn.Dropout()), backend="eager"),
-        "compiled inside": lambda: nn.Sequential(torch.compile(nn.Dropout(), backend="eager"), nn.Dropout()),
+        "compiled": lambda: compile(nn.Sequential(nn.Linear(3, 3), nn.Dropout()), backend="eager"),
+        "compiled inside": lambda: nn.Sequential(compile(nn.Dropout(), backend="eager"), nn.Dropout()),
         "compiled in place": lambda: compiled_in_place(),
         "scripted": lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Dropout())),
         "scripted inside": lambda: nn.Sequential(torch.jit.script(nn.Dropout()), nn.Dropout()),
@@ -161,7 +167,7 @@ def test_the_copy_shares_tensors_and_keeps_attributes_to_itself() -> None:
     with in_eval_mode(model) as running:
         assert all(a is b for a, b in zip(running.parameters(), model.parameters(), strict=True))
         running(torch.randn(4, 3))
-        assert running[0].calls == 1
+        assert running.get_submodule("0").calls == 1
     assert not hasattr(model[0], "calls")
 
 
@@ -170,7 +176,7 @@ def test_threads(compiled: bool) -> None:
     """Predictions at the same time; and, where the modules can be copied, training meanwhile."""
     torch._dynamo.reset()
     layers = nn.Sequential(BBB.BBBLinear(6, 6), nn.Dropout(0.5), BBB.BBBLinear(6, 3))
-    model = torch.compile(layers, backend="eager") if compiled else layers
+    model: Any = torch.compile(layers, backend="eager") if compiled else layers
     x, wrong = torch.randn(8, 6), []
     expected = predict(model, x, 4, seed=3)
     start = threading.Barrier(3 if compiled else 4)

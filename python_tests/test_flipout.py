@@ -26,8 +26,17 @@ from torch import Tensor
 
 from bbb_fast import functional, reference
 
-KL = {"prior_mu": 0.05, "prior_sigma": 0.4, "with_kl": True}
-CONV = {1: functional.flipout_conv1d, 2: functional.flipout_conv2d, 3: functional.flipout_conv3d}
+# Their outputs are one tensor or two, by their arguments.
+bbb_linear: Callable[..., Any] = functional.bbb_linear
+sample_weight: Callable[..., Any] = functional.sample_weight
+# Called with lists of arguments.
+flipout_linear: Callable[..., Any] = functional.flipout_linear
+KL: dict[str, Any] = {"prior_mu": 0.05, "prior_sigma": 0.4, "with_kl": True}
+CONV: dict[int, Callable[..., Any]] = {
+    1: functional.flipout_conv1d,
+    2: functional.flipout_conv2d,
+    3: functional.flipout_conv3d,
+}
 ops = torch.ops.bbb_fast
 
 
@@ -181,8 +190,8 @@ def test_deviations_have_no_gradient_of_their_own(native: None) -> None:
 @pytest.mark.parametrize(("batch", "i", "o"), LINEAR_CASES)
 def test_linear_equals_reference(isa: str, batch: tuple[int, ...], i: int, o: int, bias: bool) -> None:
     case = linear_case(batch, i, o, bias)
-    compare(lambda: functional.flipout_linear(*case, rng()), case, torch.float32)
-    compare(lambda: functional.flipout_linear(*case, rng(), **KL), case, torch.float32)
+    compare(lambda: flipout_linear(*case, rng()), case, torch.float32)
+    compare(lambda: flipout_linear(*case, rng(), **KL), case, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -195,7 +204,7 @@ def test_conv_equals_reference(
     compare(lambda: CONV[spatial](*case, rng(), **options, **KL), case, torch.float32)
 
 
-def small(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> list[Tensor | None]:
+def small(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> list[Any]:
     if kind == "linear":
         return linear_case((9,), 31, 13, dtype=dtype, **options)
     return conv_case(2, 2, 3, 5, (3, 3), (8, 8), dtype=dtype, **options)
@@ -265,15 +274,14 @@ def test_definition(backend: str) -> None:
     x, W_mu, W_rho, b_mu, b_rho = (t.detach() for t in linear_case((6,), 5, 4, dtype=torch.float64))
     step = torch.tensor([0, 1])
     W, b = (
-        functional.sample_weight(torch.zeros_like(rho), rho, r)
-        for rho, r in ((W_rho, rng()), (b_rho, rng() + step))
+        sample_weight(torch.zeros_like(rho), rho, r) for rho, r in ((W_rho, rng()), (b_rho, rng() + step))
     )
     s, r = reference.signs((6, 5), rng(), 2, -1), reference.signs((6, 4), rng(), 3, -1)
     expected = x @ W_mu.t() + b_mu + ((x * s) @ W.t() + b) * r
-    y = functional.flipout_linear(x, W_mu, W_rho, b_mu, b_rho, rng())
+    y = flipout_linear(x, W_mu, W_rho, b_mu, b_rho, rng())
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     # Undoing a row's signs leaves the draw that bbb_linear shares.
-    bbb = functional.bbb_linear(x * s, W_mu * 0, W_rho, b_mu * 0, b_rho, rng())
+    bbb = bbb_linear(x * s, W_mu * 0, W_rho, b_mu * 0, b_rho, rng())
     torch.testing.assert_close((y - x @ W_mu.t() - b_mu) * r, bbb, rtol=1e-9, atol=1e-9)
 
 
@@ -311,7 +319,7 @@ def test_only_what_is_said_is_kept(native: None) -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            functional.flipout_linear(*case, rng(), recompute_weight=recompute)
+            flipout_linear(*case, rng(), recompute_weight=recompute)
         own = {t.data_ptr() for t in case}
         others = [t for t in kept if t.data_ptr() not in own and t.numel() > 2]
         assert [list(t.shape) for t in others] == [[20, 30]] * count
@@ -320,6 +328,6 @@ def test_only_what_is_said_is_kept(native: None) -> None:
 def test_accuracy_of_large_batches(native: None) -> None:
     """Sign blocks beyond the first, chunks and threads: a batch large enough for all of them."""
     x, mu, rho = leaf(3000, 37), *posterior(5, 37)
-    y = functional.flipout_linear(x, mu, rho, None, None, rng())
-    expected = reference.flipout_linear(x, mu, rho, None, None, rng())
+    y = flipout_linear(x, mu, rho, None, None, rng())
+    expected: Any = reference.flipout_linear(x, mu, rho, None, None, rng())
     assert_same(y, expected, torch.float32, 4)

@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,7 @@ def hold(path: Path) -> subprocess.Popen[str]:
     )
     command = [sys.executable, "-c", code, str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -54,11 +55,8 @@ def test_leaves_nothing_but_what_was_written(tmp_path: Path) -> None:
 def test_one_owner_in_a_process(tmp_path: Path) -> None:
     with own(tmp_path), own(tmp_path, "uncertainty"):  # another purpose is no conflict
         assert_busy(tmp_path, rf"process {os.getpid()} on .* is writing to it \(training\): wait .* --out")
-        failed = []
-        thread = threading.Thread(target=lambda: failed.append(assert_busy(tmp_path, "is writing to it")))
-        thread.start()
-        thread.join()
-        assert failed == [None]
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(assert_busy, tmp_path, "is writing to it").result()
     with own(tmp_path):
         pass
     assert os.listdir(tmp_path) == []
@@ -81,6 +79,7 @@ def test_a_kill_frees_it(tmp_path: Path) -> None:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert process.stdout is not None
         process.stdout.close()
     assert os.listdir(tmp_path) != []
     with own(tmp_path):
@@ -173,7 +172,7 @@ class TestWithoutLocks:
         def fail(file: int, how: int) -> None:
             raise OSError(errno.ENOLCK, "No locks available")
 
-        monkeypatch.setattr(folder.fcntl, "flock", fail)
+        monkeypatch.setattr("fcntl.flock", fail)
 
     def test_what_an_owner_of_the_same_name_left(self, tmp_path: Path) -> None:
         """Only where there is one: who has the lock without a name keeps it."""

@@ -167,9 +167,10 @@ def test_answers_as_predict_does(backend: str, made: Made) -> None:
 
 
 def test_what_no_posterior_is_over_is_there_once() -> None:
-    model = convert(Convolutions(), include="last")
+    model: Any = convert(Convolutions(), include="last")
     ensemble = frozen_ensemble(model, SAMPLES, seed=SEED)
-    first, *others = ensemble.members
+    members: list[Any] = list(ensemble.members)
+    first, *others = members
     for other in others:
         for name in ("first.weight", "norm.weight", "up.bias"):
             assert other.get_parameter(name) is first.get_parameter(name)
@@ -214,7 +215,8 @@ def test_ties_hooks_and_other_calls() -> None:
         return member(x, **options)["logits"]
 
     ensemble = frozen_ensemble(model, 2, seed=SEED, call=call)
-    assert all(member.head.weight is member.embed.weight for member in ensemble.members)
+    tied = [(m.get_parameter("head.weight"), m.get_parameter("embed.weight")) for m in ensemble.members]
+    assert all(head is embed for head, embed in tied)
     draws = predict(model, x, 2, seed=SEED, call=lambda m, x: m(x, scale=3.0)["logits"])
     calls.clear()
     close(ensemble(x, scale=3.0), (draws.mean(0), draws.var(0, correction=0)))
@@ -327,7 +329,8 @@ def test_onnx(made: Made, onnxruntime: Any) -> None:
     x, other = inputs(5), inputs(8)
     for form, module in forms(model).items():
         program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=any_batch(form), verbose=False)
-        file = io.BytesIO()
+        file: Any = io.BytesIO()
+        assert program is not None
         program.save(file)
         session = onnxruntime.InferenceSession(file.getvalue())
         (name,) = (entry.name for entry in session.get_inputs())

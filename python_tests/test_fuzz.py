@@ -14,7 +14,7 @@ from fuzz.choices import Case
 from fuzz.operands import LAYOUTS, Witness
 from fuzz.outcome import Status
 
-from bbb_fast import functional, reference
+from bbb_fast import reference
 
 pytestmark = [
     pytest.mark.usefixtures("native"),
@@ -80,7 +80,7 @@ def test_words_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise ValueError("lrt_linear: no")
 
-    monkeypatch.setattr(functional._checks, "layer", refuse)
+    monkeypatch.setattr("bbb_fast._checks.layer", refuse)
     cases = [Case(0, k, "malformed") for k in range(800)]
     drafts = [malformed.Draft(case) for case in cases if malformed.op_of(case) == "lrt_linear"]
     assert "different words" in [draft.run().what for draft in drafts]
@@ -101,6 +101,7 @@ def test_a_write_beside_a_tensor_is_seen() -> None:
     view = LAYOUTS["sliced"](torch.zeros(3, 4))
     witness = Witness([view])
     assert witness.untouched()
+    assert view._base is not None
     view._base[0, 0] = 1.0
     assert not witness.untouched()
 

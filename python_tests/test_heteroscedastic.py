@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def test_gaussian_noise_is_the_root_mean_squared_error() -> None:
 def test_gaussian_noise_is_learned_with_the_model() -> None:
     x = torch.randn(500, 2)
     y = x @ torch.tensor([[1.0], [-2.0]]) + 0.3 * torch.randn(500, 1)
-    model = nn.Sequential(nn.Linear(2, 1), GaussianNoise())
+    model: Any = nn.Sequential(nn.Linear(2, 1), GaussianNoise())
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(300):
         optimizer.zero_grad()
@@ -397,14 +398,14 @@ def test_bad_arguments_of_gaussian_nll() -> None:
         ((output, y.long()), "y must be float32, .*, got torch.int64"),
     ]:
         with pytest.raises(TypeError, match=message):
-            gaussian_nll(*arguments)
+            gaussian_nll(*cast(Any, arguments))
     for beta in (-0.1, 1.1, math.nan, "0.5", None, True):
         with pytest.raises(ValueError, match="beta must be a number from 0 to 1, got"):
-            gaussian_nll(output, y, beta=beta)
+            gaussian_nll(output, y, beta=cast(Any, beta))
     for loss in (gaussian_nll, lambda o, t, **k: sampled_logits_nll(o, t[:, 0].long(), **k)):
         for reduction in ("avg", None, 1):
             with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'none', got"):
-                loss(output, y, reduction=reduction)
+                loss(output, y, reduction=cast(Any, reduction))
 
 
 def test_bad_arguments_of_sampled_logits_nll() -> None:
@@ -418,7 +419,7 @@ def test_bad_arguments_of_sampled_logits_nll() -> None:
         ((output, y, 2.5), "samples must be an int >= 1, got 2.5"),
     ]:
         with pytest.raises(ValueError, match=message):
-            sampled_logits_nll(*arguments)
+            sampled_logits_nll(*cast(Any, arguments))
     for bad_y in (y.int(), y.float()):
         with pytest.raises(TypeError, match="y must be int64, got"):
             sampled_logits_nll(output, bad_y)
@@ -436,15 +437,15 @@ def test_bad_arguments_of_the_modules() -> None:
         ((3, 1.5), "targets must be"),
     ]:
         with pytest.raises(ValueError, match=f"HeteroscedasticHead: {message}"):
-            HeteroscedasticHead(*arguments)
+            HeteroscedasticHead(*cast(Any, arguments))
     for samples in (0, -1, 2.5, "9", None, True):
         with pytest.raises(ValueError, match="SampledSoftmax: samples must be an int >= 1, got"):
-            SampledSoftmax(samples)
+            SampledSoftmax(cast(Any, samples))
     with pytest.raises(ValueError, match=r"SampledSoftmax: output must have shape \[C, 2\].*got \[4, 3\]"):
         SampledSoftmax()(torch.randn(4, 3))
     for std in (0, -1.0, math.inf, math.nan, "1", True):
         with pytest.raises(ValueError, match="GaussianNoise: std must be a finite number > 0, got"):
-            GaussianNoise(std)
+            GaussianNoise(cast(Any, std))
     with pytest.raises(ValueError, match="GaussianNoise: targets must be an int >= 1, got 0"):
         GaussianNoise(targets=0)
     with pytest.raises(ValueError, match=r"last dimension of the mean must be targets = 3, got \[4\]"):

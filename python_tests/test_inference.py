@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -353,7 +354,8 @@ class TestFixedNoise:
         torch.testing.assert_close(wide.float(), first, rtol=1e-4, atol=1e-5)
         back = copy.deepcopy(model).double().float()
         assert torch.equal(predict(back, x, 2, seed=9), first)
-        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        last: Any = copy.deepcopy(model)
+        last = last.to(memory_format=torch.channels_last)
         moved = predict(last, x.contiguous(memory_format=torch.channels_last), 2, seed=9)
         torch.testing.assert_close(moved, first)
 
@@ -462,7 +464,7 @@ class TestPlaces:
 
     def test_a_layer_used_twice_has_one_draw(self, backend: str, estimator: ModuleType) -> None:
         layer, x = estimator.BBBLinear(4, 4), torch.randn(6, 4)
-        model = nn.Sequential(layer, nn.Tanh(), layer, estimator.BBBLinear(4, 2))
+        model: Any = nn.Sequential(layer, nn.Tanh(), layer, estimator.BBBLinear(4, 2))
         with fixed_noise(1) as pin:
             y = model(x)
             assert [pin.number(m) for m in (layer, model[3])] == [0, 1]
@@ -486,15 +488,15 @@ class TestPlaces:
                 self.module = model
 
             def forward(self, x: Tensor) -> Tensor:
-                outputs = [
-                    in_thread(lambda m=m, p=p: m(p)) for m, p in zip(self.copies(), x.split(6), strict=True)
-                ]
+                outputs = [in_thread(partial(m, p)) for m, p in zip(self.copies(), x.split(6), strict=True)]
                 return torch.cat(outputs)
 
             def copies(self) -> list[nn.Module]:
                 made = []
                 for _ in range(2):
-                    replicas = {m: m._replicate_for_data_parallel() for m in self.module.modules()}
+                    replicas: dict[Any, Any] = {
+                        m: m._replicate_for_data_parallel() for m in self.module.modules()
+                    }
                     for module, replica in replicas.items():
                         for name, child in module._modules.items():
                             setattr(replica, name, replicas[child])
@@ -621,7 +623,9 @@ class TestWhatGoesInAndOut:
         with pytest.raises(TypeError, match=f"got {what}; say what to take of it with call=lambda"):
             predict(model, x)
         expected = predict(model.layer, x, 2, seed=0)
-        assert torch.equal(predict(model, x, 2, seed=0, call=lambda m, x: m.layer(x)), expected)
+        assert torch.equal(
+            predict(model, x, 2, seed=0, call=lambda m, x: m.get_submodule("layer")(x)), expected
+        )
 
     def test_named_tuples_are_tuples(self) -> None:
         layer, x = BBB.BBBLinear(4, 3), torch.randn(6, 4)
@@ -641,7 +645,7 @@ class TestWhatGoesInAndOut:
                 predict(layer, x, 2, batch_size=3, call=call)
         with pytest.raises(ValueError, match="must keep its shape and type"):
             predict(layer, x, 2, batch_size=3, call=lambda m, x: m(x)[:, : len(x)])
-        calls: list[int] = []
+        calls: Any = []
         with pytest.raises(ValueError, match=r"got \[7, 2\] torch.float32 after \[7, 1\]"):
             predict(layer, x, 3, call=lambda m, x: calls.append(1) or m(x)[:, : len(calls)])
         types = iter((torch.float32, torch.float64))
@@ -696,7 +700,7 @@ class TestCompiled:
         torch._dynamo.utils.counters.clear()
         model = nn.Sequential(BBB_LRT.BBBLinear(3, 4), nn.ReLU(), BBB_LRT.BBBLinear(4, 2))
         x = torch.randn(6, 3)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
         y = predict(compiled, x, 20, seed=1, batch_size=2)
         torch.testing.assert_close(y, predict(model, x, 20, seed=1))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ several = pytest.mark.skipif(len(AVAILABLE) < 2, reason=f"nothing to compare: {A
 
 # Two results that each round a float32 computation: a few units in the last place of the summands, which
 # are about 1 in float32, and then one of the narrower type. float64's noise is float32's.
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     F32: {"rtol": 1e-6, "atol": 1e-6},
     F64: {"rtol": 1e-6, "atol": 1e-6},
     BF16: {"rtol": 2**-7, "atol": 1e-6},
@@ -61,7 +63,7 @@ def assert_agree(results: dict[str, list[Tensor]]) -> None:
         for k, (a, b) in enumerate(zip(result, expected, strict=True)):
             assert a.dtype == b.dtype
             where = f"result {k} on {name} and base"
-            torch.testing.assert_close(a, b, **TOLERANCE[a.dtype], msg=lambda m, w=where: f"{w}: {m}")
+            torch.testing.assert_close(a, b, **TOLERANCE[a.dtype], msg=partial("{}: {}".format, where))
 
 
 @several

@@ -61,7 +61,8 @@ def kl_of(mu: Sequence[Tensor], rho: Sequence[Tensor], prior: Sequence[tuple[flo
     """In float64, by torch.distributions."""
     total = torch.zeros((), dtype=F64)
     for m, r, numbers in zip(mu, rho, prior, strict=True):
-        p = Normal(*(torch.tensor(n, dtype=F64) for n in numbers))
+        mean, deviation = (torch.tensor(n, dtype=F64) for n in numbers)
+        p = Normal(mean, deviation)
         total = total + exact_kl(Normal(m.double(), softplus(r.double())), p).sum()
     return total
 

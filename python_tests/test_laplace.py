@@ -34,7 +34,7 @@ def covariance_of(model: LaplaceLinear) -> Tensor:
     """Of the flattened weight and the bias, formed from the Kronecker product of the eigenvectors."""
     vectors = torch.kron(model.out_vectors, model.in_vectors)
     weight = vectors @ torch.diag(model.weight_scale.flatten() ** 2) @ vectors.T
-    if model.bias is None:
+    if model.bias_vectors is None or model.bias_scale is None:
         return weight
     bias = model.bias_vectors @ torch.diag(model.bias_scale**2) @ model.bias_vectors.T
     return torch.block_diag(weight, bias)
@@ -114,7 +114,7 @@ def test_is_kept_by_state_dict_and_copies() -> None:
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "layer": nn.Linear(IN, OUT), "weight_vectors": (torch.eye(OUT), torch.eye(IN)),
         "weight_scale": torch.ones(OUT, IN), "bias_vectors": torch.eye(OUT), "bias_scale": torch.ones(OUT),
     }  # fmt: skip
@@ -150,7 +150,7 @@ class TestFit:
 
         model, data = trained
         before = copy.deepcopy(model.state_dict())
-        ours = last_layer_laplace(model, data)
+        ours: Any = last_layer_laplace(model, data)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(parameter.requires_grad for parameter in model.parameters())
         theirs = Laplace(
@@ -170,11 +170,12 @@ class TestFit:
 
     def test_wrong_models(self, trained: tuple[nn.Module, DataLoader[Any]]) -> None:
         model, data = trained
-        for wrong, options, message in (
+        cases: tuple[tuple[Any, dict[str, Any], str], ...] = (
             ("net", {}, "must be a torch.nn.Module, got str"),
             (nn.ReLU(), {}, "has no torch.nn.Linear"),
             (nn.Sequential(BBB_LRT_Linear(5, 3)), {}, "must not answer at random already"),
             (model, {"layer": "1"}, "must be one of 0, 2, got '1'"),
-        ):
+        )
+        for wrong, options, message in cases:
             with pytest.raises((TypeError, ValueError), match=message):
                 last_layer_laplace(wrong, data, **options)

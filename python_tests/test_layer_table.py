@@ -37,7 +37,7 @@ BEGIN, END = "<!-- table: written by python_tests/test_layer_table.py -->\n", "<
 
 
 class Case(NamedTuple):
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     inputs: Callable[[], tuple[Any, ...]]
     image: bool = False  # has a channels_last format
 

@@ -57,7 +57,7 @@ def estimator(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
 
-def make(estimator: ModuleType, kind: str, *args: Any, **options: Any) -> BayesianLayer:
+def make(estimator: ModuleType, kind: str, *args: Any, **options: Any) -> Any:
     """A layer with sigma around 0.2, so that the noise shows."""
     layer = getattr(estimator, f"BBB{kind}")(*(args or ARGUMENTS[kind][0]), **options)
     with torch.no_grad():
@@ -71,12 +71,13 @@ def example(kind: str, **options: Any) -> Tensor:
     return torch.randn(ARGUMENTS[kind][1], **options)
 
 
-def twin(kind: str, *args: Any, **options: Any) -> nn.Module:
+def twin(kind: str, *args: Any, **options: Any) -> Any:
     return getattr(nn, kind)(*(args or ARGUMENTS[kind][0]), **options)
 
 
-def with_weights(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """What a torch.nn layer gives with these weights."""
+def with_weights(module: nn.Module, *arguments: Any) -> Tensor:
+    """What a torch.nn layer gives with a weight, a bias (or None) and an input."""
+    weight, bias, x = arguments
     named = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     return torch.func.functional_call(module, named, (x,))
 
@@ -101,8 +102,8 @@ def exact_kl(layer: BayesianLayer, swapped: bool = False) -> Tensor:
         torch.tensor(layer.prior_mu, dtype=torch.float64),
         torch.tensor(layer.prior_sigma, dtype=torch.float64),
     )
-    for mu, rho in layer.posterior():
-        rho = rho.double()
+    for mu, of_rho in layer.posterior():
+        rho = of_rho.double()
         q = torch.distributions.Normal(mu.double(), torch.logaddexp(rho, torch.zeros_like(rho)))
         pair = (prior.expand(mu.shape), q) if swapped else (q, prior.expand(mu.shape))
         total = total + torch.distributions.kl_divergence(*pair).sum()
@@ -477,28 +478,30 @@ class TestDistribution:
 
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
-GEOMETRIES: list[tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = [
-    *[
-        ("Conv2d", (4, 6, (3, 2)), {"padding": padding, "padding_mode": mode, **more}, (2, 4, 7, 6))
+# A layer, its arguments and options, and the shape of its input.
+Geometry = tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, ...]]
+IN_EVERY_MODE: list[Geometry] = [
+    ("Conv2d", (4, 6, (3, 2)), {"padding": 1, "stride": (2, 1), "groups": 2}, (2, 4, 7, 6)),
+    ("Conv2d", (4, 6, (3, 2)), {"padding": (2, 1), "dilation": (2, 3), "bias": False}, (2, 4, 7, 6)),
+    ("Conv2d", (4, 6, (3, 2)), {"padding": "same"}, (2, 4, 7, 6)),
+    ("Conv2d", (4, 6, (3, 2)), {"padding": "same", "dilation": (3, 1), "groups": 2}, (2, 4, 7, 6)),
+    ("Conv2d", (4, 6, (3, 2)), {"padding": "valid", "stride": 3}, (2, 4, 7, 6)),
+    ("Conv1d", (2, 4, 4), {"padding": "same", "groups": 2}, (3, 2, 9)),
+    ("Conv1d", (2, 4, 3), {"padding": 2, "stride": 2, "dilation": 2}, (3, 2, 9)),
+    ("Conv3d", (2, 4, (1, 2, 3)), {"padding": "same"}, (2, 2, 4, 3, 4)),
+    (
+        "Conv3d",
+        (2, 4, (2, 1, 3)),
+        {"padding": (1, 0, 2), "stride": (1, 2, 1), "bias": False},
+        (2, 2, 4, 3, 4),
+    ),
+]
+GEOMETRIES: list[Geometry] = [
+    *(
+        (kind, arguments, {**options, "padding_mode": mode}, shape)
         for mode in MODES
-        for padding, more in [
-            (1, {"stride": (2, 1), "groups": 2}),
-            ((2, 1), {"dilation": (2, 3), "bias": False}),
-            ("same", {}),
-            ("same", {"dilation": (3, 1), "groups": 2}),
-            ("valid", {"stride": 3}),
-        ]
-    ],
-    *[
-        (kind, (2, 4, kernel), {"padding": padding, "padding_mode": mode, **more}, shape)
-        for mode in MODES
-        for kind, kernel, padding, more, shape in [
-            ("Conv1d", 4, "same", {"groups": 2}, (3, 2, 9)),
-            ("Conv1d", 3, 2, {"stride": 2, "dilation": 2}, (3, 2, 9)),
-            ("Conv3d", (1, 2, 3), "same", {}, (2, 2, 4, 3, 4)),
-            ("Conv3d", (2, 1, 3), (1, 0, 2), {"stride": (1, 2, 1), "bias": False}, (2, 2, 4, 3, 4)),
-        ]
-    ],
+        for kind, arguments, options, shape in IN_EVERY_MODE
+    ),
     ("Conv2d", (6, 6, 3), {"groups": 6, "padding": 1}, (2, 6, 5, 5)),
     ("Conv2d", (3, 5, (1, 4)), {"stride": (1, 3), "padding": [0, 2]}, (1, 3, 1, 9)),
     ("Linear", (6, 5), {}, (4, 6)),
@@ -682,7 +685,7 @@ class TestInputs:
 
 
 def encoder_layer(estimator: ModuleType, **options: Any) -> nn.TransformerEncoderLayer:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, **options)
+    layer: Any = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, **options)
     layer.linear1, layer.linear2 = make(estimator, "Linear", 8, 16), make(estimator, "Linear", 16, 8)
     return layer
 
@@ -698,7 +701,7 @@ class TestWeightAttribute:
     ) -> None:
         torch._dynamo.reset()
         layer, x = encoder_layer(estimator, batch_first=batch_first, **options), torch.randn(3, 5, 8)
-        run = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
+        run: Any = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
         with bbb_fast.fixed_noise(0), torch.no_grad():
             expected = layer.train()(x)
             torch.testing.assert_close(run.eval()(x), expected)
@@ -736,7 +739,7 @@ class TestWeightAttribute:
 
     @pytest.mark.parametrize("training", [False, True])
     def test_attention_that_wants_the_numbers(self, estimator: ModuleType, training: bool) -> None:
-        attention = nn.MultiheadAttention(8, 2, batch_first=True).train(training)
+        attention: Any = nn.MultiheadAttention(8, 2, batch_first=True).train(training)
         attention.out_proj = make(estimator, "Linear", 8, 8)
         x = torch.randn(3, 5, 8)
         with torch.no_grad(), pytest.raises(TypeError, match="BBBLinear.weight has no numbers"):
@@ -794,8 +797,8 @@ class TestPrecision:
         torch.testing.assert_close(y.float(), full, rtol=0.05, atol=0.1)
         (y.float().sum() + inside).backward()
         assert {p.dtype for p in layer.parameters()} == {torch.float32}
-        assert {p.grad.dtype for p in (x, *layer.parameters())} == {torch.float32}
-        assert all(p.grad.isfinite().all() for p in layer.parameters())
+        assert {p.grad.dtype for p in (x, *layer.parameters()) if p.grad is not None} == {torch.float32}
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
     def test_autocast_leaves_float64_alone(self, backend: str, estimator: ModuleType) -> None:
         layer, x = make(estimator, "Linear").double(), example("Linear").double()
@@ -820,7 +823,8 @@ class TestPrecision:
         )
         (y.float().sum() + layer.kl_loss()).backward()
         for p in layer.parameters():
-            assert p.is_leaf and p.dtype == p.grad.dtype == dtype and p.grad.isfinite().all()
+            assert p.grad is not None and p.grad.isfinite().all()
+            assert p.is_leaf and p.dtype == p.grad.dtype == dtype
 
     def test_half_without_variance(self, backend: str, estimator: ModuleType) -> None:
         """Zero input, no bias: v = 0 exactly, and sigma too small for float16's squares."""
@@ -831,7 +835,7 @@ class TestPrecision:
         y = layer(x)
         assert torch.equal(y, torch.zeros_like(y))
         y.float().sum().backward()
-        assert all(p.grad.isfinite().all() for p in (x, *layer.parameters()))
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in (x, *layer.parameters()))
 
 
 class TestKl:
@@ -902,7 +906,7 @@ class TestKl:
         kl = layer.kl_loss()
         torch.testing.assert_close(kl.double(), exact_kl(layer), rtol=1e-6, atol=0)
         kl.backward()
-        assert all(p.grad.isfinite().all() for p in layer.parameters())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
         assert layer(torch.randn(4, 3)).isfinite().all()
 
     def test_follows_the_attributes(self, backend: str, estimator: ModuleType) -> None:
@@ -916,7 +920,7 @@ def change_in_place(layer: BayesianLayer) -> None:
         layer.W_mu.add_(0.3)
 
 
-def change_bias_in_place(layer: BayesianLayer) -> None:
+def change_bias_in_place(layer: Any) -> None:
     with torch.no_grad():
         layer.bias_rho.mul_(1.5)
 
@@ -1354,7 +1358,7 @@ class TestAtOnce:
         """torch.nn.utils.parametrize takes W_mu out of the layer's own parameters."""
         layer, x = make(estimator, "Linear"), example("Linear")
         nn.utils.parametrize.register_parametrization(layer, "W_mu", nn.Softplus())
-        original = layer.parametrizations.W_mu.original
+        original: Any = layer.parametrizations.W_mu.original
         expected = torch.autograd.grad(exact_kl(layer), original)
         y, kl = layer(x), layer.kl_loss()
         torch.testing.assert_close(kl.double(), exact_kl(layer), rtol=1e-6, atol=0)
@@ -1626,7 +1630,11 @@ class TestTransforms:
 
     def test_grad_over_the_input(self, backend: str, estimator: ModuleType) -> None:
         layer, x = make(estimator, "Linear"), example("Linear").requires_grad_()
-        g = seeded(1, torch.func.grad(lambda x: layer(x).square().sum()), x.detach())
+
+        def loss(x: Tensor) -> Tensor:
+            return layer(x).square().sum()
+
+        g = seeded(1, torch.func.grad(loss), x.detach())
         (expected,) = torch.autograd.grad(seeded(1, layer, x).square().sum(), x)
         torch.testing.assert_close(g, expected)
 
@@ -1720,9 +1728,9 @@ class TestModuleWrapper:
         torch.testing.assert_close(kl, layer.kl_loss())
 
     def test_nested(self, estimator: ModuleType) -> None:
-        inner = Wrapper(fc=make(estimator, "Linear", 6, 6), act=Counter())
+        inner: Any = Wrapper(fc=make(estimator, "Linear", 6, 6), act=Counter())
         last = make(estimator, "Linear", 6, 2)
-        sequential = nn.Sequential(make(estimator, "Linear", 6, 6), Double())
+        sequential: Any = nn.Sequential(make(estimator, "Linear", 6, 6), Double())
         model = Wrapper(inner=inner, body=sequential, last=last)
         x = torch.randn(4, 6)
         y, kl = seeded(1, model, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +34,7 @@ CASES: dict[str, tuple[int, tuple[Any, ...], dict[str, Any], tuple[int, ...]]] =
 }
 
 
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
+@pytest.fixture(params=list(FAMILIES.values()), ids=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
@@ -98,7 +99,7 @@ def test_signatures(family: ModuleType, kind: str) -> None:
     of_plain = list(inspect.signature(layer.cls_to_become).parameters.values())
     assert layer.cls_to_become is getattr(family, f"BBB{kind}")
     assert list(inspect.signature(layer).parameters.values()) == of_plain[1:]
-    assert of_plain[0].name in inspect.getdoc(layer)
+    assert of_plain[0].name in str(inspect.getdoc(layer))
     assert layer.__name__ in family.__all__
 
 
@@ -130,12 +131,12 @@ def test_arguments_are_checked_at_once() -> None:
 @pytest.mark.parametrize("kind", ["Linear", "ConvTranspose2d"])
 def test_before_the_first_forward(backend: str, family: ModuleType, kind: str) -> None:
     """What needs the posterior says so, and changes nothing."""
-    model, x = nn.Sequential(lazy(family, kind), nn.ReLU()), example(kind)
-    layer, name = model[0], f"BBBLazy{kind}"
+    model: Any = nn.Sequential(lazy(family, kind), nn.ReLU())
+    x, layer, name = example(kind), model[0], f"BBBLazy{kind}"
     size = "in_features" if kind == "Linear" else "in_channels"
     of_layer = rf"{name}: not initialised; run a forward first, whose input says what {size} is"
     of_model = rf"the model has layers that are not initialised: 0 \({name}\); run a forward first"
-    for function in (
+    functions: tuple[Callable[[], Any], ...] = (
         layer.kl_loss,
         layer.posterior,
         lambda: kl_loss(model),
@@ -143,7 +144,8 @@ def test_before_the_first_forward(backend: str, family: ModuleType, kind: str) -
         lambda: bbb_fast.posterior_to_prior(model),
         lambda: bbb_fast.sparsity(model),
         lambda: layer.forward(x),
-    ):
+    )
+    for function in functions:
         with pytest.raises(RuntimeError, match=of_layer):
             function()
     for of in (predict, multi_sample):
@@ -296,7 +298,7 @@ def test_state_dicts_that_do_not_fit(family: ModuleType) -> None:
 
 def test_copies_before_and_after(backend: str, family: ModuleType) -> None:
     x = torch.randn(2, 5)
-    model = nn.Sequential(lazy(family, "Linear"), nn.ReLU(), family.BBBLazyLinear(2))
+    model: Any = nn.Sequential(lazy(family, "Linear"), nn.ReLU(), family.BBBLazyLinear(2))
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     loaded = nn.Sequential(lazy(family, "Linear"), nn.ReLU(), family.BBBLazyLinear(2))
     loaded.load_state_dict(model.state_dict())
@@ -334,11 +336,11 @@ def test_compiled(family: ModuleType) -> None:
 
 
 def test_convert_keeps_them(family: ModuleType) -> None:
-    net = convert(nn.Sequential(lazy(family, "Linear"), nn.Linear(3, 2)), "bbb")
+    net: Any = convert(nn.Sequential(lazy(family, "Linear"), nn.Linear(3, 2)), "bbb")
     assert type(net[0]) is family.BBBLazyLinear and type(net[1]) is BBB.BBBLinear
     net(torch.randn(2, 5))
     assert type(net[0]) is family.BBBLinear
-    assert type(to_deterministic(net)[0]) is nn.Linear
+    assert type(to_deterministic(net).get_submodule("0")) is nn.Linear
 
 
 def test_defaults_are_the_plain_layers(family: ModuleType) -> None:

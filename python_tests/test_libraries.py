@@ -91,7 +91,7 @@ KEYS: dict[str, dict[str, tuple[str, str]]] = {
 
 def numbers() -> dict[tuple[str, str], Tensor]:
     """Of each tensor of the net: mu, sigma, and what libraries have for it."""
-    found = {}
+    found: dict[tuple[str, str], Tensor] = {}
     for name, shape in SHAPES.items():
         rho = torch.randn(shape) - 2
         sigma = F.softplus(rho.double())
@@ -113,7 +113,7 @@ def saved(library: str) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor
     return state | rest, of
 
 
-def check(net: Net, state: dict[str, Tensor], of: dict[tuple[str, str], Tensor]) -> None:
+def check(net: Any, state: dict[str, Tensor], of: dict[tuple[str, str], Tensor]) -> None:
     pairs = [*net.conv.posterior(), *net.block[1].posterior()]
     for (mu, rho), name in zip(pairs, SHAPES, strict=True):
         assert torch.equal(mu, of[name, "mu"])
@@ -136,7 +136,7 @@ def test_each_library(library: str, by_name: bool) -> None:
     check(net, state, of)
     assert list(state) == list(before) and all(torch.equal(t, before[key]) for key, t in state.items())
     # Under a prefix, and of a layer that is the model itself.
-    deep = nn.ModuleDict({"a": nn.ModuleDict({"net": Net()})})
+    deep: Any = nn.ModuleDict({"a": nn.ModuleDict({"net": Net()})})
     made = convert_state_dict({f"a.net.{key}": t for key, t in state.items()})
     assert str(deep.load_state_dict(made)) == "<All keys matched successfully>"
     check(deep["a"]["net"], state, of)
@@ -201,7 +201,7 @@ def test_which_library() -> None:
     ):
         convert_state_dict(plain, "pyro")
     with pytest.raises(TypeError, match="state_dict must be a mapping, got Linear"):
-        convert_state_dict(nn.Linear(2, 2))
+        convert_state_dict(nn.Linear(2, 2))  # type: ignore[arg-type]  # on purpose
     with pytest.raises(TypeError, match=r"fc\.mu_weight must be a tensor, got float"):
         convert_state_dict({"fc.mu_weight": 1.0, "fc.rho_weight": torch.ones(1)})
 
@@ -288,7 +288,7 @@ def test_norms_of_torchbnn() -> None:
         "0.num_batches_tracked": torch.tensor(7),
         "1.weight": torch.randn(2, 3),
     }
-    model = nn.Sequential(WeightSpace(nn.BatchNorm2d(3)), nn.Linear(3, 2, bias=False)).eval()
+    model: Any = nn.Sequential(WeightSpace(nn.BatchNorm2d(3)), nn.Linear(3, 2, bias=False)).eval()
     assert str(model.load_state_dict(convert_state_dict(state))) == "<All keys matched successfully>"
     (weight, weight_rho), (bias, bias_rho) = model[0].posterior()
     assert torch.equal(weight, state["0.weight_mu"]) and torch.equal(bias, state["0.bias_mu"])
@@ -302,7 +302,10 @@ def test_norms_of_torchbnn() -> None:
 
 
 def lstm_state(inputs: int = 3, hidden: int = 2) -> dict[str, Tensor]:
-    shapes = {"ih.{}_weight": (4 * hidden, inputs), "hh.{}_weight": (4 * hidden, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "ih.{}_weight": (4 * hidden, inputs),
+        "hh.{}_weight": (4 * hidden, hidden),
+    }
     shapes |= {"ih.{}_bias": (4 * hidden,), "hh.{}_bias": (4 * hidden,)}
     return {name.format(kind): torch.randn(size) for name, size in shapes.items() for kind in ("mu", "rho")}
 
@@ -337,9 +340,9 @@ def test_priors_of_bayesian_torch() -> None:
         (bias_mu, "bias_mu"),
         (bias_sigma, "bias_sigma"),
     ):
-        assert torch.equal(found, conv[f"prior_{key}"])
+        assert isinstance(found, Tensor) and torch.equal(found, conv[f"prior_{key}"])
     lstm = lstm_state() | {"hh.prior_weight_mu": torch.randn(8, 2)}
-    layer = BBB.BBBLSTM(3, 2)
+    layer: Any = BBB.BBBLSTM(3, 2)
     layer.load_state_dict(convert_state_dict(lstm))
     assert torch.equal(layer.terms()[1].prior_mu, lstm["hh.prior_weight_mu"])
 
@@ -418,7 +421,7 @@ def test_bayesian_torch(family: str, kind: str, bias: bool, noise: Callable[[flo
     priors = {"prior_mean": 0, "prior_variance": 1, "posterior_mu_init": 0, "posterior_rho_init": -3.0}
     their = scattered(getattr(theirs, kind + family)(*args, **options, **priors, bias=bias))
     layers: ModuleType = BBB if family == "Reparameterization" else Flipout
-    our = loaded(getattr(layers, f"BBB{kind}")(*args, **options, bias=bias), their)
+    our: Any = loaded(getattr(layers, f"BBB{kind}")(*args, **options, bias=bias), their)
     x = torch.randn(shape)
 
     def output(eps: float) -> Tensor:
@@ -428,7 +431,7 @@ def test_bayesian_torch(family: str, kind: str, bias: bool, noise: Callable[[flo
 
     compare(our, output, x, (0.0, 1.0) if family == "Reparameterization" else (0.0,))
     for (_, rho), name in zip(our.posterior(), ("weight", "bias"), strict=False):
-        there = getattr(their, f"rho_{name}", None)
+        there: Any = getattr(their, f"rho_{name}", None)
         there = their.rho_kernel if there is None else there
         torch.testing.assert_close(F.softplus(rho), torch.log1p(torch.exp(there)), rtol=1e-6, atol=0)
 
@@ -526,7 +529,7 @@ def test_torchbnn(kind: str, bias: bool) -> None:
     theirs = pytest.importorskip("torchbnn")
     args, options, shape = PRODUCTS.get(kind, ((4,), {}, (3, 4, 2, 2)))
     if kind == "BatchNorm2d":
-        their = scattered(theirs.BayesBatchNorm2d(0, SIGMA, *args)).eval()
+        their: Any = scattered(theirs.BayesBatchNorm2d(0, SIGMA, *args)).eval()
         our = loaded(WeightSpace(nn.BatchNorm2d(*args)).eval(), their)
     else:
         their = scattered(getattr(theirs, f"Bayes{kind}")(0, SIGMA, *args, **options, bias=bias))

@@ -70,7 +70,9 @@ class TestKlLoss:
         assert kl_loss(pair).item() == pytest.approx(2 * one)
 
     def test_mixed_dtypes(self, backend: str) -> None:
-        layers = [BBB.BBBLinear(5, 4).to(t) for t in (torch.float32, torch.bfloat16, torch.float16)]
+        layers: list[Any] = [
+            BBB.BBBLinear(5, 4).to(t) for t in (torch.float32, torch.bfloat16, torch.float16)
+        ]
         kl = kl_loss(nn.Sequential(*layers))
         assert kl.dtype == torch.float32
         torch.testing.assert_close(kl.double(), exact_kl(*layers), rtol=1e-6, atol=0)
@@ -139,7 +141,8 @@ class TestKlLoss:
                 return kl_loss(self) / 2
 
         part, rest = Half(), BBB_LRT.BBBLinear(4, 4)
-        expected = exact_kl(part.body[0], part.body[1][0]) / 2 + exact_kl(rest)
+        body: Any = part.body
+        expected = exact_kl(body[0], body[1][0]) / 2 + exact_kl(rest)
         kl = kl_loss(nn.Sequential(part, rest)).double()
         torch.testing.assert_close(kl, expected, rtol=1e-6, atol=0)
 
@@ -184,7 +187,7 @@ class TestForwardKl:
         self.check(model, kl_loss(model))
 
     def test_where_a_layer_was_asked_before(self, backend: str) -> None:
-        model = self.model()
+        model: Any = self.model()
         model(torch.randn(7, 5))
         own = model[0].kl_loss()
         self.check(model, kl_loss(model))
@@ -365,7 +368,8 @@ class TestElbo:
         assert loss(certain, torch.tensor([0]), torch.tensor(math.nan), 1.0).isnan()
 
     def test_the_values_are_looked_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls, check = [], losses._check_log_probs
+        calls: Any = []
+        check = losses._check_log_probs
         monkeypatch.setattr(losses, "_check_log_probs", lambda x: calls.append(1) or check(x))
         log_p, target, loss = torch.randn(2, 3).log_softmax(1), torch.tensor([1, 1]), ELBO(10)
         for _ in range(3):

@@ -29,10 +29,13 @@ from torch import Tensor
 
 from bbb_fast import functional, reference
 
-KL = {"prior_mu": 0.05, "prior_sigma": 0.4, "with_kl": True}
+# Called with lists of arguments.
+lrt_conv2d: Callable[..., Any] = functional.lrt_conv2d
+lrt_linear: Callable[..., Any] = functional.lrt_linear
+KL: dict[str, Any] = {"prior_mu": 0.05, "prior_sigma": 0.4, "with_kl": True}
 
 
-def small(kind: str, bias: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+def small(kind: str, bias: bool = True, dtype: torch.dtype = torch.float32) -> list[Any]:
     if kind == "linear":
         return linear_case((4,), 6, 3, bias, dtype)
     return conv_case(2, 2, 3, 4, (3, 3), (6, 6), bias=bias, dtype=dtype)
@@ -46,20 +49,20 @@ def op(kind: str) -> Callable[..., Any]:
 @pytest.mark.parametrize(("batch", "i", "o"), LINEAR_CASES)
 def test_linear_equals_reference(isa: str, batch: tuple[int, ...], i: int, o: int, bias: bool) -> None:
     case = linear_case(batch, i, o, bias)
-    compare(lambda: functional.lrt_linear(*case, rng()), case, torch.float32)
+    compare(lambda: lrt_linear(*case, rng()), case, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_dtypes(native: None, dtype: torch.dtype) -> None:
     case = linear_case((9,), 31, 13, dtype=dtype)
-    compare(lambda: functional.lrt_linear(*case, rng()), case, dtype)
+    compare(lambda: lrt_linear(*case, rng()), case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_float32_parameters_under_a_narrow_input(native: None, dtype: torch.dtype) -> None:
     case = linear_case((9,), 31, 13, dtype=dtype, parameter_dtype=torch.float32)
-    compare(lambda: functional.lrt_linear(*case, rng()), case, torch.float32, 4000)
-    out = functional.lrt_linear(*case, rng())
+    compare(lambda: lrt_linear(*case, rng()), case, torch.float32, 4000)
+    out = lrt_linear(*case, rng())
     assert out.dtype == dtype
     out.float().sum().backward()
     assert case[1].grad.dtype == case[2].grad.dtype == case[4].grad.dtype == torch.float32
@@ -68,8 +71,8 @@ def test_linear_float32_parameters_under_a_narrow_input(native: None, dtype: tor
 @pytest.mark.parametrize("variance_dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_linear_variance_dtype(backend: str, variance_dtype: torch.dtype) -> None:
     case = linear_case((40,), 50, 20)
-    narrow = functional.lrt_linear(*case, rng(), variance_dtype=variance_dtype)
-    wide = functional.lrt_linear(*case, rng())
+    narrow = lrt_linear(*case, rng(), variance_dtype=variance_dtype)
+    wide = lrt_linear(*case, rng())
     noise = (wide - torch.nn.functional.linear(case[0], case[1], case[3])).abs()
     # Three digits of a variance: the deviation moves by half its relative error.
     assert ((narrow - wide).abs() <= 0.01 * noise + 1e-5).all()
@@ -80,7 +83,7 @@ def test_linear_variance_dtype(backend: str, variance_dtype: torch.dtype) -> Non
 def test_linear_formula(backend: str) -> None:
     """The textbook formula, written out, with the noise of `normal`."""
     x, W_mu, W_rho, b_mu, b_rho = linear_case((6,), 5, 4, dtype=torch.float64)
-    y = functional.lrt_linear(x, W_mu, W_rho, b_mu, b_rho, rng())
+    y = lrt_linear(x, W_mu, W_rho, b_mu, b_rho, rng())
     sigma = torch.nn.functional.softplus
     v = (x**2) @ (sigma(W_rho) ** 2).t() + sigma(b_rho) ** 2
     eps = functional.normal((6, 4), rng(), dtype=torch.float64)
@@ -95,16 +98,20 @@ def test_linear_strided_inputs(native: None) -> None:
         lambda: x.view(10, 4, 6).transpose(0, 1),
         lambda: x[:, :6].expand(3, 10, 6),
     ):
-        compare(lambda v=view: functional.lrt_linear(v(), *case[1:], rng()), [x, *case[1:]], torch.float32)
+        compare(lambda v=view: lrt_linear(v(), *case[1:], rng()), [x, *case[1:]], torch.float32)
     W = posterior(6, 7)
     compare(
-        lambda: functional.lrt_linear(x[:, :6], W[0].t(), W[1].t(), *case[3:], rng()),
+        lambda: lrt_linear(x[:, :6], W[0].t(), W[1].t(), *case[3:], rng()),
         [x, *W, *case[3:]],
         torch.float32,
     )
 
 
-CONV = {1: functional.lrt_conv1d, 2: functional.lrt_conv2d, 3: functional.lrt_conv3d}
+CONV: dict[int, Callable[..., Any]] = {
+    1: functional.lrt_conv1d,
+    2: functional.lrt_conv2d,
+    3: functional.lrt_conv3d,
+}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -120,7 +127,7 @@ def test_conv_equals_reference(
 def test_conv_dtypes(native: None, dtype: torch.dtype) -> None:
     case = conv_case(2, 2, 3, 5, (3, 3), (8, 8), dtype=dtype)
     # A low-precision convolution of either path is off by the roundings of its products.
-    compare(lambda: functional.lrt_conv2d(*case, rng()), case, dtype, 2)
+    compare(lambda: lrt_conv2d(*case, rng()), case, dtype, 2)
 
 
 @pytest.mark.parametrize("weight_too", [False, True])
@@ -132,7 +139,7 @@ def test_conv_channels_last(isa: str, weight_too: bool, channels: int) -> None:
         return t.contiguous(memory_format=torch.channels_last) if wanted else t
 
     def run() -> Tensor:
-        return functional.lrt_conv2d(
+        return lrt_conv2d(
             cl(case[0], True), cl(case[1], weight_too), cl(case[2], weight_too), *case[3:], rng()
         )
 
@@ -156,7 +163,7 @@ def test_conv_noise_follows_the_memory_format(backend: str) -> None:
     """Index order: the output's memory order, whichever format that is."""
     x, W_mu, W_rho, b_mu, b_rho = conv_case(2, 2, 3, 5, (3, 3), (8, 7))
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        y = functional.lrt_conv2d(x.contiguous(memory_format=memory_format), W_mu, W_rho, b_mu, b_rho, rng())
+        y = lrt_conv2d(x.contiguous(memory_format=memory_format), W_mu, W_rho, b_mu, b_rho, rng())
         sigma = torch.nn.functional.softplus
         v = torch.conv2d(x**2, sigma(W_rho) ** 2, sigma(b_rho) ** 2)
         noise = functional.normal(y.numel(), rng())
@@ -182,8 +189,8 @@ def test_conv_dimensions_of_size_1(native: None, spatial: int) -> None:
 
 def test_conv_unbatched(backend: str) -> None:
     case = conv_case(2, 1, 3, 5, (3, 3), (8, 7))
-    batched = functional.lrt_conv2d(*case, rng())
-    single = functional.lrt_conv2d(case[0][0], *case[1:], rng())
+    batched = lrt_conv2d(*case, rng())
+    single = lrt_conv2d(case[0][0], *case[1:], rng())
     assert torch.equal(single, batched[0])
 
 
@@ -208,7 +215,7 @@ def test_frozen_arguments(
         function = CONV[spatial]
     else:
         case = linear_case((4,), 6, 3, dtype=dtype, parameter_dtype=torch.float32)
-        function = functional.lrt_linear
+        function = lrt_linear
     narrowest = torch.bfloat16 if variance_dtype is torch.bfloat16 else dtype
     for options in ({}, KL):
         run = functools.partial(function, variance_dtype=variance_dtype, **options)
@@ -226,7 +233,7 @@ def test_three_forwards_before_one_backward(native: None, kind: str) -> None:
 def test_gradcheck(backend: str, kind: str, bias: bool) -> None:
     if kind == "linear":
         case = linear_case((3,), 4, 2, bias, torch.float64)
-        function = functional.lrt_linear
+        function: Callable[..., Any] = functional.lrt_linear
     else:
         case = conv_case(2, 2, 2, 3, (2, 2), (4, 3), bias=bias, dtype=torch.float64)
         function = functional.lrt_conv2d
@@ -240,16 +247,16 @@ def test_zero_variance(backend: str, kind: str, dtype: torch.dtype) -> None:
     """Zero input, no bias: v = 0. Noise 0, gradients finite; fp16 must not give NaN."""
     if kind == "linear":
         x, W_mu, W_rho, *_ = linear_case((4,), 6, 3, dtype=dtype)
-        function = functional.lrt_linear
+        function: Callable[..., Any] = functional.lrt_linear
     else:
         x, W_mu, W_rho, *_ = conv_case(2, 2, 3, 4, (3, 3), (6, 6), dtype=dtype)
         function = functional.lrt_conv2d
     x = torch.zeros_like(x).requires_grad_()
-    y = function(x, W_mu, W_rho, None, None, rng())
+    y: Any = function(x, W_mu, W_rho, None, None, rng())
     assert not y.any()
     y.sum().backward()
     for t in (x, W_mu, W_rho):
-        assert torch.isfinite(t.grad).all()
+        assert t.grad is not None and t.grad.isfinite().all()
 
 
 def test_thread_count_changes_nothing_in_the_passes(isa: str, threads: None) -> None:
@@ -513,7 +520,7 @@ def test_opcheck_backward(native: None, mask: list[bool]) -> None:
     ops = torch.ops.bbb_fast
     one = torch.tensor(1.0)
     case = [t.detach() for t in linear_case((4,), 6, 3)]
-    kept = (torch.rand(4, 3), rng(), 0.0, 0.1)
+    kept: tuple[Any, ...] = (torch.rand(4, 3), rng(), 0.0, 0.1)
     torch.library.opcheck(ops.lrt_linear_backward, (torch.randn(4, 3), one, *case, *kept, mask))
     case = [t.detach() for t in conv_case(2, 2, 3, 4, (3, 3), (6, 6))]
     kept = (torch.rand(2, 4, 4, 4), rng(), [1, 1], [0, 0], [1, 1], False, [0, 0], 1, 0.0, 0.1)
@@ -531,9 +538,9 @@ def test_vmap_over_rng(backend: str, kind: str) -> None:
 def test_autocast(backend: str) -> None:
     case = linear_case((9,), 31, 13)
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        y = functional.lrt_linear(*case, rng())
+        y = lrt_linear(*case, rng())
     assert y.dtype == torch.bfloat16
-    assert_same(y, functional.lrt_linear(*case, rng()).to(torch.bfloat16), torch.bfloat16, 2)
+    assert_same(y, lrt_linear(*case, rng()).to(torch.bfloat16), torch.bfloat16, 2)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -542,13 +549,13 @@ def test_autocast_leaves_the_variance_its_type(backend: str, kind: str, asked: t
     """In float16 the squares of these inputs would be infinite."""
     spatial = (5, 5) if kind == "conv" else ()
     x, W = torch.full((2, 4, *spatial), 400.0), torch.zeros(3, 4, *(3 for _ in spatial))
-    op = functional.lrt_conv2d if kind == "conv" else functional.lrt_linear
+    op: Callable[..., Any] = functional.lrt_conv2d if kind == "conv" else functional.lrt_linear
     leaves = [t.requires_grad_() for t in (x, W, torch.full_like(W, -2.0))]
     results = []
     for enabled in (True, False):
         with torch.autocast(DEVICE.type, torch.float16, enabled=enabled):
             given = leaves[0] if enabled else leaves[0].half()
-            y = op(given, *leaves[1:], None, None, rng(), variance_dtype=asked)
+            y: Any = op(given, *leaves[1:], None, None, rng(), variance_dtype=asked)
             assert y.dtype == torch.float16 and y.isfinite().all()
         results.append([y, *torch.autograd.grad(y.float().sum(), leaves)])
     for a, b in zip(*results, strict=True):

@@ -79,10 +79,15 @@ def test_its_own() -> None:
     assert {m.p for m in masks(mc_dropout(model, 0.4)).values()} == {0.4}
     assert {m.p for m in masks(mc_dropout(mc_dropout(model), 0.4)).values()} == {0.4}
     kinds = nn.Sequential(nn.Dropout1d(), nn.Dropout2d(), nn.Dropout3d(), nn.Dropout())
-    assert [type(m) for m in mc_dropout(kinds)] == [MCDropout1d, MCDropout2d, MCDropout3d, MCDropout]
+    assert [type(m) for m in mc_dropout(kinds).children()] == [
+        MCDropout1d,
+        MCDropout2d,
+        MCDropout3d,
+        MCDropout,
+    ]
     assert type(mc_dropout(nn.Dropout(0.1))) is MCDropout
     # Rates of 0 stay beside others; alone they need p.
-    assert [m.p for m in mc_dropout(nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.1)))] == [0.0, 0.1]
+    assert [m.p for m in mc_dropout(nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.1))).children()] == [0.0, 0.1]
 
 
 def test_inserted() -> None:
@@ -95,7 +100,7 @@ def test_inserted() -> None:
     }
     # Where the input of a layer is 1, what the layer sees are masks.
     seen: list[Tensor] = []
-    made = mc_dropout(nn.Sequential(nn.Linear(2, 50), nn.Linear(50, 50)), 0.25)
+    made: Any = mc_dropout(nn.Sequential(nn.Linear(2, 50), nn.Linear(50, 50)), 0.25)
     made[1].register_forward_hook(lambda module, args, output: seen.append(args[0]))
     with torch.no_grad():
         made[0].weight.zero_()
@@ -181,12 +186,12 @@ def test_compiled(name: str) -> None:
 def test_one_module_at_two_places() -> None:
     """Each place gets masks of its own; a list of the model still leads to the first."""
     drop = nn.Dropout(0.5)
-    made = mc_dropout(nn.Sequential(nn.Identity(), drop, nn.Identity(), drop))
+    made: Any = mc_dropout(nn.Sequential(nn.Identity(), drop, nn.Identity(), drop))
     assert made[1] is not made[3]
     with fixed_noise(1, model=made):
         x = torch.ones(1, 400)
         assert 0.4 < float(((made[1](x) == 0) == (made[3](x) == 0)).double().mean()) < 0.6
-    own = mc_dropout(Own())
+    own: Any = mc_dropout(Own())
     assert own.in_a_list[0] is own.drop
 
 
@@ -214,7 +219,7 @@ def test_what_cannot_be_reached(model: nn.Module, named: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout after all but last")
 def test_a_rate_that_does_nothing() -> None:
-    made = mc_dropout(nn.Sequential(nn.Dropout(), nn.LSTM(3, 4, 1, dropout=0.2)))
+    made: Any = mc_dropout(nn.Sequential(nn.Dropout(), nn.LSTM(3, 4, 1, dropout=0.2)))
     assert isinstance(made[0], MCDropout)
 
 
@@ -251,12 +256,12 @@ def test_to_deterministic(name: str) -> None:
     with pytest.raises(TypeError, match=r"to_deterministic: MCDropout(2d)? draws which of its inputs"):
         to_deterministic(made, seed=1)
     layer = nn.Linear(3, 2)
-    assert torch.equal(to_deterministic(ConcreteDropout(layer)).weight, layer.weight)
+    assert torch.equal(to_deterministic(ConcreteDropout(layer)).get_parameter("weight"), layer.weight)
 
 
 def test_beside_bayesian_layers() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
-    made = convert(mc_dropout(model), "lrt", include="2")
+    made: Any = convert(mc_dropout(model), "lrt", include="2")
     assert isinstance(made[1], MCDropout) and kl_loss(made).item() > 0
     x = torch.randn(5, 3)
     y = predict(made, x, 4, seed=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def saved(run: Callable[[], Any], given: list[Tensor]) -> tuple[list[int], Any]:
     return sorted(storages.values()), result
 
 
-def layer_of(kind: str, module: Any, **options: Any) -> nn.Module:
+def layer_of(kind: str, module: Any, **options: Any) -> Any:
     prefix = "" if module is nn else "BBB"
     name = "Linear" if kind == "linear" else "Conv2d"
     return getattr(module, prefix + name)(*SHAPES[kind][0], **options)
@@ -82,7 +83,7 @@ def test_the_kl_keeps_nothing_more(kind: str, with_kl: bool) -> None:
             case, op = linear_case((7,), 30, 20), getattr(functional, f"{estimator}_linear")
         else:
             case, op = conv_case(2, 5, 3, 8, (3, 3), (9, 8)), getattr(functional, f"{estimator}_conv2d")
-        sizes, result = saved(lambda c=case, f=op: f(*c, rng(), with_kl=with_kl), case)
+        sizes, result = saved(partial(op, *case, rng(), with_kl=with_kl), case)
         y = result[0] if with_kl else result
         kept = y if estimator == "lrt" else case[1]
         assert sizes == [RNG, kept.numel() * 4]
@@ -104,14 +105,14 @@ def test_a_narrow_input_narrows_what_is_kept(kind: str, dtype: torch.dtype) -> N
 def test_beside_the_torch_nn_layer(kind: str, wants_input: bool) -> None:
     """It keeps its input and its weight, a parameter. Ours keep the same input, and what is said above."""
     x = torch.randn(SHAPES[kind][1], requires_grad=wants_input)
-    point = layer_of(kind, nn)
+    point: Any = layer_of(kind, nn)
     assert saved_by(point, x)[0] == []
     total = sum(saved(lambda: point(x), [])[0])
     weight = point.weight.numel() * 4
     assert total == x.numel() * 4 + (weight if wants_input or kind == "conv" else 0)
     for options, kept in (({}, weight), ({"recompute_weight": True}, 0)):
         layer = layer_of(kind, BBB, **options)
-        ours = sum(saved(lambda m=layer: m(x), list(layer.parameters()))[0])
+        ours = sum(saved(partial(layer, x), list(layer.parameters()))[0])
         assert ours == x.numel() * 4 + kept + RNG
 
 
@@ -149,7 +150,7 @@ def forwarded(layer: BayesianLayer, kind: str) -> tuple[Tensor, weakref.ref[Tens
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_graph_goes_with_the_results(module: Any, kind: str, backward: bool) -> None:
-    layer = layer_of(kind, module)
+    layer: Any = layer_of(kind, module)
     y, hidden, witness = forwarded(layer, kind)
     kl = layer.kl_loss()
     if backward:
@@ -164,7 +165,7 @@ def test_the_graph_goes_with_the_results(module: Any, kind: str, backward: bool)
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_frees_the_input_and_what_was_kept(module: Any, kind: str) -> None:
     """Also where the layer still has the KL of that forward, or the caller has."""
-    layer = layer_of(kind, module)
+    layer: Any = layer_of(kind, module)
     for take in (False, True):
         y, hidden, _ = forwarded(layer, kind)
         kl = layer.kl_loss() if take else None
@@ -178,7 +179,7 @@ def test_backward_frees_the_input_and_what_was_kept(module: Any, kind: str) -> N
 @pytest.mark.parametrize("module", [BBB, BBB_LRT, Flipout])
 def test_a_forward_replaces_what_the_last_one_left(module: Any) -> None:
     """A layer whose KL nobody asks for holds one graph, not one a forward."""
-    layer = layer_of("linear", module)
+    layer: Any = layer_of("linear", module)
     witnesses = [forwarded(layer, "linear")[2] for _ in range(3)]
     gc.collect()
     assert [w() is None for w in witnesses[:2]] == [True, True]

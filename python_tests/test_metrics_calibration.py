@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_metrics import BAD_PROBS, DTYPES, F64, LABELS, PROBS, f64, random_labels, random_probs
@@ -213,10 +215,10 @@ def test_cuda_agrees_with_the_cpu():
 
 
 @pytest.mark.parametrize("adaptive", [None, 1, "mass", torch.tensor(True)])
-def test_bad_adaptive(adaptive: object):
+def test_bad_adaptive(adaptive: Any):
     for function in (metrics.classwise_ece, metrics.mce, metrics.reliability):
         with pytest.raises(ValueError, match="adaptive must be True or False, got"):
-            function(PROBS, LABELS, adaptive=adaptive)  # type: ignore[call-arg]
+            function(PROBS, LABELS, adaptive=adaptive)
 
 
 @pytest.mark.parametrize("of_class", [-1, 3, 1.0, "1", True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_layout_gradients_and_default_device():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_agrees_with_the_cpu():
     given = predictions(200, 3)
-    on_gpu = [t.cuda() for t in given]
+    on_gpu: list[Any] = [t.cuda() for t in given]
     assert metrics.regression_report(*on_gpu) == pytest.approx(metrics.regression_report(*given), rel=1e-10)
     assert metrics.gaussian_log_density(*on_gpu).is_cuda
     assert metrics.regression_calibration(*on_gpu).observed.is_cuda
@@ -309,7 +310,7 @@ def test_bad_samples():
     with pytest.raises(ValueError, match=r"y must be on the device of samples \(cpu\), got meta"):
         metrics.crps_samples(torch.ones(2, 3), y.to("meta"))
     with pytest.raises(TypeError, match=r"samples must be a torch.Tensor .*\[T, N\] or .*, got list"):
-        metrics.crps_samples([[1.0]], y)
+        metrics.crps_samples([[1.0]], y)  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize("level", [0, 1, 0.0, 1.0, -0.5, 95, math.nan, "0.95", None, True])

@@ -48,7 +48,8 @@ def _hunks(diff: str) -> Iterator[tuple[str, str]]:
     for hunk in diff.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
         assert all(line[0] in " +-" for line in lines), hunk
-        yield tuple("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        before, after = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        yield before, after
 
 
 def _scripts() -> tuple[str, str]:

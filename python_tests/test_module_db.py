@@ -43,7 +43,7 @@ def _databases() -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     with mock.patch.object(torch.backends, "disable_global_flags"), mock.patch.dict(os.environ):
         from torch.testing._internal import common_modules, common_nn
     infos = {info.name.removeprefix("nn."): info for info in common_modules.module_db}
-    newer = getattr(common_nn, "get_new_module_tests", lambda: common_nn.new_module_tests)
+    newer = getattr(common_nn, "get_new_module_tests", lambda: vars(common_nn)["new_module_tests"])
     cases: dict[str, list[dict[str, Any]]] = {}
     for case in [*common_nn.module_tests, *newer(), *MORE]:
         name = case.get("module_name") or type(case["constructor"]()).__name__
@@ -201,7 +201,7 @@ def run(module: nn.Module, sample: Sample, /, **options: Any) -> Run:
     generator = torch.Generator().manual_seed(11)
     weights = [torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in ends]
     found = torch.autograd.grad(ends, list(sources.values()), weights, allow_unused=True) if ends else ()
-    gradients = dict(zip(sources, found, strict=False))
+    gradients: dict[str, Tensor | None] = dict(zip(sources, found, strict=False))
     return Run([t.detach() for t in outputs], gradients, torch.get_rng_state())
 
 
@@ -221,8 +221,8 @@ def compare(found: Run, expected: Run, tolerance: float, drawn: bool = False) ->
     ``drawn``: of a draw, whose unused weights have a gradient of zeros, where torch.nn's have none.
     """
     assert len(found.outputs) == len(expected.outputs)
-    for k, (a, b) in enumerate(zip(found.outputs, expected.outputs, strict=True)):
-        assert_close(a, b, tolerance, f"output {k}")
+    for k, pair in enumerate(zip(found.outputs, expected.outputs, strict=True)):
+        assert_close(*pair, tolerance, f"output {k}")
     assert found.gradients.keys() == expected.gradients.keys()
     for name, b in expected.gradients.items():
         a = found.gradients[name]
@@ -324,7 +324,7 @@ def beside(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     return Beside(module, dtype).train(module.training)
 
 
-def converted(model: nn.Module, **options: Any) -> tuple[nn.Module, set[str]]:
+def converted(model: nn.Module, **options: Any) -> tuple[Any, set[str]]:
     """convert's result, and the kinds that its warning says it has left."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -462,7 +462,7 @@ def test_lazy_modules(name: str) -> None:
             compare(run(net["lazy"], sample), run(kept, sample), 0.0)
             assert_same_state(net["lazy"], kept)
         assert type(kept).__name__ == name.removeprefix("Lazy")
-        check_conversion(lambda kept=kept: copy.deepcopy(kept), sample, dtype, "keep")
+        check_conversion(partial(copy.deepcopy, kept), sample, dtype, "keep")
         assert type(convert(kept)).__name__ == f"BBB{type(kept).__name__}"
 
 

@@ -19,6 +19,8 @@ from bbb_fast.reference import conv_memory_format
 
 # ---------------------------------------------------------------- ops whose rng names several draws
 
+# Their outputs are one tensor or two, by their arguments.
+lrt_linear: Callable[..., Any] = functional.lrt_linear
 SEVERAL = torch.tensor([[1, 2], [3, 4], [-5, 6]])
 ESTIMATORS = ("bbb", "lrt", "flipout")
 # Of equal parts of the batch, and of the whole batch each.
@@ -345,7 +347,7 @@ def test_equals_as_many_forwards(backend: str, name: str, samples: int) -> None:
     """Outputs, and the gradients of all parameters and of the input."""
     make, inputs = MODELS[name]
     model, x = make(), inputs()
-    leaves = [p for p in model.parameters() if p.requires_grad]
+    leaves: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     if x.is_floating_point():
         leaves.append(x.requires_grad_())
     y = multi_sample(model, x, samples, seed=7)
@@ -366,6 +368,7 @@ def test_draws_are_independent(backend: str) -> None:
     """Over draws the mean and the variance of an output are those of theory; one shared draw fails."""
     layer, x = BBB.BBBLinear(4, 3), torch.randn(2, 4)
     y = multi_sample(layer, x, 2000).double()
+    assert layer.bias_rho is not None
     v = (x**2) @ reference.softplus(layer.W_rho).square().t() + reference.softplus(layer.bias_rho).square()
     z = (y - layer(x, sample=False)) / v.sqrt()
     assert z.mean(0).abs().max() < 4.5 / 2000**0.5
@@ -412,8 +415,9 @@ def test_inputs_of_other_kinds(backend: str) -> None:
 def test_wrong_arguments(backend: str) -> None:
     layer, x = BBB.BBBLinear(3, 2), torch.randn(4, 3)
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
-        multi_sample(3, x, 2)
-    for samples in (0, 1.5, True):
+        multi_sample(3, x, 2)  # type: ignore[arg-type]  # on purpose
+    wrong: tuple[Any, ...] = (0, 1.5, True)
+    for samples in wrong:
         with pytest.raises(ValueError, match="samples must be an int >= 1"):
             multi_sample(layer, x, samples)
 
@@ -427,4 +431,4 @@ def test_wrong_arguments(backend: str) -> None:
 
 def test_rng_of_one_draw(backend: str) -> None:
     case = linear_case((6,), 4, 3)
-    assert torch.equal(functional.lrt_linear(*case, rng()), functional.lrt_linear(*case, rng().reshape(1, 2)))
+    assert torch.equal(lrt_linear(*case, rng()), lrt_linear(*case, rng().reshape(1, 2)))

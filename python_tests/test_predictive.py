@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,9 @@ def point() -> nn.Module:
 
 def wide(estimator: str) -> nn.Module:
     model = convert(point(), estimator)
-    for module in model.modules():
-        if hasattr(module, "W_rho"):
-            nn.init.constant_(module.W_rho, -1.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("W_rho"):
+            nn.init.constant_(parameter, -1.5)
     return model
 
 
@@ -106,7 +107,7 @@ def test_equals_the_explicit_loop(model: nn.Module, samples: int) -> None:
     for name, value in wanted.items():
         own = getattr(found, name)
         assert own.dtype == torch.float64 and not own.requires_grad
-        torch.testing.assert_close(own, value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(own, value, rtol=1e-5, atol=1e-6, msg=partial("{}: {}".format, name))
     assert torch.equal(found.prediction, found.probs.argmax(-1))
 
 
@@ -190,7 +191,7 @@ def test_gaussian(backend: str, noise: float | Tensor) -> None:
     std = torch.as_tensor(noise, dtype=torch.float64).expand(2)
     normal = torch.distributions.Normal
     wanted = normal(outputs, std).log_prob(y).sum(-1).logsumexp(0) - np.log(20)
-    close = {"rtol": 1e-5, "atol": 1e-6}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found.mean, outputs.mean(0), **close)
     torch.testing.assert_close(found.epistemic, outputs.var(0, correction=0), **close)
     torch.testing.assert_close(found.aleatoric, (std**2).expand(ROWS, 2).clone(), **close)
@@ -218,7 +219,7 @@ def test_heteroscedastic(backend: str, targets: int) -> None:
     found = predictive(model, x, 20, likelihood="heteroscedastic", seed=2, targets=y)
     outputs = loop(model, x, 20, 2)
     mean, variance = outputs[..., 0], outputs[..., 1].exp()
-    close = {"rtol": 1e-5, "atol": 1e-6}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found.mean, mean.mean(0), **close)
     torch.testing.assert_close(found.epistemic, mean.var(0, correction=0), **close)
     torch.testing.assert_close(found.aleatoric, variance.mean(0), **close)
@@ -229,7 +230,7 @@ def test_heteroscedastic(backend: str, targets: int) -> None:
 def test_one_target_a_row_in_either_shape(backend: str) -> None:
     model, x = regression(1), data()[0]
     y = torch.randn(ROWS)
-    options = {"likelihood": "gaussian", "noise_std": 0.3, "seed": 2}
+    options: dict[str, Any] = {"likelihood": "gaussian", "noise_std": 0.3, "seed": 2}
     flat = predictive(model, x, 5, targets=y, **options)
     column = predictive(model, x, 5, targets=y[:, None], **options)
     assert flat.mean.shape == (ROWS, 1)
@@ -278,7 +279,7 @@ def test_batches_whose_rows_differ_in_shape(backend: str) -> None:
 def test_an_iterable_data_set(backend: str) -> None:
     x, y = data()
 
-    class Stream(IterableDataset):  # type: ignore[type-arg]
+    class Stream(IterableDataset):
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
             return iter([(x[:200], y[:200]), (x[200:], y[200:])])
 
@@ -374,7 +375,8 @@ def test_wrong_questions() -> None:
         predictive(nn.Linear(FEATURES, 1), data()[0], 1, likelihood="gaussian").log_density(torch.zeros(ROWS))
     with pytest.raises(ValueError, match=r"shape \[300, 1\], got \[300, 2\]"):
         found.log_density(torch.zeros(ROWS, 2))
-    for q in (0.0, 1.5, [[0.5]]):
+    wrong: tuple[Any, ...] = (0.0, 1.5, [[0.5]])
+    for q in wrong:
         with pytest.raises(ValueError, match=r"q must be in \(0, 1\)"):
             found.quantile(q)
 

@@ -43,7 +43,7 @@ def test_kl_of_tensors(backend: str, dtype: torch.dtype) -> None:
     priors = [(m_p, s_p), (0.1, 0.4), (0.0, torch.tensor(0.3, dtype=dtype))]
     mus, rhos = zip(*pairs, strict=True)
     kl = functional.kl_divergence(mus, rhos, *map(list, zip(*priors, strict=True)))
-    expected = sum(exact(*pair, *prior) for pair, prior in zip(pairs, priors, strict=True))
+    expected = torch.stack([exact(*pair, *prior) for pair, prior in zip(pairs, priors, strict=True)]).sum()
     assert kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=0)
     leaves = [*mus, *rhos, m_p, s_p]
@@ -322,7 +322,7 @@ def test_log_uniform_stays_finite(mu: float, rho: float) -> None:
 
 def test_pruning(family: ModuleType) -> None:
     model = nn.Sequential(family.BBBLinear(4, 3), nn.ReLU(), WeightSpace(nn.LSTM(3, 2)))
-    layer = model[0]
+    layer: Any = model[0]
     with torch.no_grad():
         layer.W_mu.fill_(1.0)
         layer.W_rho.fill_(-3.0)
@@ -335,7 +335,7 @@ def test_pruning(family: ModuleType) -> None:
     found = prune(model)
     assert found.layers["0"] == (5, 12) and found.total == 12 + 24 + 16 and "in all" in str(found)
     assert (layer.W_mu == 0).sum() == 5 and torch.equal(layer.bias_mu, before["0.bias_mu"])
-    drawn = functional.sample_weight(layer.W_mu, layer.W_rho, rng())
+    drawn: Any = functional.sample_weight(layer.W_mu, layer.W_rho, rng())
     assert (drawn[2] == 0).all() and drawn[0, 1] == 0 and (drawn != 0).sum() == 7
     assert prune(model).layers["0"] == (5, 12)
     assert kl_loss(model).isfinite()
@@ -344,7 +344,7 @@ def test_pruning(family: ModuleType) -> None:
 def test_tensors_are_each_layers_own(family: ModuleType) -> None:
     """Neither the caller's tensor nor another layer's."""
     s = torch.tensor(0.1)
-    model = nn.Sequential(*(family.BBBLinear(3, 3, priors={"prior_sigma": s}) for _ in range(2)))
+    model: Any = nn.Sequential(*(family.BBBLinear(3, 3, priors={"prior_sigma": s}) for _ in range(2)))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     state["0.prior_sigma"], state["1.prior_sigma"] = torch.tensor(0.5), torch.tensor(2.0)
     model.load_state_dict(state)

@@ -6,6 +6,7 @@ import gc
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import repository_root
@@ -35,7 +36,7 @@ EXAMPLES = {
 }
 
 
-def run_examples(document: Path, mark: str = "", **names: object) -> dict[str, object]:
+def run_examples(document: Path, mark: str = "", **names: Any) -> dict[str, Any]:
     """Runs a document's Python blocks of a mark one after the other, each with the names of those before."""
     blocks = re.findall(rf"^ *```python{mark}\n(.*?)```", document.read_text(), flags=re.M | re.S)
     for block in blocks:

@@ -224,7 +224,8 @@ def test_other_libraries_checkpoints(model: nn.Sequential) -> None:
 
 def test_a_forward_in_backward_is_no_recomputation(model: nn.Sequential) -> None:
     """A hook may run a model: under its thread's context, or freely."""
-    x, seen = inputs(), []
+    x = inputs()
+    seen: Any = []
     with fixed_noise(1):
         expected = model(x)
     free = model(x)

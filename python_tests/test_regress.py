@@ -15,6 +15,8 @@ from test_tabular import make_set, write
 from bbb_fast.cli import main
 from bbb_fast.experiments import regress
 from bbb_fast.experiments.document import mean_and_error, read
+from bbb_fast.experiments.options import OptionError
+from bbb_fast.experiments.regression import Training
 
 pytestmark = pytest.mark.cpu_only("the command runs on the CPU")
 
@@ -171,5 +173,5 @@ def test_an_unknown_method_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["regress", "--methods", "magic"])
     assert "invalid choice: 'magic'" in capsys.readouterr().err
-    with pytest.raises(regress.OptionError, match="methods must be among"):
-        regress.settings({}, ["magic"], None, 1, 0, regress.Training())
+    with pytest.raises(OptionError, match="methods must be among"):
+        regress.settings({}, ["magic"], None, 1, 0, Training())

@@ -84,7 +84,7 @@ TINY = Training(hidden=(8,), steps=60, members=2, rates=(0.1, 0.3))
 
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_answers_with_mean_and_noise(method: str, noise: str) -> None:
+def test_every_method_answers_with_mean_and_noise(method: str, noise: Any) -> None:
     x, y = data(50)
     made = fit(method, x, y, replace(TINY, noise=noise), seed=0)
     said, scores = judge(made, x, y, 20, seed=0)

@@ -11,7 +11,7 @@ import struct
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import browser
 import pytest
@@ -92,7 +92,7 @@ class Elements(HTMLParser):
         if self._open:
             self.all[self._open[-1]][2].append(data)
 
-    def of(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
+    def of(self, tag: str) -> list[tuple[dict[str, Any], str]]:
         return [(attrs, "".join(text)) for name, attrs, text in self.all if name == tag]
 
 
@@ -131,7 +131,7 @@ class TestPage:
         text = page.page([page.Section("run", document())], "Runs")
         found = Elements(text)
         assert not {"link", "iframe", "object", "base", "form"} & {tag for tag, _, _ in found.all}
-        addresses = [attrs[key] for _, attrs, _ in found.all for key in ("src", "href") if key in attrs]
+        addresses = [str(attrs[key]) for _, attrs, _ in found.all for key in ("src", "href") if key in attrs]
         assert addresses
         assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
         assert not re.search(r"https?:|@import|url\(", text)
@@ -228,7 +228,7 @@ class TestPage:
         ("changes", "message"),
         [
             ({"figures": [Figure("x.png", "t", "t", b"<svg/>")]}, "x.png is no PNG"),
-            ({"tables": [Table("t", (Column("x", ".1f"),), [[[1]]])]}, "cannot be shown"),
+            ({"tables": [Table("t", (Column("x", ".1f"),), [[cast(Any, [1])]])]}, "cannot be shown"),
             ({"tables": [Table("t", (Column("x", "!"),), [[1.0]])]}, "cannot be shown"),
         ],
     )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def layer_of(shape: tuple, estimator: str, **options: object) -> nn.Module:
     return layers.BBBConv2d(i, o, kernel, stride, padding, **options)
 
 
-def key_of(shape: tuple, layer: nn.Module) -> routes.Key:
+def key_of(shape: tuple, layer: Any) -> routes.Key:
     i, _, _, _, _, size, batch = shape
     return routes.conv_key(
         (batch, i, *size), layer.W_mu.shape, layer.stride, layer.padding, layer.dilation, layer.groups
@@ -70,7 +71,7 @@ def step(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Te
 @pytest.mark.parametrize("estimator", ["bbb", "lrt", "flipout"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_way_gives_the_same_numbers(shape: tuple, estimator: str) -> None:
-    layer = layer_of(shape, estimator)
+    layer: Any = layer_of(shape, estimator)
     i, _, _, _, _, size, batch = shape
     x = torch.randn(batch, i, *size)
     grad = torch.randn(layer(x).shape)

@@ -22,6 +22,12 @@ from bbb_fast import fixed_noise, functional, kl_loss, posterior_means, referenc
 from bbb_fast.layers import BBB, BBB_LRT, Flipout, WeightSpace
 
 Scalar = Callable[..., Tensor]
+
+# Their outputs are one tensor or two, by their arguments.
+bbb_linear: Callable[..., Any] = functional.bbb_linear
+flipout_linear: Callable[..., Any] = functional.flipout_linear
+lrt_linear: Callable[..., Any] = functional.lrt_linear
+sample_weight: Callable[..., Any] = functional.sample_weight
 DOUBLE = torch.float64
 
 
@@ -49,7 +55,7 @@ class Rows(nn.Module):
 
 
 # By name: how a layer is made, and the shape of its input.
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "embedding": (lambda: Rows(BBB.BBBEmbedding(5, 2)), (3, 2)),
     "bilinear": (lambda: First(BBB.BBBBilinear(2, 2, 2), times=2), (2, 2)),
     "attention": (lambda: First(BBB.BBBMultiheadAttention(2, 1), times=3), (3, 1, 2)),
@@ -180,9 +186,9 @@ def test_native(native: None, name: str, what: str, route: Callable[..., Any]) -
 def _functions() -> dict[str, Scalar]:
     prior = torch.rand(2, 3, dtype=DOUBLE), torch.rand(2, 3, dtype=DOUBLE) + 0.1
     return {
-        "weight": lambda mu, rho: functional.sample_weight(mu, rho, rng()).sin().sum(),
+        "weight": lambda mu, rho: sample_weight(mu, rho, rng()).sin().sum(),
         "weight and KL": lambda mu, rho: torch.stack(
-            [t.sin().sum() for t in functional.sample_weight(mu, rho, rng(), with_kl=True)]
+            [t.sin().sum() for t in sample_weight(mu, rho, rng(), with_kl=True)]
         ),
         "KL": lambda mu, rho: functional.kl_divergence(mu, rho, 0.1, 0.4),
         "KL, priors of tensors": lambda mu, rho: functional.kl_divergence(mu, rho, *prior),
@@ -197,7 +203,7 @@ def test_functions(backend: str, name: str) -> None:
         return
     slopes = torch.autograd.grad(run(*at).sum(), at, create_graph=True)
     with pytest.raises(NotImplementedError, match=REFUSAL):
-        torch.autograd.grad(sum(s.sum() for s in slopes), at)
+        torch.autograd.grad([s.sum() for s in slopes], at)
 
 
 def test_softplus() -> None:
@@ -218,11 +224,11 @@ def test_of_any_rho(rho: float, dtype: torch.dtype) -> None:
     at, r = torch.full((2, 3), rho, dtype=dtype), rng()
     x, mu, bias = torch.randn(4, 3, dtype=dtype), torch.randn(2, 3, dtype=dtype), torch.zeros(2, dtype=dtype)
     runs: dict[str, Scalar] = {
-        "weight": lambda t: functional.sample_weight(mu, t, r).sum(),
+        "weight": lambda t: sample_weight(mu, t, r).sum(),
         "KL": lambda t: functional.kl_divergence(mu, t, 0.0, 0.5),
-        "bbb": lambda t: functional.bbb_linear(x, mu, t, bias, bias, r).sum(),
-        "lrt": lambda t: functional.lrt_linear(x, mu, t, bias, bias, r).sum(),
-        "flipout": lambda t: functional.flipout_linear(x, mu, t, bias, bias, r).sum(),
+        "bbb": lambda t: bbb_linear(x, mu, t, bias, bias, r).sum(),
+        "lrt": lambda t: lrt_linear(x, mu, t, bias, bias, r).sum(),
+        "flipout": lambda t: flipout_linear(x, mu, t, bias, bias, r).sum(),
     }
     second = {
         name: on("reference", hessian(run), at).view(6, 6).diagonal().view(2, 3) for name, run in runs.items()

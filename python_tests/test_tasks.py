@@ -200,7 +200,7 @@ def document(**changed: Any) -> Document:
         "tables": [table()],
         "figures": [figure],
     }
-    return Document(**{**given, **changed})  # type: ignore[arg-type]
+    return Document(**{**given, **changed})
 
 
 def test_a_document_is_read_as_it_was_written(tmp_path: Path) -> None:

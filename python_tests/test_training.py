@@ -54,7 +54,7 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: object) -> None:
         raise ImportError("turned off")
 
-    monkeypatch.setattr(training.plots, "training_curves", missing)
+    monkeypatch.setattr("bbb_fast.experiments.plots.training_curves", missing)
 
 
 @pytest.fixture
@@ -195,9 +195,9 @@ class TestObjective:
             kl = kl_loss(run.model)
             loss = nll + 0.3 * kl / n
             loss.backward()
-            expected = [p.grad.clone() for p in run.model.parameters()]
+            expected = [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
 
-            calls = []
+            calls: Any = []
             for module in (misc, training):
                 monkeypatch.setattr(module, "kl_loss", lambda model: calls.append(1) or kl_loss(model))
             torch.set_rng_state(noise)
@@ -248,7 +248,7 @@ class TestObjective:
         config = replace(self.config, layer_type=layer_type, train_samples=1, adversarial=0.01)
         seen = []
         with training._surroundings(config):
-            run = training._Run(config, *sets[:2])
+            run: Any = training._Run(config, *sets[:2])
             x, y = data.normalize(sets[0].images, run.mean, run.std), sets[0].labels
             run.model.conv1.register_forward_hook(
                 lambda _module, args, _output: seen.append(args[0].detach())
@@ -266,6 +266,7 @@ class TestObjective:
             moved = x.clone().requires_grad_()
             clean = F.cross_entropy(model(moved), y)
             clean.backward()
+            assert moved.grad is not None
             against = F.cross_entropy(model(x + 0.01 / run.std[0] * moved.grad.sign()), y)
             assert stats[1].item() == pytest.approx((clean + against).item() / 2, rel=1e-5)
             assert against.item() > clean.item()
@@ -613,7 +614,8 @@ class TestOutput:
                 del entry["kl"], entry["kl_weight"]
         axes = training_curves(history).axes
         assert len(axes) == panels
-        assert list(axes[1].lines[1].get_ydata()) == [entry["valid_accuracy"] for entry in history]
+        shown: Any = axes[1].lines[1].get_ydata()
+        assert list(shown) == [entry["valid_accuracy"] for entry in history]
 
     def test_without_matplotlib_and_without_a_test_set(
         self, sets: Sets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -750,7 +752,8 @@ class TestFailures:
 
         def intrude(run: Any, progress: bool) -> bool:
             before = contents(tmp_path)
-            for how in ({}, {"resume": True}, {"overwrite": True}):
+            ways: tuple[dict[str, Any], ...] = ({}, {"resume": True}, {"overwrite": True})
+            for how in ways:
                 with pytest.raises(OSError, match=f"process {os.getpid()} on .* is writing to it") as caught:
                     fit(replace(QUICK, seed=1), *sets, tmp_path, progress=False, **how)
                 refused.append(caught.value.errno)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def _sets() -> tuple[data.ImageSet, data.ImageSet, data.ImageSet]:
     return train, valid, data.load("digits", "test").subset(torch.arange(61))
 
 
-def _step(layer_type: str, rows: slice, samples: int, share: float = 1.0) -> tuple[list[Tensor], Tensor]:
+def _step(layer_type: str, rows: slice, samples: int, share: float = 1.0) -> tuple[list[Any], Tensor]:
     """The gradients that a step on these rows is taken with, and what it says of itself."""
     config = replace(QUICK, layer_type=layer_type, train_samples=samples)
     train, valid, _ = _sets()
@@ -98,15 +99,14 @@ def _fits(rank: int, folder: Path) -> dict[str, Any]:
         found["noise"] = torch.get_rng_state()
         return judge(run, *args)
 
-    training._judge = look
     results = {}
-    for layer_type, config in FITS.items():
-        metrics = fit(config, *sets, folder / layer_type, progress=False)
-        for entry in metrics["history"]:
-            del entry["seconds"], entry["images_per_second"]
-        kept = {key: metrics[key] for key in ("run", "config", "history", "best", "test", "processes")}
-        results[layer_type] = {**found, "metrics": kept}
-    training._judge = judge
+    with mock.patch.object(training, "_judge", look):
+        for layer_type, config in FITS.items():
+            metrics = fit(config, *sets, folder / layer_type, progress=False)
+            for entry in metrics["history"]:
+                del entry["seconds"], entry["images_per_second"]
+            kept = {key: metrics[key] for key in ("run", "config", "history", "best", "test", "processes")}
+            results[layer_type] = {**found, "metrics": kept}
     return results
 
 
@@ -130,11 +130,8 @@ def _errors(rank: int, folder: Path) -> dict[str, str]:
                 next(run.model.parameters()).data.view(-1)[0] += 1e-6
             return stats
 
-        training._Run._step = wrong
-        try:
+        with mock.patch.object(training._Run, "_step", wrong):
             fit(wide, *sets, folder / "drifted", progress=False)
-        finally:
-            training._Run._step = step
 
     calls = {
         "options": lambda: fit(replace(QUICK, lr=(0.1, 0.2)[rank]), *sets, folder / "new"),
@@ -216,8 +213,8 @@ class TestTogether:
                 monkeypatch.setattr(module, "rank_offset", lambda offset=ranks[rank]["offset"]: offset)
             alone.append(_step(layer_type, part, samples))
         (a, of_a), (b, of_b) = alone
-        for rank in ranks:
-            grads, stats = rank["steps"][STEPS.index(case)]
+        for of_rank in ranks:
+            grads, stats = of_rank["steps"][STEPS.index(case)]
             for grad, one, other in zip(grads, a, b, strict=True):
                 torch.testing.assert_close(grad, (one + other) / 2, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(stats, (of_a + of_b) / 2, rtol=1e-6, atol=1e-6)
@@ -230,8 +227,8 @@ class TestTogether:
     def test_parts_count_by_their_rows(self, ranks: list[dict[str, Any]], case: tuple[str, int, int]) -> None:
         """Without noise the step is the one that a single process takes on the whole minibatch."""
         expected, expected_stats = _step("none", slice(0, case[1]), 1)
-        for rank in ranks:
-            grads, stats = rank["steps"][STEPS.index(case)]
+        for of_rank in ranks:
+            grads, stats = of_rank["steps"][STEPS.index(case)]
             torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(stats, expected_stats, rtol=1e-5, atol=1e-6)
 
@@ -323,7 +320,8 @@ class TestNamedRuns:
             keep(run, *args)
             raise KeyboardInterrupt
 
-        for how in ({}, {"overwrite": True}):
+        ways: tuple[dict[str, Any], ...] = ({}, {"overwrite": True})
+        for how in ways:
             fit(replace(QUICK, seed=1), *sets, parts, progress=False, overwrite=True)  # an older one
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(training, "_keep", stop)
@@ -372,7 +370,7 @@ class TestLaunch:
         def start(rank: int, attempt: int) -> Launch:
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
-            launch = Launch.here()
+            launch: Any = Launch.here()
             launch.keep = store  # as long as its clients
             return launch
 

@@ -18,10 +18,13 @@ from bbb_fast import functional, kl_loss
 from bbb_fast.layers import BBB, BBB_LRT, Flipout
 
 ops = torch.ops.bbb_fast
+
+# Their outputs are one tensor or two, by their arguments.
+sample_weight: Callable[..., Any] = functional.sample_weight
 B = 3
 
 
-def _detached(case: list[Tensor | None]) -> list[Tensor | None]:
+def _detached(case: list[Any]) -> list[Any]:
     return [None if t is None else t.detach() for t in case]
 
 
@@ -167,11 +170,11 @@ def _cases() -> dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]]
         shapes = ((4, 2, 5), (2, 6, 5, 6)) if estimator == "lrt" else ((5, 6), (6, 4, 3, 3))
         cases[f"{estimator}_linear_backward"] = (
             _layer_backward(f"{estimator}_linear", ()),
-            lambda kept=shapes[0]: with_grads(linear, (4, 2, 5), kept),
+            partial(with_grads, linear, (4, 2, 5), shapes[0]),
         )
         cases[f"{estimator}_conv_backward"] = (
             _layer_backward(f"{estimator}_conv", _geometry()),
-            lambda kept=shapes[1]: with_grads(conv, (2, 6, 5, 6), kept),
+            partial(with_grads, conv, (2, 6, 5, 6), shapes[1]),
         )
     return cases
 
@@ -304,9 +307,11 @@ class TestLayers:
         _close(same, torch.stack([_seeded(layer, part) for part in x]))
         different = vmap(layer, randomness="different")(x[:1].expand_as(x))
         assert not torch.isclose(different[0], different[1]).all()
-        inside = _seeded(
-            vmap(lambda x: layer(x.relu() + 1), in_dims=1, out_dims=1, randomness="same"), x.movedim(0, 1)
-        )
+
+        def behind(x: Tensor) -> Tensor:
+            return layer(x.relu() + 1)
+
+        inside = _seeded(vmap(behind, in_dims=1, out_dims=1, randomness="same"), x.movedim(0, 1))
         _close(inside, torch.stack([_seeded(layer, part.relu() + 1) for part in x], 1))
 
     def test_two_layers(self, backend: str, layers: ModuleType, kind: str) -> None:
@@ -338,7 +343,7 @@ class TestLayers:
     def test_ensemble(self, backend: str, layers: ModuleType, kind: str) -> None:
         members = [_layer(layers, kind)[0] for _ in range(B)]
         for k, member in enumerate(members):
-            nn.init.constant_(member.W_mu, 0.1 * k)
+            nn.init.constant_(member.get_parameter("W_mu"), 0.1 * k)
         x = _layer(layers, kind)[1][0]
         parameters, buffers = stack_module_state(members)
 
@@ -381,7 +386,7 @@ def test_batched_gradients_of_the_kl(backend: str, layers: ModuleType) -> None:
     once = torch.autograd.grad(y.sum() + kl, leaves)
     _close(list(both), [torch.stack([f * g for f in factors]) for g in once])
     mu, rho = posterior(4, 5)
-    w, kl = functional.sample_weight(mu, rho, rng(), with_kl=True)
+    w, kl = sample_weight(mu, rho, rng(), with_kl=True)
     loss = w.square().sum() + kl
     both = torch.autograd.grad(loss, [mu, rho], factors, is_grads_batched=True, retain_graph=True)
     once = torch.autograd.grad(loss, [mu, rho])
@@ -395,14 +400,14 @@ def test_transforms_of_sample_weight(backend: str) -> None:
     for use in (lambda w, kl: w.square().sum(), lambda w, kl: kl, lambda w, kl: w.sum() * kl):
 
         def loss(mu: Tensor, rho: Tensor, use: Any = use) -> Tensor:
-            return use(*functional.sample_weight(mu, rho, rng(), with_kl=True))
+            return use(*sample_weight(mu, rho, rng(), with_kl=True))
 
         expected = torch.autograd.grad(loss(mu, rho), [mu, rho])
         _close(list(grad(loss, (0, 1))(*plain)), list(expected))
         _close(list(jacrev(loss, (0, 1))(*plain)), list(expected))
         _close(list(vjp(loss, *plain)[1](torch.ones(()))), list(expected))
     with pytest.raises(RuntimeError, match=r"backward: second derivatives are not implemented|once"):
-        w = functional.sample_weight(mu, rho, rng())
+        w: Any = sample_weight(mu, rho, rng())
         (g,) = torch.autograd.grad(w.square().sum(), mu, create_graph=True)
         if backend == "reference":
             raise RuntimeError("the reference differentiates more than once")
@@ -419,7 +424,7 @@ def test_forward_mode_raises(native: None, layers: ModuleType) -> None:
         ("_conv", conv, images[0]),
         ("kl_divergence", lambda m: functional.kl_divergence(m, rho), mu),
         ("kl_divergence", lambda r: functional.kl_divergence(mu, r), rho),
-        ("sample_weights", lambda m: functional.sample_weight(m, rho, rng()), mu),
+        ("sample_weights", lambda m: sample_weight(m, rho, rng()), mu),
     ]
     for name, call, at in calls:
         for run in (

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,14 @@ def make(folder: Path, layer_type: str, inputs: int = 1, dataset: str = "digits"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = checkpoint.build_model(config)
-    empty = {"optimizer": {}, "scheduler": None, "rng": {}, "epoch": 0, "best": {}, "history": []}
+    empty: dict[str, Any] = {
+        "optimizer": {},
+        "scheduler": None,
+        "rng": {},
+        "epoch": 0,
+        "best": {},
+        "history": [],
+    }
     scale = {"mean": [0.3] * inputs, "std": [0.35] * inputs, "classes": list("0123456789")}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "best.pt"
@@ -69,7 +77,7 @@ def images() -> ImageSet:
 
 def look(loaded: LoadedModel, images: ImageSet, **options: int) -> Judged:
     return uncertainty.judge(
-        loaded.model, images, loaded.mean, loaded.std, **{"samples": 6, "seed": 3, **options}
+        loaded.model, images, loaded.mean, loaded.std, **dict[str, Any](samples=6, seed=3) | options
     )
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def images(count: int, inputs: int = 1, dtype: torch.dtype = torch.float32) -> T
 
 def small(inputs: int = 1, latent: int = 3) -> VAE:
     """Wide enough for codes that say something: by default the first KL is nearly the same for all images."""
-    vae = VAE(inputs, latent, width=4)
+    vae: Any = VAE(inputs, latent, width=4)
     with torch.no_grad():
         vae.encoder[-1].weight.mul_(20)
         vae.encoder[-1].bias.normal_()
@@ -100,7 +100,8 @@ class TestBound:
 
     def test_is_below_the_log_likelihood(self) -> None:
         """One code number: log p(x) by the trapezoidal rule. More draws come closer."""
-        vae, x = small(latent=1).double(), images(3, dtype=torch.float64)
+        vae: Any = small(latent=1).double()
+        x = images(3, dtype=torch.float64)
         z = torch.linspace(-8, 8, 1001, dtype=torch.float64)[:, None]
         with torch.no_grad():
             vae.decoder[0].weight.mul_(4)
@@ -168,7 +169,7 @@ class TestDraws:
         torch.manual_seed(4)
         first = code(mu, rho)
         torch.manual_seed(4)
-        expected = functional.sample_weight(mu, rho, functional.draw_rng(DEVICE))
+        expected: Any = functional.sample_weight(mu, rho, functional.draw_rng(DEVICE))
         assert torch.equal(first, expected)
         noise = (first - mu) / F.softplus(rho)
         assert not torch.isclose(noise[0], noise[1]).any()
@@ -243,7 +244,8 @@ class TestDraws:
 
 
 def test_a_bayesian_decoder(backend: str) -> None:
-    vae, x = small(inputs=2), images(5, inputs=2)
+    vae: Any = small(inputs=2)
+    x = images(5, inputs=2)
     with posterior_means():
         plain = vae(x)[0]
     decoder = vae.decoder
@@ -270,7 +272,8 @@ def test_a_bayesian_decoder(backend: str) -> None:
 
 
 def test_a_bayesian_encoder_draws_with_each_code() -> None:
-    vae, x = small(), images(3)
+    vae: Any = small()
+    x = images(3)
     vae.encoder = convert(vae.encoder)
     drawn = []
     vae.encoder.register_forward_hook(lambda _, __, output: drawn.append(output))
@@ -291,11 +294,15 @@ def test_wrong_arguments() -> None:
     vae, x = VAE(latent=3, width=1), images(2)
     for call, error, message in (
         (lambda: VAE(0), ValueError, "VAE: inputs must be an int >= 1, got 0"),
-        (lambda: VAE(latent=1.5), ValueError, "VAE: latent must be an int >= 1, got 1.5"),
+        (lambda: VAE(latent=cast(Any, 1.5)), ValueError, "VAE: latent must be an int >= 1, got 1.5"),
         (lambda: VAE(width=True), ValueError, "VAE: width must be an int >= 1, got True"),
         (lambda: vae(x[0]), ValueError, r"x must have shape \[N, 1, 32, 32\], got \[1, 32, 32\]"),
         (lambda: vae.encode(images(1, 3)), ValueError, r"VAE.encode: x must .* got \[1, 3, 32, 32\]"),
-        (lambda: vae.encode([1]), TypeError, "VAE.encode: x must be a floating-point tensor, got list"),
+        (
+            lambda: vae.encode(cast(Any, [1])),
+            TypeError,
+            "VAE.encode: x must be a floating-point tensor, got list",
+        ),
         (
             lambda: vae.elbo(x.byte()),
             TypeError,
@@ -350,8 +357,8 @@ class TestCommand:
         """The table's, from the weights in the folder, by the textbook."""
         document = read(finished / "vae.json")
         (table,) = document.tables
-        (row,) = table.rows
-        row = dict(zip((column.name for column in table.columns), row, strict=True))
+        (cells,) = table.rows
+        row: dict[str, Any] = dict(zip((column.name for column in table.columns), cells, strict=True))
         state = experiments._read(finished / "tasks/train-beta-1/model.pt", {})
         history = document.results["1"]["history"]
         assert row["beta"] == 1 and row["epoch"] == state["best"]["epoch"]
@@ -404,9 +411,7 @@ class TestCommand:
     ) -> None:
         epoch = experiments._epoch
 
-        def broken(
-            vae: VAE, optimizer: object, images: object, settings: object, beta: float, k: int, bar: object
-        ):
+        def broken(vae: VAE, optimizer: Any, images: Any, settings: Any, beta: float, k: int, bar: Any):
             if k == 2:
                 raise KeyboardInterrupt
             return epoch(vae, optimizer, images, settings, beta, k, bar)
@@ -467,7 +472,7 @@ class TestCommand:
         bounds = [(-100.0, 20.0), (-80.0, 35.0), (-75.0, 50.0)]
         after = []
 
-        def epoch(vae: VAE, *_: Any) -> dict[str, float]:
+        def epoch(vae: Any, *_: Any) -> dict[str, float]:
             with torch.no_grad():
                 vae.decoder[0].bias.add_(1.0)
             after.append(vae.decoder[0].bias.detach().clone())
@@ -505,7 +510,7 @@ class TestCommand:
 
     def test_beta_is_the_weight_in_training(self, finished: Path, tmp_path: Path) -> None:
         assert main([*OPTIONS, "--beta", "50", "0", "--out", str(tmp_path), "--quiet"]) == 0
-        results = read(tmp_path / "vae.json").results
+        results = dict(read(tmp_path / "vae.json").results)
         results["1"] = read(finished / "vae.json").results["1"]
         large, one, none = (results[beta]["test"]["kl"] for beta in ("50", "1", "0"))
         assert 2 * large < one and 2 * one < none

@@ -6,7 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -105,7 +105,8 @@ def test_every_posterior_gets_its_gradient(backend: str, kind: str) -> None:
     g = torch.randn_like(y)
     pairs = layer.posterior()
     got = torch.autograd.grad(y, [t for pair in pairs for t in pair], g, retain_graph=True)
-    weights, _ = functional.sample_weights(*zip(*pairs, strict=True), torch.tensor([7, 0]))
+    mus, rhos = zip(*pairs, strict=True)
+    weights, _ = functional.sample_weights(mus, rhos, torch.tensor([7, 0]))
     drawn = [w.detach().requires_grad_() for w in weights]
     names = [name for name, _ in point.named_parameters()]
     z = first(torch.func.functional_call(point, dict(zip(names, drawn, strict=True)), x))
@@ -152,7 +153,7 @@ def test_what_is_read_of_the_module() -> None:
     assert (layer.hidden_size, layer.num_layers, layer.batch_first) == (4, 2, True)
     assert isinstance(layer.weight_ih_l0, DrawnAtEachForward)
     with pytest.raises(TypeError, match=r"BBBLSTM.weight_ih_l0 has no numbers"):
-        torch.add(layer.weight_ih_l0, 1)
+        torch.add(cast(Any, layer.weight_ih_l0), 1)
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         layer.nothing_of_the_kind  # noqa: B018
 
@@ -173,7 +174,7 @@ class Tied(nn.Module):
 
 
 def test_any_module(backend: str) -> None:
-    layer = WeightSpace(Tied())
+    layer: Any = WeightSpace(Tied())
     assert list(layer.rho._parameters) == ["table:weight", "norm:weight", "norm:bias"]
     x = torch.tensor([1, 5, 5])
     with fixed_noise(4):
@@ -208,7 +209,7 @@ def test_many_parameters_take_no_other_layers_streams(backend: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.stack(list(self.many)).sum()
 
-    model = nn.Sequential(WeightSpace(Holder()), BBB.BBBLinear(4, 1, bias=False))
+    model: Any = nn.Sequential(WeightSpace(Holder()), BBB.BBBLinear(4, 1, bias=False))
     with fixed_noise(5) as draw, torch.no_grad():
         model(torch.zeros(2, 4))
         rows = [draw.rng(model[k], torch.device("cpu")) for k in (0, 1)]
@@ -236,7 +237,7 @@ def test_priors(backend: str) -> None:
 def test_initialisation() -> None:
     module = nn.LSTM(3, 4)
     kept = copy.deepcopy(module.state_dict())
-    layer = BBB.BBBLSTM.of(module, {"posterior_rho_initial": (-5, 0)})
+    layer: Any = BBB.BBBLSTM.of(module, {"posterior_rho_initial": (-5, 0)})
     assert all(torch.equal(layer.module.state_dict()[k], v) for k, v in kept.items())
     assert all(torch.equal(rho, torch.full_like(rho, -5)) for _, rho in layer.posterior())
     other = BBB.BBBLSTM(3, 4, priors={"posterior_mu_initial": (1.0, 0.0)})
@@ -363,6 +364,10 @@ def test_a_checkpoint_within_finds_the_drawn_weights(backend: str, how: bool) ->
 class Slow(nn.Linear):
     """Waits within its forward, until it is told to go on."""
 
+    # Shared by copies, as functions are.
+    entered: threading.Event
+    go_on: threading.Event
+
     def forward(self, x: Tensor) -> Tensor:
         if threading.current_thread() is not threading.main_thread():
             self.entered.set()
@@ -373,7 +378,6 @@ class Slow(nn.Linear):
 def test_another_threads_forward_is_not_seen() -> None:
     """While it runs, a state_dict, the means, the KL and predictions are what they are without it."""
     inner = Slow(3, 3)
-    # Shared by copies, as functions are.
     Slow.entered, Slow.go_on = threading.Event(), threading.Event()
     layer, x = WeightSpace(inner), torch.eye(3)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
@@ -438,16 +442,17 @@ def test_what_a_forward_stores_stays(backend: str) -> None:
         def __init__(self) -> None:
             super().__init__(3, 2)
             self.calls = 0
+            self.total: Tensor
             self.register_buffer("total", torch.zeros(2))
 
         def forward(self, x: Tensor) -> Tensor:
-            y = super().forward(x)
+            y: Any = super().forward(x)
             self.calls += 1
             self.total = self.total + y.detach().sum(0)
             self.last = y
             return y
 
-    layer = WeightSpace(Counting())
+    layer: Any = WeightSpace(Counting())
     y = [layer(torch.randn(4, 3)) for _ in range(2)]
     assert layer.module.calls == 2 and layer.module.last is y[1]
     torch.testing.assert_close(layer.module.total, y[0].sum(0) + y[1].sum(0))

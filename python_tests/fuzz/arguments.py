@@ -200,9 +200,9 @@ def convolution_shapes(
     """Of the input and of the weight; the geometry; and how many pixels the output has in all."""
     every = range(spatial)
     kernel = tuple(c.pick(f"kernel {d}", 3, 1, 2, 5) for d in every)
-    stride = c.pick("stride", 1, 2, 3, tuple(1 + d % 2 for d in every), often=0.5)
-    dilation = c.pick("dilation", 1, 2, tuple(1 + d % 2 for d in every), often=0.6)
-    padding = c.pick("padding", 0, 1, 2, "same", "valid", tuple(d % 3 for d in every), often=0.3)
+    stride: Any = c.pick("stride", 1, 2, 3, tuple(1 + d % 2 for d in every), often=0.5)
+    dilation: Any = c.pick("dilation", 1, 2, tuple(1 + d % 2 for d in every), often=0.6)
+    padding: Any = c.pick("padding", 0, 1, 2, "same", "valid", tuple(d % 3 for d in every), often=0.3)
     groups = c.pick("groups", 1, 2, 4, often=0.6)
     i, o = c.pick("in_channels", *CHANNELS), c.pick("out_channels", *CHANNELS)
     batch = c.pick("batch", (2,), (1,), (0,), (), (3,), (16,), (17,), often=0.3)

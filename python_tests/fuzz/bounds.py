@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,12 +32,11 @@ def _positive_kl(
     prior_sigma: float | Sequence[float],
 ) -> Tensor:
     """The sum of the magnitudes of the KL's terms, and as its gradient that of its gradient's terms."""
-    mu, rho, prior_mu, prior_sigma = reference.as_lists(mu, rho, prior_mu, prior_sigma)
+    each = zip(*reference.as_lists(mu, rho, prior_mu, prior_sigma), strict=True)
     value: Tensor | float = 0.0
     slope: Tensor | float = 0.0
-    for m, r, m_p, s_p in zip(mu, rho, prior_mu, prior_sigma, strict=True):
-        m, r = m.double(), r.double()
-        m_p, s_p = (torch.as_tensor(p, dtype=torch.float64) for p in (m_p, s_p))
+    for numbers in each:
+        m, r, m_p, s_p = (torch.as_tensor(n).double() for n in numbers)
         squares = 0.5 * ((reference.softplus(r) / s_p) ** 2 + ((m + m_p.abs()) / s_p) ** 2)
         log_sigma = reference.log_softplus(r)
         value = value + (squares + (log_sigma - s_p.log()).abs() + 0.5).sum().detach()
@@ -52,7 +52,7 @@ def positive_world(noise: bool = True) -> Iterator[None]:
     """
     draw, draw_signs = reference.normal, reference.signs
 
-    def positive(*args: object, **options: object) -> Tensor:
+    def positive(*args: Any, **options: Any) -> Tensor:
         eps = draw(*args, **options)
         return eps.abs() + 1.0 if noise else torch.zeros_like(eps)
 

@@ -29,7 +29,8 @@ class Case:
     def parse(text: str, plain: str = "") -> Case:
         """The inverse of ``str``; ``plain`` is a list with commas. Raises ValueError."""
         seed, index, *kind = text.split(":")
-        case = Case(int(seed), int(index), *kind, plain=frozenset(filter(None, plain.split(","))))
+        names = frozenset(filter(None, plain.split(",")))
+        case = Case(int(seed), int(index), ":".join(kind) or KINDS[0], names)
         if case.kind not in KINDS:
             raise ValueError(f"a case is SEED:INDEX or SEED:INDEX:malformed, got {text!r}")
         return case

@@ -110,7 +110,7 @@ class Witness:
     def _bytes(t: Tensor) -> Tensor:
         """The whole storage, also what lies between and beside the tensor's elements."""
         storage = t.detach().untyped_storage()
-        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
 
     def untouched(self) -> bool:
         return all(torch.equal(self._bytes(t), b) for t, b in zip(self.tensors, self.before, strict=True))

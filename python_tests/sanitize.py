@@ -1,6 +1,6 @@
 """Runs every op once on small tensors of awkward sizes: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitize.py [--device cuda]
+    compute-sanitizer --tool memcheck python python_tests/sanitize.py [--device cuda]
 
 It checks no numbers (python_tests/ does) and stays with the elementwise ops, but for steps of a linear and of
 a convolution layer: the products of the library are not what is watched. With
@@ -101,8 +101,8 @@ def one_tensor(run: Runner, make: Maker, n: int, dtype: torch.dtype, offset: int
         run.op("variance", f"{what} to {out}", [mu], [rho], *PRIOR, True, out)
         run.op("square", f"{what} to {out}", mu, out)
     for g in (grad, wide_grad):
-        out = [torch.empty_like(mu)], [torch.empty_like(rho)]
-        run.op("posterior_backward_out", what, [g], [g], one, [mu], [rho], None, *priors, *out, wide)
+        outs = [torch.empty_like(mu)], [torch.empty_like(rho)]
+        run.op("posterior_backward_out", what, [g], [g], one, [mu], [rho], None, *priors, *outs, wide)
         run.op("square_backward_", what, make.tensor(n, dtype, offset), mu, g)
     for variance in (v, wide_v, torch.zeros_like(v)):
         run.op("lrt_sample_", what, make.tensor(n, dtype, offset), variance, rng)
