@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -109,11 +110,16 @@ LARGE = {
     "BBBConv2d": ((32, 33, 3, 1, 1), (16, 32, 2, 2)),
     "BBBConv1d": ((3, 6, 5, 1, 2), (4, 3, 70)),
 }
+
+
+def large(name: str, family: ModuleType) -> Case:
+    arguments, shape = LARGE[name]
+    return Case(lambda: getattr(family, name)(*arguments), lambda: (torch.randn(shape),))
+
+
 CASES_HERE = {" ".join(key): case for key, case in CASES.items()}
-for (_name, (_arguments, _shape)), _family in product(LARGE.items(), (BBB, BBB_LRT, Flipout)):
-    CASES_HERE[f"large {_name} {_family.__name__}"] = Case(
-        lambda n=_name, a=_arguments, f=_family: getattr(f, n)(*a), lambda s=_shape: (torch.randn(s),)
-    )
+for _name, _family in product(LARGE, (BBB, BBB_LRT, Flipout)):
+    CASES_HERE[f"large {_name} {_family.__name__}"] = large(_name, _family)
 
 
 def made() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
