@@ -67,7 +67,7 @@ from harness import (
     write_text,
 )
 from layers import Stepper
-from rivals import Layer, bayesian_torch, compiled, compiled_formulas, formulas, ours, output_alone
+from rivals import CONTENDERS, compiled, compiled_formulas
 from torch import Tensor, nn
 
 import bbb_fast
@@ -76,6 +76,11 @@ from bbb_fast.layers.base import BayesianLayer
 
 # Seconds that a row without torch.compile takes, about: torch.compile leaves them to the rows to come.
 ROW_SECONDS = {"kernels": 0.5, "layers": 2.5, "models": 2.0, "predict": 1.0}
+# What compiling a layer takes, by the first word of the contender.
+COMPILE_SECONDS = {"compiled": 8.0, "autotuned": 45.0}
+LAYER_CONTENDERS: tuple[str, ...] = (
+    "lrt", "bbb", "nn", "bare_lrt", "bare_bbb", "eager_lrt", "eager_bbb", "bayesian_torch",
+)  # fmt: skip
 KL_SCALE = 1 / 50_000
 LONGEST_PAUSE = 0.03
 
@@ -353,51 +358,36 @@ def run_layer(case: Case, session: Session) -> dict[str, Any]:
         clear()
         return lambda: {part: once() for part, once in timed.items()}
 
-    def of(build: Callable[..., Layer], *args: Any, seconds: float = 0.0, **options: Any) -> Any:
-        def contender(name: str) -> Any:
-            if seconds:
-                session.need(seconds)
-            layer = build(*args, case, session.device, **options)
-            if case.precision == "autocast":
-                autocast = torch.autocast(session.device.type, dtype=torch.bfloat16)
-                layer = layer._replace(
-                    output=autocast(layer.output), output_with_kl=autocast(layer.output_with_kl)
-                )
-            output = torch.no_grad()(layer.output)
-            stepper = Stepper(layer, x, torch.randn_like(output(x)), repeat=1)
-            peaks[name] = {"peak_bytes": session.peak_bytes(stepper.step, stepper.clear)}
-            return parts(lambda _: output(x), lambda _: stepper.step(), stepper.clear)
+    def layer(name: str) -> Any:
+        kind = name.partition("_")[0]
+        if kind in COMPILE_SECONDS:
+            session.need(COMPILE_SECONDS[kind])
+        if kind == "autotuned":
+            made = compiled_formulas("lrt", case, session.device, autotuned=True)
+        else:
+            made = CONTENDERS[name].build(case, session.device)
+        if case.precision == "autocast":
+            autocast = torch.autocast(session.device.type, dtype=torch.bfloat16)
+            made = made._replace(output=autocast(made.output), output_with_kl=autocast(made.output_with_kl))
+        output = torch.no_grad()(made.output)
+        stepper = Stepper(made, x, torch.randn_like(output(x)), repeat=1)
+        run = parts(lambda _: output(x), lambda _: stepper.step(), stepper.clear)
+        peaks[name] = {"peak_bytes": session.peak_bytes(stepper.step, stepper.clear)}
+        return run
 
-        return contender
+    def bare(name: str) -> Any:
+        products = [bare_product(case, session.device) for _ in range(2 if name == "bare_lrt" else 1)]
+        peaks[name] = {"peak_bytes": None}
+        return parts(
+            lambda _: [forward() for forward, *_ in products],
+            lambda _: [call() for calls in products for call in calls],
+            nothing,
+        )
 
-    def bare(count: int) -> Any:
-        def contender(name: str) -> Any:
-            products = [bare_product(case, session.device) for _ in range(count)]
-            peaks[name] = {"peak_bytes": None}
-            return parts(
-                lambda _: [forward() for forward, *_ in products],
-                lambda _: [call() for calls in products for call in calls],
-                nothing,
-            )
-
-        return contender
-
-    builds: dict[str, Callable[[str], Any]] = {
-        "lrt": of(ours, "lrt"),
-        "bbb": of(ours, "bbb"),
-        "nn": of(output_alone, "nn"),
-        "bare_lrt": bare(2),
-        "bare_bbb": bare(1),
-        "eager_lrt": of(formulas, "lrt"),
-        "eager_bbb": of(formulas, "bbb"),
-        "bayesian_torch": of(bayesian_torch, "Reparameterization"),
-    }
-    if case.autotuned:
-        builds = {name: builds[name] for name in ("lrt", "bare_lrt", "eager_lrt")}
-        builds["autotuned_lrt"] = of(compiled_formulas, "lrt", seconds=45.0, autotuned=True)
-    builds |= {f"compiled_{name}": of(compiled_formulas, name, seconds=8.0) for name in case.compiled}
+    names = ("lrt", "bare_lrt", "eager_lrt", "autotuned_lrt") if case.autotuned else LAYER_CONTENDERS
+    names += tuple(f"compiled_{estimator}" for estimator in case.compiled)
     rows = session.measure(
-        {name: partial(build, name) for name, build in builds.items()},
+        {name: partial(bare if name.startswith("bare") else layer, name) for name in names},
         lambda times: {part: timing_row([t[part] for t in times]) for part in ("forward", "step")},
         peaks,
     )

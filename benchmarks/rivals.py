@@ -31,12 +31,14 @@ class Layer(NamedTuple):
 class Contender:
     """``family`` groups contenders in figures; ``note`` says what a reader of its numbers must know.
 
+    ``build`` takes a case and, but for blitz and torchbnn, a device.
+
     ``for_overhead``: measured only where a case is about overhead.
     """
 
     label: str
     family: str
-    build: Callable[[Case], Layer]
+    build: Callable[..., Layer]
     note: str = ""
     for_overhead: bool = False
 
