@@ -70,6 +70,11 @@ def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
+def _numbers(values: Sequence[int]) -> list[int]:
+    """As the native ops print them: True, which is taken, as the 1 that it stands for."""
+    return [int(v) for v in values]
+
+
 def floating(op: str, name: str, t: Tensor) -> None:
     if t.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
@@ -267,9 +272,9 @@ def conv(
         if len(value) != spatial:
             raise ValueError(f"{op}: {name} must have {spatial} numbers, got {len(value)}")
         if any(v < least for v in value):
-            raise ValueError(f"{op}: {name} must be >= {least}, got {list(value)}")
+            raise ValueError(f"{op}: {name} must be >= {least}, got {_numbers(value)}")
         if any(v >= 1 << 31 for v in value):
-            raise ValueError(f"{op}: {name} must be < 2^31, got {list(value)}")
+            raise ValueError(f"{op}: {name} must be < 2^31, got {_numbers(value)}")
     if groups < 1:
         raise ValueError(f"{op}: groups must be >= 1, got {groups}")
     if groups >= 1 << 31:
@@ -288,7 +293,7 @@ def conv(
             if output_padding[d] >= max(stride[d], dilation[d]):
                 raise ValueError(
                     f"{op}: output_padding must be smaller than stride or dilation, got "
-                    f"{list(output_padding)}"
+                    f"{_numbers(output_padding)}"
                 )
             if input.shape[2 + d] < 1 or size < 1:
                 raise ValueError(

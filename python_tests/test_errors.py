@@ -286,6 +286,8 @@ for _op in TRANSPOSED:
     case(_op, ValueError, "output_padding must be >= 0", output_padding=-1)
     case(_op, ValueError, f"output_padding must have {_spatial} numbers", output_padding=())
     case(_op, ValueError, "output_padding must be smaller than stride or dilation", output_padding=1)
+    case(_op, ValueError, "dilation, got [" + ", ".join("1" * _spatial), output_padding=(True,) * _spatial)
+    case(_op, ValueError, "stride must be >= 1, got [0", stride=(False,) * _spatial)
     case(
         _op,
         ValueError,

@@ -81,7 +81,7 @@ def test_words_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("lrt_linear: no")
 
     monkeypatch.setattr("bbb_fast._checks.layer", refuse)
-    cases = [Case(0, k, "malformed") for k in range(800)]
+    cases = [Case(0, k, "malformed") for k in range(2400)]
     drafts = [malformed.Draft(case) for case in cases if malformed.op_of(case) == "lrt_linear"]
     assert "different words" in [draft.run().what for draft in drafts]
 

@@ -260,7 +260,8 @@ def transposed_shapes(
     )
     image, pixels = [], 1
     for d in range(spatial):
-        size = max(1, (shape[-spatial + d] - 1) // stride[d])
+        # And it reads past the end of the gradient of one pixel's image where the stride passes over the kernel.
+        size = max(2 if BF16 in types.all() else 1, (shape[-spatial + d] - 1) // stride[d])
 
         def reached(size: int, d: int = d) -> int:
             reach = dilation[d] * (weight[2 + d] - 1) + 1

@@ -127,7 +127,7 @@ def _run_until_death(cases: Sequence[Case], timeout: float) -> Iterator[Outcome]
         yield last
 
 
-def run(cases: Sequence[Case], timeout: float = 60.0, batch: int = 500) -> Iterator[tuple[Case, Outcome]]:
+def run(cases: Sequence[Case], timeout: float = 60.0, batch: int = 200) -> Iterator[tuple[Case, Outcome]]:
     """Every case and its outcome, in order."""
     start = 0
     while start < len(cases):
