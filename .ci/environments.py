@@ -28,6 +28,11 @@ def run(*command: object, quiet: bool = True, **options: Any) -> str:
     return done.stdout or ""
 
 
+def long_run(title: str, *command: object, **options: Any) -> None:
+    """Runs a command that takes long, and says what it does meanwhile."""
+    run(sys.executable, ROOT / ".ci" / "progress.py", title, *command, quiet=False, **options)
+
+
 def environment(folder: Path, torch: str, *packages: str) -> Path:
     """The Python of a virtual environment in this folder, with the torch that is required and packages."""
     python = folder / "bin" / "python"
@@ -37,7 +42,7 @@ def environment(folder: Path, torch: str, *packages: str) -> Path:
         run(sys.executable, "-m", "venv", "--clear", folder)
         # Whatever release the machine keeps others to.
         unconstrained = {**os.environ, "PIP_CONSTRAINT": os.devnull}
-        run(python, "-m", "pip", "install", "-q", torch, env=unconstrained)
+        long_run(f"installing {torch}", python, "-m", "pip", "install", "-q", torch, env=unconstrained)
         run(python, "-m", "pip", "install", "-q", *packages)
         (folder / ".ready").touch()
     return python

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from environments import ROOT, TESTS, TOOLS, environment, run, source_distribution, tests_of, unpack
+from environments import ROOT, TESTS, TOOLS, environment, long_run, run, source_distribution, tests_of, unpack
 
 # One of each of the newest four minor releases; a wheel serves every patch release of its minor one.
 SUPPORTED = ("2.12.1", "2.13.0", "2.14.1", "2.15.0")
@@ -55,7 +55,7 @@ def build(python: Path, release: str, source: Path) -> Path:
     }
     env.pop("BBB_FAST_NO_EXT", None)
     wheel = (python, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", built, source)
-    run(*wheel, env=env)
+    long_run(f"building the wheel for torch {release}", *wheel, env=env)
     excluded = [option for name in NOT_OURS for option in ("--exclude", name)]
     repair = (python, "-m", "auditwheel", "repair", "--plat", PLATFORM, *excluded, "-w", built / "repaired")
     run(*repair, next(built.glob("*.whl")), env=env)
