@@ -3,6 +3,8 @@
 # make test-slow   the tests marked slow too
 # make fuzz        random calls, the kernels against the reference, and malformed ones; a quarter of an hour or
 #                  so (FUZZ_ARGS="--case 0:1234" runs one again, as a failure prints it)
+# make sanitize    the tests of ops and layers under AddressSanitizer and UndefinedBehaviorSanitizer, threads
+#                  under ThreadSanitizer; Linux with g++, half an hour or so (SANITIZE_ARGS="--only threads" chooses)
 # make test-cpp    the C++ tests, through CMake and ctest
 # make test-blocks the tests of the ops, on the CUDA kernels run block by block on the CPU
 # make portability each instruction set, an emulated CPU without AVX, compilers for other CPUs; x86-64 Linux,
@@ -38,7 +40,7 @@ NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csr
 OP_TESTS := $(addprefix python_tests/test_,noise.py dropout.py sample_weights.py kl_divergence.py bbb.py lrt.py flipout.py \
   conv_transpose.py multi_sample.py priors.py layer_table.py layers.py memory.py losses.py errors.py inference.py models.py compile.py kernels_on_cpu.py)
 
-.PHONY: demo test test-slow fuzz test-cpp test-blocks portability cuda-check wheels gpu-report lint format docs stubs bench setup clean
+.PHONY: demo test test-slow fuzz test-cpp test-blocks portability sanitize cuda-check wheels gpu-report lint format docs stubs bench setup clean
 
 demo: setup
 	$(PY) benchmarks/demo.py
@@ -71,6 +73,9 @@ test-blocks: build/cmake/build.ninja
 
 portability: setup
 	$(PY) .ci/portability.py $(PORTABILITY_ARGS)
+
+sanitize: setup
+	$(PY) .ci/sanitizers.py $(SANITIZE_ARGS)
 
 cuda-check:
 	$(PYTHON) .ci/cuda_check.py $(CUDA_CHECK_ARGS)

@@ -24,13 +24,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from checks import ROOT, CheckError, run, run_checks
+
 WORK = ROOT / "build" / "portability"
 DEBIAN = WORK / "debian"
 # Programs by any of their names, and the package that has them.
@@ -57,23 +55,6 @@ FLAGS = (
     "-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Werror", "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 )  # fmt: skip
-
-
-class CheckError(Exception):
-    """A check that did not hold, or could not run, and why."""
-
-
-def run(*command: object, **options: Any) -> str:
-    """Runs a command and returns what it printed; raises CheckError with that if it fails."""
-    words = [str(c) for c in command]
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    try:
-        done = subprocess.run(words, text=True, check=False, cwd=ROOT, **options)
-    except OSError as error:
-        raise CheckError(f"cannot run {words[0]}: {error}") from error
-    if done.returncode:
-        raise CheckError(f"{done.stdout}\nexit status {done.returncode}: {' '.join(words)}")
-    return done.stdout
 
 
 def find(name: str) -> str | None:
@@ -264,27 +245,12 @@ def main() -> None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise SystemExit(f"portability: needs x86-64 Linux, this is {platform.machine()} {platform.system()}")
     WORK.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    failed = []
-
-    def check(name: str) -> None:
-        begin = time.monotonic()
-        try:
-            result = CHECKS[name][0]()
-        except CheckError as error:
-            failed.append(name)
-            result = f"FAILED\n{error}"
-        print(f"[{time.monotonic() - begin:4.0f} s] {name}: {result}", flush=True)
-
     try:
         unpack_missing([tool for name in chosen.only for tool in CHECKS[name][1]])
     except CheckError as error:
         raise SystemExit(f"portability: emulators and cross compilers: {error}") from error
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        list(pool.map(check, chosen.only))
-    if failed:
-        raise SystemExit(f"portability: failed: {', '.join(failed)}")
-    print(f"portability: {len(chosen.only)} checks hold ({time.monotonic() - start:.0f} s)")
+    checks = {name: check for name, (check, _) in CHECKS.items()}
+    run_checks("portability", checks, chosen.only, chosen.jobs)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Several Python threads call ops and layers at once, each with a number of OpenMP threads of its own that it
 changes on the way: every result has the bits that one thread gets alone.
 
-In every run a few calls of each thread, with ``--run-slow`` 10,000. ``make sanitize`` runs the few under
-ThreadSanitizer.
+In every run a few calls of each thread, with ``--run-slow`` 10,000 (of predictions, which take longer, 1000).
+``make sanitize`` runs the few under ThreadSanitizer.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ pytestmark = pytest.mark.cpu_only("threads that share the CPU's kernels")
 Call = Callable[[], list[Tensor]]
 
 OMP_THREADS = (1, 2, 3)
-LONG = 10_000
 
 
-def races(short: int) -> pytest.MarkDecorator:
+def races(short: int, long: int = 10_000) -> pytest.MarkDecorator:
     """How many threads run how many calls each."""
-    long = [pytest.param(threads, LONG, marks=pytest.mark.slow) for threads in (2, 3, 4)]
-    return pytest.mark.parametrize(("threads_at_once", "calls"), [(3, short), *long])
+    by_hand = [pytest.param(threads, long, marks=pytest.mark.slow) for threads in (2, 3, 4)]
+    return pytest.mark.parametrize(("threads_at_once", "calls"), [(3, short), *by_hand])
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +172,7 @@ def test_the_same_layers(threads_at_once: int, calls: int) -> None:
     )
 
 
-@races(10)
+@races(10, 1000)
 def test_predictions_of_one_model(threads_at_once: int, calls: int) -> None:
     """Each prediction pins the noise in its own thread."""
     model = nn.Sequential(Flipout.BBBLinear(5, 7), nn.ReLU(), BBB.BBBLinear(7, 6), BBB_LRT.BBBLinear(6, 3))

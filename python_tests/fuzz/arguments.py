@@ -260,7 +260,7 @@ def transposed_shapes(
     )
     image, pixels = [], 1
     for d in range(spatial):
-        # And it reads past the end of the gradient of one pixel's image where the stride passes over the kernel.
+        # And it reads past the end of a one-pixel gradient where the stride passes over the kernel.
         size = max(2 if BF16 in types.all() else 1, (shape[-spatial + d] - 1) // stride[d])
 
         def reached(size: int, d: int = d) -> int:

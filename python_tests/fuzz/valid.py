@@ -668,7 +668,7 @@ class _Compare:
             # Terms that are not numbers have no magnitudes; but what is made of them is NaN on both paths.
             limit, wrong = torch.zeros(ours.shape), ours.isnan() != theirs.isnan()
             if self.c.taken.get("draws") == "whole":
-                # Draws that share an input may add their gradients first: inf * (a + b), not inf * a + inf * b.
+                # Draws that share an input may add gradients first: inf * (a + b), not inf * a + inf * b.
                 wrong &= ~(ours.isinf() & theirs.isnan())
         else:
             limit, beyond = self._limit(name, ours)
