@@ -44,6 +44,7 @@ def run_examples(document: Path, mark: str = "", **names: Any) -> dict[str, Any]
     return {**names, "blocks": len(blocks)}
 
 
+@pytest.mark.cpu_only("a DataLoader shuffles on the CPU")
 def test_example(backend: str) -> None:
     pytest.importorskip("sklearn")
     names = run_examples(README)
@@ -58,14 +59,7 @@ def test_the_example_is_a_whole_loop_in_ten_lines() -> None:
     (block,) = re.findall(r"^```python\n(.*?)```", README.read_text(), flags=re.M | re.S)
     lines = block[block.index("net = ") : block.index("print(")].splitlines()
     assert len(lines) <= 10
-    for part in (
-        "DataLoader(",
-        "optim.",
-        "kl_loss(net) / len(data)",
-        ".backward()",
-        ".step()",
-        "predictive(",
-    ):
+    for part in ("DataLoader(", "optim.", "kl_loss(net) / len(data)", "backward()", "step()", "predictive("):
         assert sum(part in line for line in lines) == 1, part
 
 

@@ -195,8 +195,8 @@ plt.show()
 assert (epistemic + aleatoric)[3] > 3 * (epistemic + aleatoric)[0]
 
 # %% [markdown]
-# The point estimate is as sure of what it has never seen as of what it knows. The Bayesian network becomes
-# unsure as the images turn, and is punished far less for its mistakes.
+# The point estimate is nearly as sure of what it has never seen as of what it knows. The Bayesian network
+# becomes unsure as the images turn, and is punished far less for its mistakes.
 #
 # It is no guarantee. From 60 degrees on, the turned digits look like other digits to it (a 4, a 7), and it
 # grows surer again while it is wrong. Uncertainty says that an input is unlike the training data in a way
