@@ -496,7 +496,7 @@ def _both(c: Choices, name: str, arguments: Arguments, call: Callable[[], Any]) 
             return "different answers", f"native {native.results}, reference {reference.results}"[:600]
         return "", ""
     said = one_line(native.error), one_line(reference.error)
-    # A layer has two ways to its output, which meet its checks in different orders; so may implementations where
+    # A layer's two ways to its output meet its checks in different orders; so may two implementations, where
     # two arguments are wrong.
     compared = name in PUBLIC and not c.taken.get("two changes")
     if compared and native.checked and reference.checked and said[0] != said[1]:
