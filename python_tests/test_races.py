@@ -76,16 +76,16 @@ def at_once(count: int, work: Callable[[int], None]) -> None:
 
 
 def race(calls_of: Callable[[], dict[str, Call]], threads: int, calls: int) -> None:
-    """Each thread runs so many of its own ``calls_of()``, in an order of its own."""
+    """Each thread runs so many of its own ``calls_of()``: half in an order common to all, half in its own."""
     expected = {name: alone(call) for name, call in calls_of().items()}
     for name, results in expected.items():
         assert all(t.isfinite().all() for result in results for t in result), name
 
     def work(thread: int) -> None:
-        choice, own = random.Random(thread), calls_of()
+        common, choice, own = random.Random(0), random.Random(1 + thread), calls_of()
         for _ in range(calls):
             torch.set_num_threads(choice.choice(OMP_THREADS))
-            name = choice.choice(list(own))
+            name = choice.choice((common.choice(list(own)), choice.choice(list(own))))
             result = own[name]()
             assert any(all(map(torch.equal, result, other)) for other in expected[name]), name
 
@@ -121,20 +121,23 @@ for _name, _family in product(LARGE, (BBB, BBB_LRT, Flipout)):
     CASES_HERE[f"large {_name} {_family.__name__}"] = large(_name, _family)
 
 
-def made() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
-    """Layers, and inputs that want a gradient where they can."""
+Made = dict[str, tuple[int, nn.Module, tuple[Tensor, ...]]]
+
+
+def made() -> Made:
+    """A seed for each layer, and inputs that want a gradient where they can."""
     result = {}
-    for name, case in CASES_HERE.items():
+    for seed, (name, case) in enumerate(CASES_HERE.items()):
         inputs = tuple(x.requires_grad_(x.is_floating_point()) for x in case.inputs())
-        result[name] = case.make(), inputs
+        result[name] = seed, case.make(), inputs
     return result
 
 
-def forward_and_backward(layer: nn.Module, inputs: tuple[Tensor, ...], in_one: bool) -> Call:
+def forward_and_backward(seed: int, layer: nn.Module, inputs: tuple[Tensor, ...], in_one: bool) -> Call:
     """Outputs, KL, and the gradients of both: in one backward, or in one each."""
 
     def call() -> list[Tensor]:
-        with fixed_noise(5, 1, model=layer, draw="activations"):
+        with fixed_noise(seed, 1, model=layer, draw="activations"):
             outputs = flat(layer(*inputs))
         kl = kl_loss(layer)
         loss = torch.stack([t.square().sum() for t in outputs]).sum()
@@ -153,7 +156,7 @@ def test_layers_of_their_own(threads_at_once: int, calls: int) -> None:
     """Which share nothing but the library's state, and form the KL's gradient with the output's."""
     common = made()
     race(
-        lambda: {k: forward_and_backward(deepcopy(m), x, True) for k, (m, x) in common.items()},
+        lambda: {k: forward_and_backward(s, deepcopy(m), x, True) for k, (s, m, x) in common.items()},
         threads_at_once,
         calls,
     )
@@ -168,11 +171,11 @@ def test_the_same_layers(threads_at_once: int, calls: int) -> None:
     """
     common = made()
     race(
-        lambda: {k: forward_and_backward(m, x, False) for k, (m, x) in common.items()}, threads_at_once, calls
+        lambda: {k: forward_and_backward(*each, False) for k, each in common.items()}, threads_at_once, calls
     )
 
 
-@races(10, 1000)
+@races(50, 1000)
 def test_predictions_of_one_model(threads_at_once: int, calls: int) -> None:
     """Each prediction pins the noise in its own thread."""
     model = nn.Sequential(Flipout.BBBLinear(5, 7), nn.ReLU(), BBB.BBBLinear(7, 6), BBB_LRT.BBBLinear(6, 3))
