@@ -126,7 +126,7 @@ Made = dict[str, tuple[int, nn.Module, tuple[Tensor, ...]]]
 
 def made() -> Made:
     """A seed for each layer, and inputs that want a gradient where they can."""
-    result = {}
+    result: Made = {}
     for seed, (name, case) in enumerate(CASES_HERE.items()):
         inputs = tuple(x.requires_grad_(x.is_floating_point()) for x in case.inputs())
         result[name] = seed, case.make(), inputs
