@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("setuptools>=68,<81", "wheel", "ninja", "pybind11", "numpy", "build")
+TOOLS = ("setuptools>=68,<81", "wheel", "ninja", "pybind11", "numpy")
 TESTS = ("pytest", "scipy", "scikit-learn", "matplotlib", "tqdm", "expecttest", "hypothesis")
 OP_TESTS = "noise,dropout,sample_weights,kl_divergence,bbb,lrt,flipout,conv_transpose"
 # torch's CUDA build takes 5 GB with what it needs, and half as much again while it is unpacked.
@@ -51,8 +51,8 @@ def environment(folder: Path, torch: str, *packages: str) -> Path:
 def source_distribution(python: Path, folder: Path) -> Path:
     """The archive of the sources, as they are given away, in a fresh folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    env = {**os.environ, "BBB_FAST_NO_EXT": "1"}
-    run(python, "-m", "build", "--no-isolation", "--sdist", "--outdir", folder, ROOT, env=env)
+    env = {**os.environ, "BBB_FAST_NO_EXT": "1"}  # which leaves out nothing of the sources
+    run(python, "setup.py", "-q", "sdist", "--formats", "gztar", "-d", folder, cwd=ROOT, env=env)
     return next(folder.glob("*.tar.gz"))
 
 
