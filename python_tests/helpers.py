@@ -48,6 +48,12 @@ def command_line(arguments: list[str] | None) -> None:
     sys.exit(main(arguments))
 
 
+def write_output_to(out: Path, err: Path) -> None:
+    """Adds what this process, and not only Python, prints to two files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+
+
 def rng(seed: int = 1234, stream: int = 5) -> Tensor:
     return torch.tensor([seed, stream])
 

@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import command_line
+from helpers import command_line, write_output_to
 from torch import Tensor
 
 from bbb_fast import _noise
@@ -498,8 +498,7 @@ def process_of_rank(rank: int, launcher: int) -> int:
 def _launched(variables: dict[str, str], out: Path, err: Path, arguments: list[str]) -> None:
     """What a process that torchrun starts runs; its output is added to two files."""
     os.environ.update(variables)
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    write_output_to(out, err)
     sys.argv = ["bbb-fast", *arguments]
     command_line(None)
 
