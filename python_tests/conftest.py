@@ -7,10 +7,12 @@ ops test the text of the CUDA kernels where there is no GPU.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ import bbb_fast
 from bbb_fast import _backend
 
 NATIVE = _backend.native_available()
+
+# A run that is about the kernels of one instruction set; the reference has none.
+ONE_ISA = NATIVE and bool(os.environ.get("BBB_FAST_ISA"))
 
 # One thread, here and in the processes tests start: on a small busy machine a second one waits more than
 # it works. Tests of threads set their own number.
@@ -44,7 +49,8 @@ def _instruction_sets(config: pytest.Config) -> list[str | None]:
     if _backend._C is None or config.stash[_device] == "cuda" or _launched_before in config.stash:
         return [None]
     names: list[str | None] = ["base", "avx2", "avx512"]
-    return names[: names.index(_backend._C.build_info()["instruction_set"]) + 1]
+    best = names.index(_backend._C.build_info()["instruction_set"])
+    return names[best : best + 1] if ONE_ISA else names[: best + 1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -196,6 +202,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = ["reference", "native"] if NATIVE else ["reference"]
+        # Runs that are about other kernels leave out what does not call them.
+        if ONE_ISA or _launched_before in metafunc.config.stash:
+            names = ["native"]
         metafunc.parametrize("backend", names, indirect=True)
     if "isa" in metafunc.fixturenames:
         sets = _instruction_sets(metafunc.config)
@@ -249,6 +258,21 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes in a moment: forks of one that has imported what takes long, and run nothing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs a system that forks processes")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["bbb_fast.cli", "bbb_fast.experiments.plots", "matplotlib.pyplot", "pytest", "sklearn.datasets"]
+    )
+    waits_for_the_imports = context.Process(target=int)
+    waits_for_the_imports.start()
+    waits_for_the_imports.join()
+    return context
 
 
 @pytest.fixture(scope="session")

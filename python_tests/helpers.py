@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import bbb_fast
 from bbb_fast._backend import BackendName
+from bbb_fast.cli import main
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -37,6 +39,19 @@ def repository_root() -> Path:
     if not (root / "setup.py").is_file():
         pytest.skip("reads the repository, which is not around these tests", allow_module_level=True)
     return root
+
+
+def command_line(arguments: list[str] | None) -> None:
+    """What ``bbb-fast`` runs, in a process that the fixture ``processes`` starts; None: with ``sys.argv``."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.exit(main(arguments))
+
+
+def write_output_to(out: Path, err: Path) -> None:
+    """Adds what this process, and not only Python, prints to two files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
 def rng(seed: int = 1234, stream: int = 5) -> Tensor:

@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import command_line
 
 import bbb_fast
 from bbb_fast import routes
@@ -52,26 +55,30 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def signal_after_an_epoch(process: subprocess.Popen[str], out: Path, number: int) -> None:
+def wait_for_an_epoch(out: Path, running: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not (out / "last.pt").exists() or checkpoint.load(out / "last.pt")["epoch"] < 1:
-        assert process.poll() is None, process.communicate()
+        assert running()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 class TestSignals:
-    @pytest.mark.parametrize("layer_type", ["lrt", "bbb"])
-    def test_killed_and_resumed_is_as_if_unbroken(self, tmp_path: Path, layer_type: str) -> None:
+    @pytest.mark.parametrize("layer_type", ["lrt", pytest.param("bbb", marks=pytest.mark.slow)])
+    def test_killed_and_resumed_is_as_if_unbroken(
+        self, processes: ForkServerContext, tmp_path: Path, layer_type: str
+    ) -> None:
         pytest.importorskip("sklearn")
         epochs = 40  # still running when the signal comes, on a busy machine too
         command = [*SMALL, "--layer-type", layer_type, "--epochs", str(epochs)]
         broken, whole = tmp_path / "broken", tmp_path / "whole"
-        process = start(*command, "--out", broken)
-        signal_after_an_epoch(process, broken, signal.SIGKILL)
-        assert finish(process)[0] == -signal.SIGKILL
+        process = processes.Process(target=command_line, args=([*command, "--out", str(broken)],))
+        process.start()
+        wait_for_an_epoch(broken, process.is_alive)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert 1 <= checkpoint.load(broken / "last.pt")["epoch"] < epochs
         assert main([*command, "--out", str(broken), "--resume"]) == 0
         assert main([*command, "--out", str(whole)]) == 0
@@ -83,20 +90,24 @@ class TestSignals:
         assert one == other
 
     def test_a_live_run_keeps_its_folder_and_a_killed_one_does_not(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, processes: ForkServerContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         pytest.importorskip("sklearn")
-        process = start(*SMALL, "--epochs", "100000", "--out", tmp_path)
+        command = [*SMALL, "--epochs", "100000", "--out", str(tmp_path)]
+        process = processes.Process(target=command_line, args=(command,))
+        process.start()
+        assert process.pid is not None
         try:
-            signal_after_an_epoch(process, tmp_path, signal.SIGSTOP)
+            wait_for_an_epoch(tmp_path, process.is_alive)
+            os.kill(process.pid, signal.SIGSTOP)
             before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
             for option in ((), ("--resume",), ("--overwrite",)):
-                assert main([*SMALL, "--epochs", "100000", "--out", str(tmp_path), *option]) == 1
+                assert main([*command, *option]) == 1
                 assert f"{tmp_path}: process {process.pid} on " in error_line(capsys)
             assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
         finally:
             process.kill()
-            finish(process)
+            process.join()
         (tmp_path / ".best.pt.0123abcd.tmp").touch()
         assert main([*SMALL, "--epochs", "1", "--out", str(tmp_path), "--overwrite"]) == 0
         assert {"last.pt", "best.pt", "metrics.json"} <= set(os.listdir(tmp_path)) <= set(training.FILES)
@@ -104,7 +115,8 @@ class TestSignals:
     def test_ctrl_c(self, tmp_path: Path) -> None:
         pytest.importorskip("sklearn")
         process = start(*SMALL, "--epochs", "100000", "--out", tmp_path)
-        signal_after_an_epoch(process, tmp_path, signal.SIGINT)
+        wait_for_an_epoch(tmp_path, lambda: process.poll() is None)
+        process.send_signal(signal.SIGINT)
         code, _, err = finish(process)
         assert code == 130
         assert "interrupted" in err
@@ -298,6 +310,23 @@ class TestErrors:
         assert "usage: bbb-fast" in capsys.readouterr().err
 
 
+def with_lost_output(redirection: str, errors: Path, arguments: list[str]) -> None:
+    """:func:`command_line` with the standard streams as Python has them after a shell's redirection."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    if redirection == "> /dev/full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    elif redirection == "| true":
+        unread, write = os.pipe()
+        os.close(unread)
+        os.dup2(write, 1)
+    else:
+        os.close({">&-": 1, "2>&-": 2}[redirection])
+    # closefd=False, as Python's own.
+    sys.stdout = None if redirection == ">&-" else os.fdopen(1, "w", closefd=False)  # type: ignore[assignment]
+    sys.stderr = None if redirection == "2>&-" else os.fdopen(2, "w", closefd=False)  # type: ignore[assignment]
+    command_line(arguments)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell's redirections")
 class TestOutput:
     """Standard output that cannot take what is printed: the work is done all the same."""
@@ -318,14 +347,18 @@ class TestOutput:
         ("redirection", "why"),
         [(">&-", ""), ("> /dev/full", "No space left on device"), ("| true", "Broken pipe"), ("2>&-", "")],
     )
-    def test_train(self, tmp_path: Path, redirection: str, why: str) -> None:
+    def test_train(self, processes: ForkServerContext, tmp_path: Path, redirection: str, why: str) -> None:
         pytest.importorskip("sklearn")
         if why == "No space left on device" and not os.path.exists("/dev/full"):
             pytest.skip("no /dev/full")
-        code, _, err = self.run(redirection, *self.TRAIN, "--out", tmp_path / "run")
-        assert code == 0
-        assert err == (f"{self.LOST} ({why})\n" if why else "")
-        assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]["epoch"] == 1
+        errors, out = tmp_path / "errors", tmp_path / "run"
+        command = [*self.TRAIN, "--out", str(out)]
+        process = processes.Process(target=with_lost_output, args=(redirection, errors, command))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert errors.read_text() == (f"{self.LOST} ({why})\n" if why else "")
+        assert json.loads((out / "metrics.json").read_text())["best"]["epoch"] == 1
 
     def test_what_only_prints(self) -> None:
         if not os.path.exists("/dev/full"):

@@ -6,7 +6,6 @@ In every run a few kills and some hundred steps, with ``--run-slow`` 120 and 10,
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import random
 import resource
@@ -21,37 +20,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import command_line
 from test_cli import SMALL
 from test_training import assert_same_run
 from torch import Tensor, nn
 
 from bbb_fast import ELBO, fixed_noise, kl_loss, multi_sample, predictive
-from bbb_fast.cli import main
 from bbb_fast.layers import BBB, BBB_LRT, Flipout
 
 pytestmark = [
     pytest.mark.cpu_only("processes that name their device themselves"),
     pytest.mark.skipif(sys.platform != "linux", reason="forked processes and /proc"),
 ]
-
-
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Starts processes in a moment: forks of one that has imported what takes long, and run nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["bbb_fast.cli", "bbb_fast.experiments.plots", "matplotlib.pyplot", "pytest", "sklearn.datasets"]
-    )
-    waits_for_the_imports = context.Process(target=int)
-    waits_for_the_imports.start()
-    waits_for_the_imports.join()
-    return context
-
-
-def command_line(arguments: list[str]) -> None:
-    """What `bbb-fast` runs, in a process of its own."""
-    torch.set_num_threads(1)
-    sys.exit(main(arguments))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import command_line, write_output_to
 from torch import Tensor
 
 from bbb_fast import _noise
@@ -193,11 +195,11 @@ def _worker(rank: int, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_worker, (str(folder),), nprocs=2)
+    torch.multiprocessing.start_processes(_worker, (str(folder),), 2, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -355,21 +357,24 @@ class TestNamedRuns:
             fit(QUICK, *_sets(), tmp_path, progress=False, name=name)
 
 
+def environment(store: dist.TCPStore, rank: int, attempt: int) -> dict[str, str]:
+    """What torchrun, which keeps ``store``, tells one of two processes."""
+    return {
+        "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "RANK": str(rank),
+        "TORCHELASTIC_RESTART_COUNT": str(attempt),
+    }  # fmt: skip
+
+
 class TestLaunch:
     @pytest.fixture
     def started(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Launch]:
         """Makes this process one of two that a launcher has started."""
         store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=10))
-        environment = {
-            "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2",
-            "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
-        }  # fmt: skip
-        for key, value in environment.items():
-            monkeypatch.setenv(key, value)
 
         def start(rank: int, attempt: int) -> Launch:
-            monkeypatch.setenv("RANK", str(rank))
-            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+            for key, value in environment(store, rank, attempt).items():
+                monkeypatch.setenv(key, value)
             launch: Any = Launch.here()
             launch.keep = store  # as long as its clients
             return launch
@@ -490,16 +495,56 @@ def process_of_rank(rank: int, launcher: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
+def _launched(variables: dict[str, str], out: Path, err: Path, arguments: list[str]) -> None:
+    """What a process that torchrun starts runs; its output is added to two files."""
+    os.environ.update(variables)
+    write_output_to(out, err)
+    sys.argv = ["bbb-fast", *arguments]
+    command_line(None)
+
+
+class Together:
+    """Two processes that are started as torchrun does, but forked; if one fails, nobody ends the other."""
+
+    def __init__(self, processes: ForkServerContext, folder: Path) -> None:
+        self._processes, self._folder = processes, folder
+        self._store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=60))
+
+    def run(self, *args: str | Path, attempts: int = 1) -> tuple[list[int | None], str, str]:
+        """The last attempt's exit codes, and what all of them have printed."""
+        files = self._folder / "out", self._folder / "err"
+        for attempt in range(attempts):
+            started = [
+                self._processes.Process(
+                    target=_launched,
+                    args=(environment(self._store, rank, attempt), *files, [*map(str, args)]),
+                )
+                for rank in (0, 1)
+            ]
+            for process in started:
+                process.start()
+            for process in started:
+                process.join(120)
+                process.kill()
+        return [process.exitcode for process in started], *(file.read_text() for file in files)
+
+
+@pytest.fixture
+def together(processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Together:
+    return Together(processes, tmp_path_factory.mktemp("output"))
+
+
 EPOCHS = 30
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in two processes."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("unbroken")
-    code, out, err = finish(torchrun(*SMALL, "--epochs", str(EPOCHS), "--out", folder))
-    assert code == 0, err
+    together = Together(processes, tmp_path_factory.mktemp("output"))
+    codes, out, err = together.run(*SMALL, "--epochs", str(EPOCHS), "--out", folder)
+    assert codes == [0, 0], err
     lines = out.splitlines()
     assert lines[0].endswith(", cpu, 2 processes")
     assert len([line for line in lines if line.startswith("epoch ")]) == EPOCHS
@@ -542,20 +587,20 @@ def test_killed_processes(unbroken: Path, tmp_path: Path) -> None:
     assert set(os.listdir(tmp_path)) <= set(training.FILES)
 
 
-def test_a_restart_leaves_other_runs_alone(tmp_path: Path) -> None:
+def test_a_restart_leaves_other_runs_alone(together: Together, tmp_path: Path) -> None:
     """A run that is there already was not begun by this launch, though its run id may be the same."""
     pytest.importorskip("sklearn")
     assert main([*SMALL, "--epochs", "1", "--quiet", "--out", str(tmp_path)]) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    code, out, err = finish(torchrun(*SMALL, "--epochs", "1", "--out", tmp_path, restarts=1))
-    assert code != 0
+    codes, out, err = together.run(*SMALL, "--epochs", "1", "--out", tmp_path, attempts=2)
+    assert codes == [1, 1]
     assert err.count(f"bbb-fast: error: {tmp_path} already holds a run") == 2  # once for each attempt
     assert err.count("bbb-fast: error") == 2
     assert out == ""
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_checkpoints_pass_between_one_process_and_several(tmp_path: Path) -> None:
+def test_checkpoints_pass_between_one_process_and_several(together: Together, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     path, whole = tmp_path / "changing", tmp_path / "whole"
     assert main([*SMALL, "--epochs", "3", "--quiet", "--out", str(whole)]) == 0
@@ -563,8 +608,8 @@ def test_checkpoints_pass_between_one_process_and_several(tmp_path: Path) -> Non
     alone = checkpoint.load(path / "last.pt")
     # Another number of processes may have another number of threads.
     command = [option if option != "1" else "2" for option in SMALL]
-    code, _, err = finish(torchrun(*command, "--epochs", "2", "--resume", "--quiet", "--out", path))
-    assert code == 0, err
+    codes, _, err = together.run(*command, "--epochs", "2", "--resume", "--quiet", "--out", path)
+    assert codes == [0, 0], err
     together = checkpoint.load(path / "last.pt")
     assert (together["epoch"], together["processes"], together["config"]["threads"]) == (2, 2, 2)
     assert together["history"][0] == alone["history"][0]
@@ -587,8 +632,8 @@ def test_checkpoints_pass_between_one_process_and_several(tmp_path: Path) -> Non
         (["--lr", "1e30"], "epoch 1, step 2 of 4: the loss is nan; try a lower --lr (it is 1e+30)"),
     ],
 )
-def test_one_message(tmp_path: Path, options: list[str], message: str) -> None:
+def test_one_message(together: Together, tmp_path: Path, options: list[str], message: str) -> None:
     pytest.importorskip("sklearn")
-    code, _, err = finish(torchrun(*SMALL, *options, "--out", tmp_path / "out"))
-    assert code != 0
+    codes, _, err = together.run(*SMALL, *options, "--out", tmp_path / "out")
+    assert codes == [1, 1]
     assert err.count("bbb-fast: error: ") == err.count(f"bbb-fast: error: {message}\n") == 1

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
-import subprocess
-import sys
+import runpy
+import warnings
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
-from helpers import repository_root
+from helpers import repository_root, write_output_to
 
 SCRIPTS = sorted((repository_root() / "docs" / "tutorials").glob("*.py"))
 pytestmark = pytest.mark.cpu_only("the tutorials are processes of their own, on the CPU")
 
 
+def run(script: Path, folder: Path, out: Path, err: Path) -> None:
+    """What ``python -W error::UserWarning -W error::RuntimeWarning SCRIPT`` does, in a process of its own."""
+    write_output_to(out, err)
+    os.chdir(folder)
+    # Where there is a display, pyplot warns that Agg does not show on it.
+    os.environ.pop("DISPLAY", None)
+    importlib.import_module("matplotlib").use("Agg")
+    for category in (UserWarning, RuntimeWarning):
+        warnings.filterwarnings("error", category=category)
+    runpy.run_path(str(script), run_name="__main__")
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_runs_without_a_warning_and_leaves_nothing(script: Path, tmp_path: Path) -> None:
+def test_runs_without_a_warning_and_leaves_nothing(
+    processes: ForkServerContext, script: Path, tmp_path: Path
+) -> None:
     for package in ("matplotlib", "sklearn"):
         pytest.importorskip(package)
-    # Where there is a display, pyplot warns that Agg does not show on it.
-    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
-    environment["MPLBACKEND"] = "Agg"
-    command = [sys.executable, "-W", "error::UserWarning", "-W", "error::RuntimeWarning", str(script)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert done.stdout
-    assert not list(tmp_path.iterdir())
+    folder, out, err = tmp_path / "folder", tmp_path / "out", tmp_path / "err"
+    folder.mkdir()
+    process = processes.Process(target=run, args=(script, folder, out, err))
+    process.start()
+    process.join(600)
+    process.kill()
+    assert err.read_text() == ""
+    assert process.exitcode == 0
+    assert out.read_text()
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
