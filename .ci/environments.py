@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,7 @@ def source_distribution(python: Path, folder: Path) -> Path:
 def unpack(archive: Path, folder: Path) -> Path:
     """The tree of an archive of sources, in a fresh folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder, filter="data")
+    shutil.unpack_archive(archive, folder)  # tarfile's filters are newer than some Pythons
     return next(folder.iterdir())
 
 
