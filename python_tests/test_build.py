@@ -6,9 +6,9 @@ import importlib
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -182,8 +182,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, unpacked."""
     folder = tmp_path_factory.mktemp("sources")
     run_setup(ROOT, "egg_info", "--egg-base", folder, "sdist", "-d", folder, "--formats=tar")
-    with tarfile.open(next(folder.glob("*.tar"))) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(next(folder.glob("*.tar")), folder)
     return next(folder.glob("*/setup.py")).parent
 
 
