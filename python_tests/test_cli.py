@@ -322,8 +322,8 @@ def with_lost_output(redirection: str, errors: Path, arguments: list[str]) -> No
     else:
         os.close({">&-": 1, "2>&-": 2}[redirection])
     # closefd=False, as Python's own.
-    sys.stdout = None if redirection == ">&-" else os.fdopen(1, "w", closefd=False)  # type: ignore[assignment]
-    sys.stderr = None if redirection == "2>&-" else os.fdopen(2, "w", closefd=False)  # type: ignore[assignment]
+    sys.stdout = None if redirection == ">&-" else os.fdopen(1, "w", closefd=False)
+    sys.stderr = None if redirection == "2>&-" else os.fdopen(2, "w", closefd=False)
     command_line(arguments)
 
 

@@ -526,7 +526,8 @@ class Together:
             for process in started:
                 process.join(120)
                 process.kill()
-        return [process.exitcode for process in started], *(file.read_text() for file in files)
+        out, err = (file.read_text() for file in files)
+        return [process.exitcode for process in started], out, err
 
 
 @pytest.fixture
@@ -610,10 +611,10 @@ def test_checkpoints_pass_between_one_process_and_several(together: Together, tm
     command = [option if option != "1" else "2" for option in SMALL]
     codes, _, err = together.run(*command, "--epochs", "2", "--resume", "--quiet", "--out", path)
     assert codes == [0, 0], err
-    together = checkpoint.load(path / "last.pt")
-    assert (together["epoch"], together["processes"], together["config"]["threads"]) == (2, 2, 2)
-    assert together["history"][0] == alone["history"][0]
-    assert alone.keys() == together.keys() - {"processes"}
+    of_both = checkpoint.load(path / "last.pt")
+    assert (of_both["epoch"], of_both["processes"], of_both["config"]["threads"]) == (2, 2, 2)
+    assert of_both["history"][0] == alone["history"][0]
+    assert alone.keys() == of_both.keys() - {"processes"}
     assert main([*SMALL, "--epochs", "3", "--resume", "--quiet", "--out", str(path)]) == 0
     one, other = (checkpoint.load(folder / "last.pt") for folder in (path, whole))
     assert "processes" not in one
