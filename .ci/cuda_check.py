@@ -133,7 +133,7 @@ def main() -> None:
         "--torch",
         default="2.11.0,2.13.0",
         help="releases (default 2.11.0,2.13.0); those after the first are left out where the disk is short, "
-        "and run the tests of the ops alone",
+        "and with --tests all run those of the ops alone",
     )
     parser.add_argument("--architectures", default="8.0,9.0", help="compute capabilities (default 8.0,9.0)")
     parser.add_argument("--tests", default="all", help="all, none, ops, or names as noise,lrt (default all)")

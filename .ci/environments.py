@@ -50,8 +50,11 @@ def environment(folder: Path, torch: str, *packages: str) -> Path:
 def source_distribution(python: Path, folder: Path) -> Path:
     """The archive of the sources, as they are given away, in a fresh folder."""
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     env = {**os.environ, "BBB_FAST_NO_EXT": "1"}  # which leaves out nothing of the sources
-    run(python, "setup.py", "-q", "sdist", "--formats", "gztar", "-d", folder, cwd=ROOT, env=env)
+    # Nothing is written into the tree, from which something else may be installed meanwhile.
+    egg_info = ("egg_info", "--egg-base", folder)
+    run(python, "setup.py", "-q", *egg_info, "sdist", "--formats", "gztar", "-d", folder, cwd=ROOT, env=env)
     return next(folder.glob("*.tar.gz"))
 
 

@@ -27,7 +27,10 @@ def main() -> int:
     spoken = start
     print(f"{title} ...", flush=True)
     try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # Whatever bytes a compiler prints: what reads them must not stop.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
     except OSError as error:
         print(f"{title}: cannot run {command[0]}: {error}", file=sys.stderr)
         return 127
@@ -54,6 +57,8 @@ def main() -> int:
                 print(f"  {title}: {now - start:.0f} s", flush=True)
                 spoken = now
     reader.join(timeout=5)
+    if status < 0:  # a signal, as shells tell it
+        status = 128 - status
     if status:
         print("".join(lines), f"{title}: failed with exit status {status}", sep="", file=sys.stderr)
     return status

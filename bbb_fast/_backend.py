@@ -41,7 +41,8 @@ def _another_torch(record: dict[str, Any]) -> str:
     said = f"was built for torch {_release(record['torch'])} and this is torch {torch.__version__}"
     if tag := record.get("wheel"):
         wanted = re.sub(r"pt\d+", "pt" + _release(torch.__version__).replace(".", ""), tag)
-        return f"this wheel (+{tag}) {said}; install bbb_fast-{__version__}+{wanted} instead, or from source"
+        fitting = f"bbb_fast-{__version__}+{wanted}"
+        return f"this wheel (+{tag}) {said}; install {fitting}, if there is one, or from source"
     how = "pip install --no-build-isolation --force-reinstall --no-deps ."
     return f"the extension {said}; build it again from its sources: {how}"
 
