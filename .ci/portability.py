@@ -26,6 +26,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from checks import ROOT, CheckError, run, run_checks
 
@@ -205,12 +206,18 @@ def aarch64() -> str:
 
     command, env = cross("aarch64")
     mathematics("aarch64", command, env, program("qemu-aarch64"))
-    # Python's headers are this machine's: both have 64-bit pointers and longs.
-    headers = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+    # Python's headers are this machine's: both have 64-bit pointers and longs. Debian has a part of them in a
+    # folder of the architecture's name.
+    python = Path(sysconfig.get_path("include"))
+    here = Path("/usr/include", str(sysconfig.get_config_var("MULTIARCH")), python.name)
+    there = WORK / "aarch64" / "aarch64-linux-gnu" / python.name
+    there.parent.mkdir(parents=True, exist_ok=True)
+    there.unlink(missing_ok=True)
+    there.symlink_to(here)
+    headers = [*include_paths(), pybind11.get_include(), str(python), str(WORK / "aarch64")]
     command += ["-fopenmp", "-fPIC", "-fvisibility=hidden", *(f"-isystem{folder}" for folder in headers)]
     # torch's headers, which take most of the time, are read once.
     prefix = WORK / "aarch64" / "prefix.h"
-    prefix.parent.mkdir(exist_ok=True)
     prefix.write_text("#include <torch/library.h>\n")
     run(*command, "-x", "c++-header", prefix, "-o", f"{prefix}.gch", env=env)
     sources = sorted((*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")))
