@@ -60,7 +60,7 @@ CMAKE := $(VENV)/bin/cmake
 
 # -O1: the compiler takes most of the time of these tests, and they ask for no speed.
 build/cmake/build.ninja: CMakeLists.txt | setup
-	$(PY) -m pip install -q "cmake>=3.18,<4"
+	@$(STEP) "installing CMake" $(PY) -m pip install "cmake>=3.18,<4"
 	$(CMAKE) -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
 	  -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" \
 	  -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')"
@@ -90,7 +90,7 @@ gpu-report:
 
 # Without their dependencies, so that nothing replaces torch; the benchmark says which of them are missing.
 $(VENV)/.rivals: $(VENV)/.torch benchmarks/rivals.txt
-	$(PY) -m pip install -q --no-deps -r benchmarks/rivals.txt && touch $@ || \
+	@$(STEP) "installing the other libraries" $(PY) -m pip install --no-deps -r benchmarks/rivals.txt && touch $@ || \
 	  echo "the other libraries could not be installed; their rows will say so"
 
 # torch.profiler, which measures memory, announces every start otherwise.
@@ -113,7 +113,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.torch pyproject.toml
-	@$(STEP) "installing what builds the extension" $(PY) -m pip install "setuptools>=68,<81" wheel ninja pybind11 numpy
+	@$(STEP) "installing what builds the extension" $(PY) -m pip install "setuptools>=68" wheel ninja pybind11 numpy
 	@touch $@
 
 $(INSTALLED): $(VENV)/.tools setup.py $(NATIVE_SOURCES)
@@ -123,12 +123,12 @@ $(INSTALLED): $(VENV)/.tools setup.py $(NATIVE_SOURCES)
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	@$(STEP) "installing what checks the style" $(PY) -m pip install ruff==0.8.4 clang-format==18.1.8 mypy==2.4.1
-	touch $@
+	@touch $@
 
 # With ruff, by which signatures are broken into lines.
 $(VENV)/.docs: $(VENV)/.lint docs/site/tools.txt
-	$(PY) -m pip install -q -r docs/site/tools.txt
-	touch $@
+	@$(STEP) "installing what builds the site" $(PY) -m pip install -r docs/site/tools.txt
+	@touch $@
 
 PACKAGE_SOURCES := $(shell find bbb_fast -name '*.py')
 

@@ -66,7 +66,10 @@ def switched_on(name: str) -> bool:
 
 def wheel_tag() -> str:
     """What a wheel that is given away is for: a release of torch, and devices."""
-    return os.environ.get("BBB_FAST_WHEEL", "").strip()
+    tag = os.environ.get("BBB_FAST_WHEEL", "").strip()
+    if tag and not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", tag):
+        raise SystemExit(f"bbb_fast: BBB_FAST_WHEEL={tag!r}: small letters, digits and dots, as in pt214cpu")
+    return tag
 
 
 def why_no_extension() -> str | None:

@@ -1,8 +1,9 @@
-"""What the scripts of checks share: running commands, and checks side by side."""
+"""What the scripts here share: running commands, saying how long things took, and checks side by side."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,21 +13,39 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class CheckError(Exception):
-    """A check that did not hold, or could not run, and why."""
+class CheckError(SystemExit):
+    """A check that did not hold, or could not run, and why; a script that lets it pass ends with that."""
 
 
-def run(*command: object, cwd: Path = ROOT, **options: Any) -> str:
-    """Runs a command and returns what it printed; raises CheckError with that if it fails."""
+def run(*command: object, cwd: Path = ROOT, shown: bool = False, **options: Any) -> str:
+    """Runs a command and returns what it printed, unless that is ``shown`` as it comes.
+
+    Raises CheckError, with what it printed, if it fails.
+    """
     words = [str(c) for c in command]
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options |= {"stdout": None if shown else subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
         done = subprocess.run(words, text=True, check=False, cwd=cwd, **options)
     except OSError as error:
         raise CheckError(f"cannot run {words[0]}: {error}") from error
     if done.returncode:
-        raise CheckError(f"{done.stdout}\nexit status {done.returncode}: {' '.join(words)}")
-    return done.stdout
+        raise CheckError(f"{done.stdout or ''}\nexit status {done.returncode}: {' '.join(words)}")
+    return done.stdout or ""
+
+
+def long_run(title: str, *command: object, **options: Any) -> None:
+    """Runs a command that takes long, and says what it does meanwhile."""
+    run(sys.executable, ROOT / ".ci" / "progress.py", title, *command, shown=True, **options)
+
+
+def stopwatch(subject: str) -> Callable[[str], None]:
+    """What prints what was done with the subject, and the seconds until then."""
+    start = time.monotonic()
+
+    def done(what: str) -> None:
+        print(f"[{time.monotonic() - start:4.0f} s] {subject}: {what}", flush=True)
+
+    return done
 
 
 def run_checks(
@@ -37,13 +56,12 @@ def run_checks(
     failed = []
 
     def check(name: str) -> None:
-        begin = time.monotonic()
+        done = stopwatch(name)
         try:
-            result = checks[name]()
+            done(checks[name]())
         except CheckError as error:
             failed.append(name)
-            result = f"FAILED\n{error}"
-        print(f"[{time.monotonic() - begin:4.0f} s] {name}: {result}", flush=True)
+            done(f"FAILED\n{error}")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(check, chosen))

@@ -13,21 +13,11 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections import defaultdict
 from pathlib import Path
 
-from environments import (
-    NEEDED_BYTES,
-    ROOT,
-    TESTS,
-    TOOLS,
-    environment,
-    run,
-    source_distribution,
-    tests_of,
-    unpack,
-)
+from checks import ROOT, CheckError, run, stopwatch
+from environments import NEEDED_BYTES, TESTS, TOOLS, environment, source_distribution, tests_of, unpack
 
 WORK = ROOT / "build" / "cuda-check"
 
@@ -88,19 +78,15 @@ def report(log: str, architectures: list[str]) -> None:
         print(f"  {name:52}" + "".join(f"{rows[name].get(c, '-'):>8}" for c in columns))
     for column in columns:
         if not any(column in row for row in rows.values()):
-            raise SystemExit(f"cuda-check: no kernel was compiled for {column}")
+            raise CheckError(f"no kernel was compiled for {column}")
     spilling = [f"{names[n]} for {a}: {b} bytes" for (n, a), (_, b) in sorted(found.items()) if b]
     if spilling:
-        raise SystemExit("cuda-check: registers spill:\n  " + "\n  ".join(spilling))
+        raise CheckError("registers spill:\n  " + "\n  ".join(spilling))
     print(f"{len(rows)} kernels, no spills", flush=True)
 
 
 def check(release: str, architectures: list[str], tests: str) -> None:
-    start = time.monotonic()
-
-    def done(what: str) -> None:
-        print(f"[{time.monotonic() - start:4.0f} s] torch {release}: {what}", flush=True)
-
+    done = stopwatch(f"torch {release}")
     python = environment_of(release)
     done("environment ready")
     tree = unpack(source_distribution(python, WORK / "source"), WORK / f"tree-{release}")
@@ -120,10 +106,10 @@ def check(release: str, architectures: list[str], tests: str) -> None:
     report(log, architectures)
     info = run(python, "-m", "bbb_fast", "info", cwd=tree, env=env)
     if not re.search(r"extension: devices\s+cpu,cuda\s", info):
-        raise SystemExit(f"cuda-check: the build has no CUDA kernels:\n{info}")
+        raise CheckError(f"the build has no CUDA kernels:\n{info}")
     print(info.strip())
     if tests != "none":
-        run(python, "-m", "pytest", *tests_of(tests, tree), quiet=False, cwd=tree, env=env)
+        run(python, "-m", "pytest", *tests_of(tests, tree), shown=True, cwd=tree, env=env)
         done("CPU tests passed")
 
 

@@ -1,49 +1,36 @@
-"""What scripts here share: running commands, environments with a release of torch, the sources to build."""
+"""What the scripts that try releases of torch share: environments with one, and the sources to build."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("setuptools>=68,<81", "wheel", "ninja", "pybind11", "numpy")
+from checks import ROOT, CheckError, long_run, run
+
+TOOLS = ("setuptools>=68", "wheel", "ninja", "pybind11", "numpy")
 TESTS = ("pytest", "scipy", "scikit-learn", "matplotlib", "tqdm", "expecttest", "hypothesis")
 OP_TESTS = "noise,dropout,sample_weights,kl_divergence,bbb,lrt,flipout,conv_transpose"
 # torch's CUDA build takes 5 GB with what it needs, and half as much again while it is unpacked.
 NEEDED_BYTES = 10 << 30
 
 
-def run(*command: object, quiet: bool = True, **options: Any) -> str:
-    """Runs a command and returns what it printed; stops with that if it fails."""
-    pipe = subprocess.PIPE if quiet else None
-    words = [str(c) for c in command]
-    done = subprocess.run(words, text=True, stdout=pipe, stderr=subprocess.STDOUT, check=False, **options)
-    if done.returncode:
-        raise SystemExit(f"{done.stdout or ''}\n{Path(sys.argv[0]).name}: failed: {' '.join(words)}")
-    return done.stdout or ""
-
-
-def long_run(title: str, *command: object, **options: Any) -> None:
-    """Runs a command that takes long, and says what it does meanwhile."""
-    run(sys.executable, ROOT / ".ci" / "progress.py", title, *command, quiet=False, **options)
-
-
 def environment(folder: Path, torch: str, *packages: str) -> Path:
     """The Python of a virtual environment in this folder, with the torch that is required and packages."""
-    python = folder / "bin" / "python"
-    if not (folder / ".ready").exists():
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    if not ready.exists():
         if shutil.disk_usage(folder.parent).free < NEEDED_BYTES:
-            raise SystemExit(f"{torch} needs {NEEDED_BYTES >> 30} GiB of disk, in {folder}")
+            raise CheckError(f"{torch} needs {NEEDED_BYTES >> 30} GiB of disk, in {folder}")
         run(sys.executable, "-m", "venv", "--clear", folder)
         # Whatever release the machine keeps others to.
         unconstrained = {**os.environ, "PIP_CONSTRAINT": os.devnull}
         long_run(f"installing {torch}", python, "-m", "pip", "install", "-q", torch, env=unconstrained)
-        run(python, "-m", "pip", "install", "-q", *packages)
-        (folder / ".ready").touch()
+        ready.touch()
+    if missing := sorted(set(packages).difference(ready.read_text().splitlines())):
+        run(python, "-m", "pip", "install", "-q", *missing)
+        with ready.open("a") as installed:
+            installed.writelines(f"{package}\n" for package in missing)
     return python
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from checks import ROOT, CheckError, run, run_checks
+from checks import ROOT, CheckError, long_run, run, run_checks
 
 WORK = ROOT / "build" / "sanitize"
 SUPPRESSIONS = WORK / "thread" / "suppressions"
@@ -85,13 +85,14 @@ def built(kind: str) -> Path:
         link += [str(wrapper), "-Wl,--wrap=GOMP_parallel"]
     env = {**os.environ, "CXX": str(cxx), "CFLAGS": " ".join(flags), "LDFLAGS": " ".join(link)}
     places = ("--build-lib", folder, "--build-temp", folder / "objects")
-    print(f"building with {flags[0]}: some minutes", flush=True)
-    run(sys.executable, "setup.py", "-q", "build_ext", *places, env={**env, "BBB_FAST_NO_CUDA": "1"})
+    build = (sys.executable, "setup.py", "build_ext", *places)
+    long_run(f"building with {flags[0]}", *build, env={**env, "BBB_FAST_NO_CUDA": "1"})
+    package = folder / "bbb_fast"
+    for old in filter(Path.is_symlink, package.iterdir()):
+        old.unlink()
     for path in (ROOT / "bbb_fast").iterdir():
-        here = folder / "bbb_fast" / path.name
         if path.suffix != ".so" and path.name not in ("_build_info.json", "__pycache__"):
-            here.unlink(missing_ok=True)
-            here.symlink_to(path)
+            (package / path.name).symlink_to(path)
     options = ("-shared", "-fPIC", "-fopenmp", *link)
     run(cxx, *flags, *options, "csrc/test/faults.cpp", "-o", folder / "faults.so")
     return folder

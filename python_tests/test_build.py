@@ -215,6 +215,10 @@ class TestSourceDistribution:
         assert "wheel" not in build.build_record()
         monkeypatch.setenv("BBB_FAST_WHEEL", "pt214cpu")
         assert build.build_record()["wheel"] == "pt214cpu"
+        for wrong in ("pt214 cpu", "+pt214", "PT214", "pt..cpu"):
+            monkeypatch.setenv("BBB_FAST_WHEEL", wrong)
+            with pytest.raises(SystemExit, match=re.escape(repr(wrong))):
+                build.build_record()
 
 
 REPORT = """ptxas info    : Compiling entry function '_Z1aPf' for 'sm_80'

@@ -14,6 +14,7 @@ from .outcome import Outcome, Status
 
 SHOWN = 3  # cases of one group
 SMALLER = 120.0  # seconds that making cases smaller may take
+SILENT = 30.0  # seconds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults: dict[str, list[tuple[Case, Outcome]]] = {}
     refused: Counter[str] = Counter()
     tightest = (0.0, "")
-    for case, outcome in runner.run(cases, options.timeout):
+    told = start
+    for count, (case, outcome) in enumerate(runner.run(cases, options.timeout)):
+        if (now := time.monotonic()) - told > SILENT:
+            print(f"[{now - start:5.0f} s] {count} of {len(cases)} calls", flush=True)
+            told = now
         if outcome.status is Status.FAULT:
             faults.setdefault(outcome.group(), []).append((case, outcome))
         elif outcome.status is Status.REFUSED:
