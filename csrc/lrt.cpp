@@ -27,6 +27,12 @@ at::Tensor as_type(const at::Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
 }
 
+// x^2. In float64 the library's transposed convolution refuses strides that mean nothing, of dimensions of size 1.
+at::Tensor squared(const at::Tensor& x, at::ScalarType dtype) {
+  const bool plain = dtype == at::kDouble && x.is_contiguous();
+  return square(plain ? in_format(x, at::MemoryFormat::Contiguous) : x, dtype);
+}
+
 struct LocalReparameterization {
   static constexpr const char* kName = "lrt";
   static constexpr Operands kOperands = Operands::mean_and_variance;
@@ -50,7 +56,7 @@ struct LocalReparameterization {
     const Draws draws(layer.rng);
     const auto format = product.output_format(layer.input, layer.W_mu);
     const at::Tensor x = product.arranged(layer.input, layer.input, layer.W_mu);
-    at::Tensor v = product.forward(as_type(square(x, vdtype), pdtype), as_type(variances[0], pdtype), b_var);
+    at::Tensor v = product.forward(as_type(squared(x, vdtype), pdtype), as_type(variances[0], pdtype), b_var);
     v = in_format(as_type(v, vdtype), format);
     at::Tensor y = draws.outputs_from(
         product.forward(x, as_type(layer.W_mu, dtype), b_mu), format,
@@ -78,7 +84,7 @@ struct LocalReparameterization {
       g_v_ = arranged(as_type(variance_gradient(Draws(layer.rng), format_, g, v), pdtype_));
       g_ = arranged(in_format(Draws(layer.rng).summed(g), format_));
       x_ = arranged(layer.input);
-      x2_ = as_type(square(x_, vdtype_), pdtype_);
+      x2_ = as_type(squared(x_, vdtype_), pdtype_);
       W_ = as_type(layer.W_mu, layer.input.scalar_type());
     }
 

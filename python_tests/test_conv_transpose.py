@@ -129,6 +129,14 @@ def test_formats(native: None, estimator: str, last_input: bool, last_weight: bo
     compare(lambda: op(estimator, 2)(*case, rng(), stride=2, padding=1, **KL), case, torch.float32)
 
 
+def test_a_variance_in_float64_of_one_column(native: None) -> None:
+    """The stride of a dimension of size 1 means nothing; torch's own float64 product would refuse this one."""
+    x, *parameters = case_of(1, 16, 4, (3,), (1,), groups=2)
+    case = [x.detach().as_strided((1, 16, 1), (16, 1, 13)).requires_grad_(), *parameters]
+    options = {"stride": 3, "groups": 2, "variance_dtype": torch.float64}
+    compare(lambda: functional.lrt_conv_transpose1d(*case, rng(), **options), case, torch.float32)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_subset_of_gradients(native: None, estimator: str) -> None:
     case = case_of(2, 3, 4, (2, 3), (3, 3))

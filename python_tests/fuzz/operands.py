@@ -87,10 +87,12 @@ class Operand:
 
     def make(self, magnitudes: bool = False) -> Tensor:
         """The tensor; for ``magnitudes`` in float64, without the sign."""
-        values = self.values
+        values, layout = self.values, self.layout
         if magnitudes:
             values = values.double().abs() if self.signed else values.double()
-        t = LAYOUTS[self.layout](values.clone()).detach()
+            # In float64 torch's own transposed convolution refuses them.
+            layout = "contiguous" if layout == "odd_ones" else layout
+        t = LAYOUTS[layout](values.clone()).detach()
         if self.parameter:
             return nn.Parameter(t, requires_grad=self.requires_grad)
         return t.requires_grad_(self.requires_grad)

@@ -175,9 +175,7 @@ def kl_divergence(c: Choices) -> Problem:
             m, s = ([v for k, v in t.items() if k.startswith(f"prior_{of}")] for of in ("mu", "sigma"))
         return {"kl": functional.kl_divergence(mu, rho, m, s)}
 
-    # The roundings of equal terms are equal: their sum is no random walk, which is the root of so many terms.
-    walk = 2 if any(operand.layout == "expanded" for operand in operands.values()) else 1
-    return Problem(operands, run, (own,), _count(operands) ** walk, kernels_alone=True)
+    return Problem(operands, run, (own,), _count(operands), kernels_alone=True)
 
 
 # --------------------------------------------------------------------------------- linear and convolutions
@@ -626,16 +624,20 @@ class _Compare:
         if self.problem.depth > 1:
             # A layer's slopes in the positive world belong to other inputs there.
             magnitude = magnitude.clamp(min=float(ours.detach().abs().amax()) if ours.numel() else 0.0)
-        dtypes = [*self.problem.dtypes, ours.dtype]
+        dtypes, terms = [*self.problem.dtypes, ours.dtype], self.problem.terms
+        operands = self.problem.operands.values()
         if name.startswith("kl"):
             dtypes = [F64 if ours.dtype == F64 else F32]
-        values = [o.values.double().abs() for o in self.problem.operands.values() if o.values.numel()]
+            if any(operand.layout == "expanded" for operand in operands):
+                # The roundings of equal terms are equal: no random walk, which is the root of so many terms.
+                terms **= 2
+        values = [o.values.double().abs() for o in operands if o.values.numel()]
         operand = max((float(v.max()) for v in values), default=0.0)
         noiseless = None if without is None else without[name].detach()
         if noiseless is not None and self.problem.depth > 1:
             # Noise of the layers before is in everything.
             noiseless = torch.zeros_like(noiseless)
-        limit = self.problem.depth * bound(magnitude, noiseless, dtypes, self.problem.terms, operand)
+        limit = self.problem.depth * bound(magnitude, noiseless, dtypes, terms, operand)
         # There the last roundings need not agree on which side of its end a number is.
         largest = min(torch.finfo(dtype).max for dtype in dtypes)
         return limit, magnitude > largest / 4
