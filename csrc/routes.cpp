@@ -68,8 +68,8 @@ bool faster_by_pixels(const ConvProblem& p) {
          p.out_size(0) * p.out_size(1) <= 4 && p.kernel[0] * p.kernel[1] > 1;
 }
 
-// Over channels_last images the library of PyTorch 2.13 gives wrong numbers, in torch.nn too, where the output
-// is one pixel wide and the stride is larger.
+// Over channels_last images the library of PyTorch 2.13 gives wrong numbers, in torch.nn too, where the
+// output is one pixel wide and the stride is larger.
 bool wrong_in_channels_last(const ConvProblem& p) {
   for (size_t d = 0; d < p.size.size(); ++d) {
     if (p.out_size(d) == 1 && p.stride[d] > 1) return true;
