@@ -198,7 +198,11 @@ class _DrawContext:
 
 
 class posterior_means(_DrawContext):
-    """Context manager: inside, every Bayesian layer uses its posterior means and draws nothing."""
+    """Context manager: inside, nothing is drawn.
+
+    Every Bayesian layer uses its posterior means, dropout of this package drops nothing, an ``Ensemble`` gives
+    the mean of its members' outputs, ``SampledSoftmax`` its mean, and a ``VAE``'s code is its mean.
+    """
 
     def _inside(self, outer: Draw) -> Draw:
         return Draw(outer.pinned, True)

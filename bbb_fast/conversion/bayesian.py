@@ -47,8 +47,9 @@ def convert(
     Args:
         priors: of the layers; sigma starts from ``posterior_rho_initial``, the means never do.
         moped_delta: prior N(w, (d |w|)^2) and posterior sigma d |w| instead, |w| being at least a tenth of
-            its root mean square over the tensor (of zeros: 0.1). Krishnan, Subedar and Tickoo, "Specifying
-            weight priors in Bayesian deep neural networks with empirical Bayes" (MOPED), AAAI 2020.
+            its root mean square over the tensor (of zeros: 0.1). Prior mean and posterior are those of
+            Krishnan, Subedar and Tickoo, "Specifying weight priors in Bayesian deep neural networks with
+            empirical Bayes" (MOPED), AAAI 2020; with this width of the prior the KL starts at 0.
         include, exclude: names (fnmatch patterns, as "features.*"), module types, functions
             ``(name, module) -> bool``, modules of the model, or several of these: convert only what
             ``include`` says, by any of its names, with all below it, and nothing that ``exclude`` says, nor

@@ -70,7 +70,8 @@ def sparsity(model: nn.Module, threshold: float = 3.0) -> Sparsity:
 def prune(model: nn.Module, threshold: float = 3.0) -> Sparsity:
     """Sets the weights of ``model`` that are noise, by :func:`sparsity`, to 0 and without noise, in place.
 
-    What is trained on afterwards moves them again. Returns what was set, by the same ``threshold``.
+    What is trained on afterwards moves them again. Their sigma is 0, so that the KL is huge from then on and
+    means nothing. Returns what was set, by the same ``threshold``.
     """
     found = {}
     for name, mu, rho, noise in _noise(model, threshold):

@@ -143,8 +143,9 @@ def model_precision(length_scale: float, p: float, train_size: int, weight_decay
 
     Args: ``length_scale`` l > 0, of the prior N(0, 1 / l^2) over weights; ``p`` in [0, 1), the rate of
     dropout; ``train_size`` N >= 1; ``weight_decay`` lambda > 0, the factor of the sum of squared weights that
-    is added to the mean of half the squared errors (an optimizer's ``weight_decay`` is 2 lambda then).
-    Raises ValueError otherwise.
+    is added to the mean of half the squared errors. The paper's weights are those that meet a kept input:
+    W / (1 - p), as dropout scales what it keeps. For an optimizer's weight decay of W, lambda is that times
+    (1 - p)^2 / 2. Raises ValueError otherwise.
     """
     for name, value in (("length_scale", length_scale), ("weight_decay", weight_decay)):
         if not 0 < value < math.inf:

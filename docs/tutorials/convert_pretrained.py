@@ -59,8 +59,8 @@ print(
 # ## Conversion
 #
 # A posterior with the default prior, $N(0, 0.1^2)$ for every weight, would pull the trained weights to 0.
-# MOPED (Krishnan, Subedar and Tickoo 2020) takes the prior from the network instead: $N(w, (\delta |w|)^2)$
-# for a trained weight $w$. The posterior starts there, too. So the KL is 0 at first, and grows only as far as
+# MOPED (Krishnan, Subedar and Tickoo 2020) takes the prior's mean from the network instead, and starts sigma at
+# $\delta |w|$ for a trained weight $w$. Here the prior is $N(w, (\delta |w|)^2)$, where the posterior starts. So the KL is 0 at first, and grows only as far as
 # the data ask for it.
 #
 # The means are the trained weights: under `posterior_means` the copy is the network that you had.
@@ -76,7 +76,7 @@ print("the copy's means are the trained weights, and its KL is 0")
 # ## Fine-tuning
 #
 # Ten epochs at a small learning rate fit means and standard deviations to each other. Accuracy stays,
-# probabilities get better, and each prediction comes with what it is worth: a wrong one nearly always has a
+# probabilities get better, and each prediction comes with what it is worth: a wrong one usually has a
 # higher entropy than a right one (the AUROC is the probability of that).
 
 # %%

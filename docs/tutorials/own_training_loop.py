@@ -46,8 +46,8 @@ def make() -> nn.Module:
 # ## Several draws in a step
 #
 # The loss is an expectation over the weights, and one draw is a noisy estimate of it. `multi_sample` draws S
-# times in one forward and returns [S, N, ...]. That is cheaper than S forwards: each layer reads its
-# parameters once. It helps where the noise of the draws, and not that of the minibatch, holds training up.
+# times in one forward and returns [S, N, ...]. For linear layers that is cheaper than S forwards: each layer
+# reads its parameters once. It helps where the noise of the draws, and not that of the minibatch, holds training up.
 #
 # How much noise is it? Here is the standard deviation of the gradient of the first layer's means, on one and
 # the same batch.
@@ -86,7 +86,7 @@ plt.show()
 #
 # At the start the posterior says nothing yet, and a full KL may switch units off before they have learned. So
 # its weight rises from 0 to 1. `get_beta` knows the schedules of the literature; "Soenderby" is this warm-up,
-# over the first quarter of the epochs.
+# over the first quarter of the epochs. (Its first two arguments are of other schedules.)
 #
 # All random numbers of an epoch, the order of the rows and the layers' noise, come from PyTorch's generator.
 
@@ -114,10 +114,10 @@ def new_optimizer(net: nn.Module) -> torch.optim.Optimizer:
 optimizer = new_optimizer(net)
 torch.manual_seed(1)
 history = list(train(net, optimizer, 0, EPOCHS))
-said = bbb_fast.predictive(net, test_x, samples=100, likelihood="heteroscedastic", seed=0)
+said = bbb_fast.predictive(net, test_x, samples=100, likelihood="heteroscedastic", targets=test_y, seed=0)
 blind = torch.zeros_like(test_y), torch.ones_like(test_y)  # mean and variance of all training targets
 rmse, rmse_of_blind = metrics.rmse(said.mean, test_y), metrics.rmse(blind[0], test_y)
-density = said.log_density(test_y).mean().item()
+density = said.log_likelihood.mean().item()  # of the mixture of the draws
 density_of_blind = metrics.gaussian_log_density(*blind, test_y).mean().item()
 print(f"test RMSE {rmse * scale:.1f}, log density {density:.2f}")
 print(f"without looking at the inputs: {rmse_of_blind * scale:.1f} and {density_of_blind:.2f}")
