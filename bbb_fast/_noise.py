@@ -201,7 +201,7 @@ class posterior_means(_DrawContext):
     """Context manager: inside, nothing is drawn.
 
     Every Bayesian layer uses its posterior means, dropout of this package drops nothing, an ``Ensemble``
-    gives its members' mean output, ``SampledSoftmax`` takes the mean logits, and a ``VAE``'s code is its mean.
+    gives its members' mean output, ``SampledSoftmax`` takes the mean logits, a ``VAE``'s code is its mean.
     """
 
     def _inside(self, outer: Draw) -> Draw:
