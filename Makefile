@@ -33,7 +33,7 @@ STEP := $(PYTHON) .ci/progress.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # One stamp for each way of installing; taking one way removes the other's stamp, so that the two never mix.
-NO_EXT := $(filter-out 0 false no off,$(BBB_FAST_NO_EXT))
+NO_EXT := $(filter-out 0 false no off,$(shell echo "$(BBB_FAST_NO_EXT)" | tr A-Z a-z))
 INSTALLED := $(VENV)/.$(if $(NO_EXT),reference,native)
 OTHER := $(VENV)/.$(if $(NO_EXT),native,reference)
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)

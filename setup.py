@@ -26,6 +26,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 import time
 from pathlib import Path
 
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parent
 # Code for 8.0 runs on every 8.x, PTX of 9.0 on whatever comes after it.
 WITHOUT_A_GPU = ("8.0", "9.0")
 # Of one core, for a C++ file, for a CUDA file, and for each architecture of that: to say how long to wait.
-CXX_SECONDS, CUDA_SECONDS, ARCHITECTURE_SECONDS = 10, 20, 10
+CXX_SECONDS, CUDA_SECONDS, ARCHITECTURE_SECONDS = 8, 20, 10
 # The kernels never read errno or floating point exceptions; without these two, selects and roots would
 # not vectorise. Nothing here changes a result the way -ffast-math would.
 COMPILE_ARGS = [
@@ -76,10 +77,13 @@ def why_no_extension() -> str | None:
     """The reason to install the reference path alone, or None."""
     if switched_on("BBB_FAST_NO_EXT"):
         return "it was installed with BBB_FAST_NO_EXT=1"
-    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    if not any(shutil.which(name) for name in compilers):
-        return f"no C++ compiler was found at installation (looked for {', '.join(compilers)})"
-    return None
+    compilers = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    if any(shutil.which(name) for name in compilers):
+        return None
+    reason = f"no C++ compiler was found at installation (looked for {', '.join(compilers)})"
+    if switched_on("FORCE_CUDA"):
+        raise SystemExit(f"bbb_fast: FORCE_CUDA=1, but {reason}")
+    return reason
 
 
 def output_of(*command: str) -> str:
@@ -204,7 +208,21 @@ def write_record(folder: Path, record: dict[str, object]) -> None:
     target.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def show_ninja() -> None:
+    """Adds the folder of PyPI's ninja to PATH, where alone torch looks; without it files compile in turn."""
+    folders = [os.environ.get("PATH", ""), sysconfig.get_path("scripts")]
+    try:
+        import ninja
+
+        folders.append(ninja.BIN_DIR)
+    except (ImportError, AttributeError):
+        pass
+    os.environ["PATH"] = os.pathsep.join(filter(None, folders))
+
+
 def jobs() -> int:
+    if not shutil.which("ninja"):
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("MAX_JOBS", "")
     return min(cores, max(int(asked), 1)) if asked.isdigit() else cores
@@ -218,7 +236,8 @@ def announcement(record: dict[str, object]) -> str:
         kernels, targets = len(files("csrc/cuda/*.cu")), str(record["cuda_architectures"])
         text += f" and {kernels} CUDA files for {targets}"
         seconds += kernels * (CUDA_SECONDS + len(targets.split()) * ARCHITECTURE_SECONDS)
-    return f"{text}, {jobs()} at a time (MAX_JOBS): about {max(round(seconds / jobs() / 60), 1)} minute(s)"
+    why = "MAX_JOBS" if shutil.which("ninja") else "ninja is not installed"
+    return f"{text}, {jobs()} at a time ({why}): about {max(round(seconds / jobs() / 60), 1)} minute(s)"
 
 
 class BuildPy(build_py):
@@ -271,6 +290,11 @@ def extension() -> object:
 commands: dict[str, type] = {"build_py": BuildPy, "egg_info": EggInfo}
 extensions = []
 if why_no_extension() is None:
+    show_ninja()
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"bbb_fast: torch is needed to build ({error}); or set BBB_FAST_NO_EXT=1") from None
     extensions.append(extension())
     from torch.utils.cpp_extension import BuildExtension
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from ._version import __version__
 
 BackendName = Literal["auto", "native", "reference"]
 _BACKENDS = ("auto", "native", "reference")
+_PACKAGE = Path(__file__).parent
 
 
 def _off(value: str | None) -> bool:
@@ -26,44 +28,46 @@ def _off(value: str | None) -> bool:
 
 def read_build_record() -> dict[str, Any]:
     """What setup.py wrote down about this installation; empty if it never ran."""
-    record: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        record = json.loads((Path(__file__).parent / "_build_info.json").read_text())
-    return record
+        record = json.loads((_PACKAGE / "_build_info.json").read_text())
+        if isinstance(record, dict):
+            return record
+    return {}
 
 
 def _release(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
-def _another_torch(record: dict[str, Any]) -> str:
-    """What to say where the extension was built for another release of torch: which, and what to install."""
-    said = f"was built for torch {_release(record['torch'])} and this is torch {torch.__version__}"
+def _what_to_install(record: dict[str, Any]) -> str:
     if tag := record.get("wheel"):
-        wanted = re.sub(r"pt\d+", "pt" + _release(torch.__version__).replace(".", ""), tag)
-        fitting = f"bbb_fast-{__version__}+{wanted}"
-        return f"this wheel (+{tag}) {said}; install {fitting}, if there is one, or from source"
-    how = "pip install --no-build-isolation --force-reinstall --no-deps ."
-    return f"the extension {said}; build it again from its sources: {how}"
+        wanted = re.sub(r"pt\d+", "pt" + _release(torch.__version__).replace(".", ""), str(tag))
+        return f"install bbb_fast-{__version__}+{wanted}, if there is such a wheel, or from source"
+    again = "pip install --no-build-isolation --force-reinstall --no-deps ."
+    return f"build it again, where its sources are: `{again}`"
 
 
 def _load() -> tuple[Any, str | None]:
     """Returns the ``_C`` module, or None and the reason."""
-    record = read_build_record()
     if not _off(os.environ.get("BBB_FAST_NO_EXT")):
         return None, "BBB_FAST_NO_EXT is set"
-    built_for = record.get("torch")
+    record = read_build_record()
+    if not record.get("native"):
+        # An extension that lies here all the same is an older one: what it was built for is not known.
+        return None, str(record.get("reason") or "the extension was not built")
+    built_for = _release(str(record.get("torch")))
+    what = f"this wheel (+{record['wheel']})" if record.get("wheel") else "the extension"
     # An extension of another torch release may import and then crash; refuse before trying.
-    if record.get("native") and built_for and _release(built_for) != _release(torch.__version__):
-        return None, _another_torch(record)
-    try:
-        return importlib.import_module("bbb_fast._C"), None
-    except ModuleNotFoundError as error:
-        if error.name != "bbb_fast._C":
-            return None, f"the extension failed to load: {error}"
-        return None, record.get("reason") or "the extension was not built"
-    except ImportError as error:
-        return None, f"the extension failed to load: {error}"
+    if built_for != _release(torch.__version__):
+        reason = f"was built for torch {built_for} and this is torch {torch.__version__}"
+    else:
+        try:
+            return importlib.import_module("bbb_fast._C"), None
+        except ImportError as error:
+            reason = f"failed to load: {error}"
+            if isinstance(error, ModuleNotFoundError) and error.name == "bbb_fast._C":
+                reason = "was built for another Python, or is gone"
+    return None, f"{what} {reason}; {_what_to_install(record)}"
 
 
 _C: Any
@@ -96,11 +100,15 @@ def _tell() -> None:
     """
     global _to_be_told
     _to_be_told = False
+    ours = tuple(f"{folder}{os.sep}" for folder in (_PACKAGE, Path(torch.__file__).parent))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
     warnings.warn(
         f"bbb_fast runs on its reference path (correct, slower): {_why_not}. Set BBB_FAST_NO_EXT=1 to ask "
         "for that path and not be told.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=level,  # whoever called
     )
 
 

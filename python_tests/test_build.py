@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -121,6 +122,7 @@ class TestCuda:
     ) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
         monkeypatch.delenv("MAX_JOBS", raising=False)
+        monkeypatch.setattr(shutil, "which", lambda name: name)
         sources = len([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
         text = build.announcement({})
         assert f"compiling {sources} C++ files, 8 at a time (MAX_JOBS): about 1 minute" in text
@@ -133,6 +135,20 @@ class TestCuda:
         assert f"and {kernels} CUDA files for 9.0, 1 at a time" in few
         minutes = [int(text.split("about ")[1].split()[0]) for text in (few, many)]
         assert minutes[1] - minutes[0] == pytest.approx(2 * kernels * build.ARCHITECTURE_SECONDS / 60, abs=1)
+        monkeypatch.delenv("MAX_JOBS")
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        assert ", 1 at a time (ninja is not installed)" in build.announcement({})
+
+    def test_ninja_beside_the_interpreter_is_found(
+        self, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Of a virtual environment that is not activated; what PATH has comes first."""
+        (tmp_path / "ninja").touch(mode=0o755)
+        monkeypatch.setenv("PATH", "/first")
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+        build.show_ninja()
+        assert os.environ["PATH"].startswith(f"/first{os.pathsep}{tmp_path}")
+        assert shutil.which("ninja") == str(tmp_path / "ninja")
 
     def test_every_kernel_of_the_cpu_has_one_for_cuda(self) -> None:
         """An op gets both, or neither; without CUDA it gets a clear error."""
@@ -161,11 +177,14 @@ class TestReference:
         self, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """Nobody asked for that, and the user will be told."""
-        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("CXX", " ")
         monkeypatch.setenv("PATH", str(tmp_path))
         record = build.build_record()
         assert record["native"] is False and "reference_asked_for" not in record
         assert record["reason"].startswith("no C++ compiler was found at installation (looked for c++, g++")
+        monkeypatch.setenv("FORCE_CUDA", "1")
+        with pytest.raises(SystemExit, match="FORCE_CUDA=1, but no C"):
+            build.build_record()
 
 
 def run_setup(root: Path, *command: str | Path, **environment: str) -> None:
@@ -266,6 +285,9 @@ class TestReleases:
         text = (ROOT / ".ci" / "run").read_text()
         assert oldest and f"--torch {oldest[1]}." in text
         assert "make wheels TORCH=newest" in text
+
+    def test_the_citation_has_the_version(self) -> None:
+        assert f"\nversion: {bbb_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
     def test_wheels_are_for_four_in_a_row(self, scripts: None) -> None:
         supported = importlib.import_module("wheels").SUPPORTED

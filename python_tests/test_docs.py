@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 import browser
 import pytest
 import test_docstrings
-from helpers import repository_root
+from helpers import PACKAGE, repository_root
 from torch.distributed.run import get_args_parser
 
 from bbb_fast import cli, functional, layers, reference
@@ -207,6 +207,9 @@ def built() -> dict[Path, Anchors]:
     found = {page.resolve(): Anchors(page) for page in SITE.rglob("*.html") if page.name != "404.html"}
     if not found:
         pytest.skip("the site is not built: make docs")
+    sources = [ROOT / "mkdocs.yml", *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.*"), *PACKAGE.rglob("*.py")]
+    if max(path.stat().st_mtime for path in sources) > (SITE / "index.html").stat().st_mtime:
+        pytest.skip("the site is older than what it is made of: make docs")
     return found
 
 

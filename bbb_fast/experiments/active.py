@@ -365,7 +365,7 @@ def document(
     try:
         from .active_plots import curves as draw
     except ImportError as error:
-        notes.append(f"No figure: matplotlib is missing ({error}); pip install bbb_fast[experiments].")
+        notes.append(f"No figure: matplotlib is missing ({error}); pip install matplotlib.")
     else:
         title = f"{settings['dataset']}, LeNet, {settings['method']}: mean of {settings['seeds']} seeds"
         png = draw(sizes, rounds, title, f"accuracy, {settings['judge']} images (%)")

@@ -438,7 +438,7 @@ def draw(figures: Callable[[], list[Figure]]) -> tuple[list[Figure], list[str]]:
     try:
         return figures(), []
     except ImportError as error:
-        return [], [f"No figures: matplotlib is missing ({error}); pip install bbb_fast[experiments]."]
+        return [], [f"No figures: matplotlib is missing ({error}); pip install matplotlib."]
 
 
 def notes(study: Study, judging: Judging) -> list[str]:

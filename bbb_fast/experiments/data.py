@@ -248,7 +248,7 @@ def _load_digits(split: str) -> ImageSet:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(f"digits needs scikit-learn ({error}): pip install bbb_fast[experiments]") from error
+        raise DataError(f"digits needs scikit-learn ({error}): pip install scikit-learn") from error
     bunch = load_digits()
     target = np.asarray(bunch.target, np.int64)
     # A stratified split: shuffled, grouped by class, every fifth to the test set. RandomState's

@@ -1,4 +1,4 @@
-"""Figures of a training run; they need matplotlib (``pip install bbb_fast[experiments]``)."""
+"""Figures of a training run; they need matplotlib (``pip install matplotlib``)."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def _figures(
     try:
         pixels = _calibration_figure(results)
     except ImportError as error:
-        return [], [f"no figures: matplotlib is missing ({error}): pip install bbb_fast[experiments]"]
+        return [], [f"no figures: matplotlib is missing ({error}): pip install matplotlib"]
     figures = [
         Figure(
             "calibration.png",

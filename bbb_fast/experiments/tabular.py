@@ -193,9 +193,7 @@ def bundled() -> Tabular:
     try:
         from sklearn.datasets import load_diabetes
     except ImportError as error:
-        raise DataError(
-            f"diabetes needs scikit-learn ({error}): pip install bbb_fast[experiments]"
-        ) from error
+        raise DataError(f"diabetes needs scikit-learn ({error}): pip install scikit-learn") from error
     data = load_diabetes(scaled=False)
     return Tabular(
         torch.from_numpy(np.asarray(data.data, np.float64)),

@@ -105,7 +105,7 @@ def toy(running: Experiment) -> Document:
     try:
         pixels = _figure(results, data, options["noise"])
     except ImportError as error:
-        notes = [f"no figure: matplotlib is missing ({error}): pip install bbb_fast[experiments]"]
+        notes = [f"no figure: matplotlib is missing ({error}): pip install matplotlib"]
     else:
         text = (
             "For each method the data, the mean, and bands of two standard deviations: dark the epistemic "

@@ -416,7 +416,7 @@ def _finish(owned: OwnedFolder, metrics: dict[str, Any], say: Callable[[str], No
     try:
         figure = plots.training_curves(metrics["history"])
     except ImportError as error:
-        say(f"no {CURVES}: matplotlib is missing ({error}); pip install bbb_fast[experiments]")
+        say(f"no {CURVES}: matplotlib is missing ({error}); pip install matplotlib")
         return
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)

@@ -276,7 +276,7 @@ def save(
     try:
         from .uncertainty_plots import uncertainty_figure
     except ImportError as error:
-        notice = f"no figure: matplotlib is missing ({error}): pip install bbb_fast[experiments]"
+        notice = f"no figure: matplotlib is missing ({error}): pip install matplotlib"
     else:
         contents[FIGURE] = uncertainty_figure(result)
     for name in FILES:

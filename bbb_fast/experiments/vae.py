@@ -427,7 +427,7 @@ def _figures(
     try:
         from . import vae_plots
     except ImportError as error:
-        return [], [f"no figures: matplotlib is missing ({error}): pip install bbb_fast[experiments]"]
+        return [], [f"no figures: matplotlib is missing ({error}): pip install matplotlib"]
     figures = []
     for vae, (beta, of_beta) in zip(models, results.items(), strict=True):
         several = len(models) > 1

@@ -118,10 +118,9 @@ def train_members(
         train: trains a model in place; k is the member's number.
         members: how many, >= 1.
         seed: of the first; the caller's random state comes back.
-        jobs: members trained side by side, each in a process, through joblib (``pip install
-            bbb_fast[experiments]``): ``make`` and ``train`` must be functions that another process can
-            import, or that joblib can pickle. ``joblib.parallel_config`` chooses another back end (Ray, Dask)
-            around this call.
+        jobs: members trained side by side, each in a process, through joblib: ``make`` and ``train`` must be
+            functions that another process can import, or that joblib can pickle. ``joblib.parallel_config``
+            chooses another back end (Ray, Dask) around this call.
         folder: keep each member's weights there as soon as it is trained (``member-k.pt``), and take those
             that are there already: what was killed goes on with the members that are left. The folder belongs
             to one ensemble.

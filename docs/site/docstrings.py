@@ -6,7 +6,7 @@ import inspect
 import re
 from typing import Any
 
-from griffe import Extension, Module, Object, dynamic_import
+from griffe import Alias, Extension, Module, Object, dynamic_import
 
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
 # Those whose public names have a place on the pages of reference/.
@@ -38,7 +38,7 @@ class Roles(Extension):
         }
         self._visit(pkg, {**places, **{path: path for path in places.values()}})
 
-    def _visit(self, scope: Object, places: dict[str, str]) -> None:
+    def _visit(self, scope: Object | Alias, places: dict[str, str]) -> None:
         if scope.docstring:
             text = _ROLE.sub(lambda match: _link(match[1], places), scope.docstring.value)
             scope.docstring.value = text

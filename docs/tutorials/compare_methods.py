@@ -130,8 +130,8 @@ for name, row in scores.items():
 # %%
 figure, panels = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained", sharex=True, sharey=True)
 bins = torch.linspace(0, 2.1, 22)
-for panel, (name, (seen, unseen)) in zip(panels, entropies.items(), strict=True):
-    for entropy, color, label in ((seen, BLUE, "known: 0 to 7"), (unseen, ORANGE, "unknown: 8 and 9")):
+for panel, (name, (known, unknown)) in zip(panels, entropies.items(), strict=True):
+    for entropy, color, label in ((known, BLUE, "known: 0 to 7"), (unknown, ORANGE, "unknown: 8 and 9")):
         share = torch.full_like(entropy, 1 / len(entropy))
         panel.hist(entropy, bins, weights=share, color=color, alpha=0.6, label=label)
     panel.set(title=name, xlabel="entropy in nats", yscale="log")

@@ -59,9 +59,9 @@ print(
 # ## Conversion
 #
 # A posterior with the default prior, $N(0, 0.1^2)$ for every weight, would pull the trained weights to 0.
-# MOPED (Krishnan, Subedar and Tickoo 2020) takes the prior's mean from the network instead, and starts sigma at
-# $\delta |w|$ for a trained weight $w$. Here the prior is $N(w, (\delta |w|)^2)$, where the posterior starts. So the KL is 0 at first, and grows only as far as
-# the data ask for it.
+# MOPED (Krishnan, Subedar and Tickoo 2020) takes the prior's mean from the network instead, and starts sigma
+# at $\delta |w|$ for a trained weight $w$. Here the prior is $N(w, (\delta |w|)^2)$, where the posterior
+# starts. So the KL is 0 at first, and grows only as far as the data ask for it.
 #
 # The means are the trained weights: under `posterior_means` the copy is the network that you had.
 
@@ -188,7 +188,7 @@ point = bbb_fast.to_deterministic(smaller[half])
 print(point)
 fresh = make()
 fresh.load_state_dict(point.state_dict())
-zeros = sum((fresh[k].weight == 0).sum().item() for k in (0, 2, 4)) / len(everything)
+zeros = (torch.cat([fresh[k].weight.flatten() for k in (0, 2, 4)]) == 0).float().mean().item()
 with torch.no_grad():
     final = metrics.accuracy(fresh(test_x).softmax(-1), test_y)
 print(f"{zeros:.0%} of the weights are 0, accuracy {final:.3f}")

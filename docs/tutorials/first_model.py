@@ -165,8 +165,8 @@ asked = {
 }
 nll = {name: [metrics.nll(said.probs, some_y) for said in row] for name, row in asked.items()}
 print(f"{'NLL at':<14}" + "".join(f"{a:>7}°" for a in angles))
-for name, row in nll.items():
-    print(f"{name:<14}" + "".join(f"{value:8.2f}" for value in row))
+for name, values in nll.items():
+    print(f"{name:<14}" + "".join(f"{value:8.2f}" for value in values))
 assert nll["Bayesian"][3] < 0.7 * nll["point estimate"][3]
 
 # %%

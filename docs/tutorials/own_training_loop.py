@@ -47,7 +47,8 @@ def make() -> nn.Module:
 #
 # The loss is an expectation over the weights, and one draw is a noisy estimate of it. `multi_sample` draws S
 # times in one forward and returns [S, N, ...]. For linear layers that is cheaper than S forwards: each layer
-# reads its parameters once. It helps where the noise of the draws, and not that of the minibatch, holds training up.
+# reads its parameters once. It helps where the noise of the draws, and not that of the minibatch, holds
+# training up.
 #
 # How much noise is it? Here is the standard deviation of the gradient of the first layer's means, on one and
 # the same batch.

@@ -199,8 +199,8 @@ for (name, said), color in zip(answers.items(), (SKY, BLUE), strict=True):
     right.plot(grid[left_side], said.aleatoric.sqrt()[left_side], color=color, label=name)
     right.plot(grid[right_side], said.aleatoric.sqrt()[right_side], color=color)
 for side in (left_side, right_side):
-    label = "true noise" if side is left_side else None
-    right.plot(grid[side], noise_std(grid[side]), color=ORANGE, linestyle="--", label=label)
+    title = "true noise" if side is left_side else None
+    right.plot(grid[side], noise_std(grid[side]), color=ORANGE, linestyle="--", label=title)
 left.set(title="epistemic", xlabel="x", ylabel="standard deviation", ylim=(0, None))
 right.set(title="aleatoric, where there are data", xlabel="x")
 for axes in (left, right):
