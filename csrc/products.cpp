@@ -238,9 +238,10 @@ ProductGradients Convolution::backward(
     const std::array<bool, 3>& wanted) const {
   const auto library = [&](const std::array<bool, 3>& parts) {
     const std::vector<c10::SymInt> features{grad.sym_size(1)};
+    // Where it multiplies without oneDNN it refuses other weights over channels_last images.
+    const at::Tensor W = in_format(weight, output_format(weight, weight));
     return at::convolution_backward_symint(
-        grad, input, weight, features, stride_, padding_, dilation_, transposed_, output_padding_, groups_,
-        parts);
+        grad, input, W, features, stride_, padding_, dilation_, transposed_, output_padding_, groups_, parts);
   };
   const auto [x_wanted, W_wanted, bias_wanted] = wanted;
   ProductGradients grads;

@@ -168,6 +168,27 @@ def test_a_narrow_variance_goes_by_pixels_too() -> None:
 
 
 @needs_native
+def test_rearranged_images_and_a_transposed_weight() -> None:
+    """Of one image and on one thread torch multiplies without oneDNN, which takes no such weight so."""
+    layer = BBB_LRT.BBBConv2d(32, 1, (1, 3), bias=False)
+    layer.W_mu.data = layer.W_mu.detach().squeeze().t().contiguous().t()[None, :, None]
+    x, threads = torch.randn(1, 32, 12, 12), torch.get_num_threads()
+    grad = torch.randn(1, 1, 12, 10)
+    torch.set_num_threads(1)
+    try:
+        results = []
+        for way in ("library", "channels_last"):
+            routes.use(
+                Routes("other", {routes.conv_key(x.shape, (1, 32, 1, 3), (1, 1), (0, 0), (1, 1), 1): way})
+            )
+            results.append(step(layer, x, grad))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@needs_native
 def test_a_way_that_a_problem_does_not_allow_is_not_taken() -> None:
     """Measured for contiguous images; a grouped or narrow one under the same key falls back to the rule."""
     layer = BBB.BBBConv2d(4, 4, 3, padding=1, groups=2)

@@ -717,11 +717,13 @@ class Draft:
         for name, result, other in (("native", native, reference), ("reference", reference, native)):
             if isinstance(result, _TouchedError):
                 return self._outcome(Status.FAULT, f"{name}: {result}")
-            if isinstance(result, Exception) and not isinstance(other, Exception):
+            # Of torch's own convolutions, about strides: the kernels may do without it.
+            allowed = name == "reference" and "grad_weight" in str(result)
+            if isinstance(result, Exception) and not isinstance(other, Exception) and not allowed:
                 return self._outcome(Status.FAULT, f"{name} raises {one_line(result)}")
-        if isinstance(native, Exception):
-            return self._outcome(Status.REFUSED, one_line(native))
-        assert not isinstance(reference, Exception)  # or it would have been a fault
+        if isinstance(reference, Exception):
+            return self._outcome(Status.REFUSED, one_line(reference))
+        assert not isinstance(native, Exception)  # or it would have been a fault
         compare = _Compare(self.problem, self.choices, self.how)
         difference = compare(native, reference) or self._repeated(native)
         if difference is not None:
