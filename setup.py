@@ -81,7 +81,7 @@ def why_no_extension() -> str | None:
     if any(shutil.which(name) for name in compilers):
         return None
     reason = f"no C++ compiler was found at installation (looked for {', '.join(compilers)})"
-    if switched_on("FORCE_CUDA"):
+    if switched_on("FORCE_CUDA") and not switched_on("BBB_FAST_NO_CUDA"):
         raise SystemExit(f"bbb_fast: FORCE_CUDA=1, but {reason}")
     return reason
 
@@ -210,7 +210,7 @@ def write_record(folder: Path, record: dict[str, object]) -> None:
 
 def show_ninja() -> None:
     """Adds the folder of PyPI's ninja to PATH, where alone torch looks; without it files compile in turn."""
-    folders = [os.environ.get("PATH", ""), sysconfig.get_path("scripts")]
+    folders = [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]
     try:
         import ninja
 
@@ -294,7 +294,10 @@ if why_no_extension() is None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise SystemExit(f"bbb_fast: torch is needed to build ({error}); or set BBB_FAST_NO_EXT=1") from None
+        raise SystemExit(
+            f"bbb_fast: building needs torch ({error}): install it first and give pip --no-build-isolation, "
+            "or set BBB_FAST_NO_EXT=1"
+        ) from None
     extensions.append(extension())
     from torch.utils.cpp_extension import BuildExtension
 

@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class CheckError(SystemExit):
-    """A check that did not hold, or could not run, and why; a script that lets it pass ends with that."""
+    """A check that did not hold, or could not run, and why; a script that lets it pass ends with that.
+
+    Not one that lets it pass in a thread: who starts one looks for it.
+    """
 
 
 def run(*command: object, cwd: Path = ROOT, shown: bool = False, **options: Any) -> str:

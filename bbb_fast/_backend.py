@@ -42,6 +42,8 @@ def _release(version: str) -> str:
 def _what_to_install(record: dict[str, Any]) -> str:
     if tag := record.get("wheel"):
         wanted = re.sub(r"pt\d+", "pt" + _release(torch.__version__).replace(".", ""), str(tag))
+        if wanted == tag:
+            return "install it again, or from source"
         return f"install bbb_fast-{__version__}+{wanted}, if there is such a wheel, or from source"
     again = "pip install --no-build-isolation --force-reinstall --no-deps ."
     return f"build it again, where its sources are: `{again}`"
@@ -66,7 +68,7 @@ def _load() -> tuple[Any, str | None]:
         except ImportError as error:
             reason = f"failed to load: {error}"
             if isinstance(error, ModuleNotFoundError) and error.name == "bbb_fast._C":
-                reason = "was built for another Python, or is gone"
+                reason = f"has no file here for Python {sys.version_info.major}.{sys.version_info.minor}"
     return None, f"{what} {reason}; {_what_to_install(record)}"
 
 

@@ -198,7 +198,7 @@ class _DrawContext:
 
 
 class posterior_means(_DrawContext):
-    """Context manager: inside, nothing is drawn.
+    """Context manager: inside, no forward of this package draws.
 
     Every Bayesian layer uses its posterior means, dropout of this package drops nothing, an ``Ensemble``
     gives its members' mean output, ``SampledSoftmax`` takes the mean logits, a ``VAE``'s code is its mean.

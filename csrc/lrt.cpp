@@ -27,7 +27,7 @@ at::Tensor as_type(const at::Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
 }
 
-// x^2. In float64 the library's transposed convolution refuses some strides of dimensions of size 1.
+// x^2. The CPU's transposed convolution in float64 refuses some strides of dimensions of size 1.
 at::Tensor squared(const at::Tensor& x, at::ScalarType dtype) {
   const bool plain = dtype == at::kDouble && x.is_contiguous();
   return square(plain ? in_format(x, at::MemoryFormat::Contiguous) : x, dtype);

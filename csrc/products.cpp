@@ -238,8 +238,15 @@ ProductGradients Convolution::backward(
     const std::array<bool, 3>& wanted) const {
   const auto library = [&](const std::array<bool, 3>& parts) {
     const std::vector<c10::SymInt> features{grad.sym_size(1)};
-    // Where it multiplies without oneDNN it refuses other weights over channels_last images.
-    const at::Tensor W = in_format(weight, output_format(weight, weight));
+    at::Tensor W = weight;
+    if (input.device().is_cpu()) {
+      // Where it multiplies without oneDNN, over channels_last images, it refuses weights that lie otherwise,
+      // also where it only takes their sizes.
+      const auto format = output_format(weight, weight);
+      W = parts[0] || weight.is_contiguous(format)
+              ? in_format(weight, format)
+              : at::empty(weight.sizes(), weight.options().memory_format(format));
+    }
     return at::convolution_backward_symint(
         grad, input, W, features, stride_, padding_, dilation_, transposed_, output_padding_, groups_, parts);
   };

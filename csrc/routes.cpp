@@ -68,13 +68,13 @@ bool faster_by_pixels(const ConvProblem& p) {
          p.out_size(0) * p.out_size(1) <= 4 && p.kernel[0] * p.kernel[1] > 1;
 }
 
-// Over channels_last images the library of PyTorch 2.13 gives wrong numbers, in torch.nn too, where the
-// output is one pixel wide and the stride is larger.
-bool wrong_in_channels_last(const ConvProblem& p) {
+// Over channels_last images the library of PyTorch 2.13 gives wrong numbers or crashes, in torch.nn too,
+// where images or outputs are one pixel wide and strides or dilations are more than 1.
+bool safe_in_channels_last(const ConvProblem& p) {
   for (size_t d = 0; d < p.size.size(); ++d) {
-    if (p.out_size(d) == 1 && p.stride[d] > 1) return true;
+    if (p.size[d] == 1 || p.out_size(d) == 1 || p.dilation[d] != 1) return false;
   }
-  return false;
+  return true;
 }
 
 Way by_rule(const ConvProblem& p, const std::string& rules) {
@@ -163,7 +163,7 @@ bool ConvProblem::allows(Way way) const {
   const bool plain = !transposed && groups == 1 && batch * in * out > 0 && !empty(size) && !empty(kernel);
   switch (way) {
     case Way::channels_last:
-      return plain && !narrow && size.size() == 2 && contiguous && !wrong_in_channels_last(*this);
+      return plain && !narrow && size.size() == 2 && contiguous && safe_in_channels_last(*this);
     case Way::direct:
       // The gradient of the input wants a border of kernel - 1 - padding.
       return plain && !narrow && size.size() <= 2 && contiguous && ones(stride) && ones(dilation) &&

@@ -173,7 +173,13 @@ class TestLoading:
     def test_of_another_python(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.record(monkeypatch, native=True, reason=None, torch=torch.__version__)
         self.importing(monkeypatch, ModuleNotFoundError("none", name="bbb_fast._C"))
-        self.refused("the extension was built for another Python, or is gone; build it again")
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        self.refused(f"the extension has no file here for Python {python}; build it again")
+        self.record(monkeypatch, native=True, reason=None, torch="2.15.0", wheel="pt215cpu")
+        monkeypatch.setattr(torch, "__version__", "2.15.1+cpu")
+        self.refused(
+            f"this wheel (+pt215cpu) has no file here for Python {python}; install it again, or from"
+        )
 
     def test_not_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """An older extension that still lies there is not taken: nobody knows what it was built for."""

@@ -211,7 +211,8 @@ def files_of(root: Path, *folders: str) -> set[str]:
     found = {path for folder in folders for path in (root / folder).rglob("*") if path.is_file()}
     found |= {path for pattern in ("*.md", "*.py", "*.toml", "*.yml") for path in root.glob(pattern)}
     found |= {
-        root / name for name in ("CMakeLists.txt", "LICENSE", "Makefile", ".clang-format", ".gitignore")
+        root / name
+        for name in ("CITATION.cff", "CMakeLists.txt", "LICENSE", "Makefile", ".clang-format", ".gitignore")
     }
     return {path.relative_to(root).as_posix() for path in found if not path.name.endswith(left)}
 

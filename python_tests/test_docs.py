@@ -207,9 +207,14 @@ def built() -> dict[Path, Anchors]:
     found = {page.resolve(): Anchors(page) for page in SITE.rglob("*.html") if page.name != "404.html"}
     if not found:
         pytest.skip("the site is not built: make docs")
-    sources = [ROOT / "mkdocs.yml", *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.*"), *PACKAGE.rglob("*.py")]
+    sources = [
+        ROOT / "mkdocs.yml",
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("docs/**/*.py"),
+        *PACKAGE.rglob("*.py"),
+    ]
     if max(path.stat().st_mtime for path in sources) > (SITE / "index.html").stat().st_mtime:
-        pytest.skip("the site is older than what it is made of: make docs")
+        pytest.fail("the site is older than what it is made of: make docs")
     return found
 
 

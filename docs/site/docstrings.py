@@ -12,6 +12,7 @@ _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
 # Those whose public names have a place on the pages of reference/.
 _DOCUMENTED = (
     "conversion", "functional", "layers.BBB", "layers", "losses", "methods", "metrics", "models", "priors",
+    "tuning",
 )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     refused: Counter[str] = Counter()
     tightest = (0.0, "")
     told = start
-    for count, (case, outcome) in enumerate(runner.run(cases, options.timeout)):
+    for count, (case, outcome) in enumerate(runner.run(cases, options.timeout), 1):
         if (now := time.monotonic()) - told > SILENT:
             print(f"[{now - start:5.0f} s] {count} of {len(cases)} calls", flush=True)
             told = now
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tightest[1]:
         print(f"the largest difference is {tightest[0]:.2f} of what it may be: case {tightest[1]}")
     for message, times in refused.most_common():
-        print(f"refused on both paths, {times} times: {message}")
+        print(f"refused, {times} times: {message}")
     return 1 if faults else 0
 
 
