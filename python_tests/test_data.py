@@ -161,7 +161,7 @@ def test_digits() -> None:
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"pip install bbb_fast\[experiments\]"):
+    with pytest.raises(DataError, match="pip install scikit-learn"):
         data.load("digits", "train")
 
 
